@@ -1,0 +1,79 @@
+"""Compress Vision Transformers to a budget, recover them, and hand over ordinary networks.
+
+Names are loaded when they are first used: `import vitrim` imports neither torch nor timm.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vitrim.artifact import save
+    from vitrim.budget import Budget
+    from vitrim.counting import cost
+    from vitrim.hub import push
+    from vitrim.methods import compress
+    from vitrim.methods.comcat import ComcatConfig
+    from vitrim.model import build
+    from vitrim.pipeline import RecoverConfig, recover, run, train
+    from vitrim.sources import from_model, load
+    from vitrim.spec import ModelSpec
+    from vitrim.tasks.classification import evaluate
+    from vitrim.timing import measure
+    from vitrim.training import TrainConfig
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Budget": "budget",
+    "ComcatConfig": "methods.comcat",
+    "ModelSpec": "spec",
+    "RecoverConfig": "pipeline",
+    "TrainConfig": "training",
+    "build": "model",
+    "compress": "methods",
+    "cost": "counting",
+    "evaluate": "tasks.classification",
+    "from_model": "sources",
+    "load": "sources",
+    "measure": "timing",
+    "push": "hub",
+    "recover": "pipeline",
+    "run": "pipeline",
+    "save": "artifact",
+    "train": "pipeline",
+}
+
+__all__ = [
+    "Budget",
+    "ComcatConfig",
+    "ModelSpec",
+    "RecoverConfig",
+    "TrainConfig",
+    "__version__",
+    "build",
+    "compress",
+    "cost",
+    "evaluate",
+    "from_model",
+    "load",
+    "measure",
+    "push",
+    "recover",
+    "run",
+    "save",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        from vitrim.errors import did_you_mean
+
+        raise AttributeError(f"module 'vitrim' has no attribute {name!r}{did_you_mean(name, _HOMES)}")
+    return getattr(import_module(f"vitrim.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

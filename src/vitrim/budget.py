@@ -1,0 +1,96 @@
+"""Budgets: what a compressed model may cost, in any combination, and the refusal of one that cannot be met. No torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from .counting import Cost
+from .errors import BudgetError
+
+RESOURCES = ("macs", "params", "memory_bytes", "file_bytes")
+"""What a budget bounds exactly: attributes of `Cost`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Budget:
+    """Upper bounds on the compressed model; None: no such limit. At least one is needed.
+
+    keep_*: shares, in (0, 1], of the model that is passed in. max_memory_mb: weights plus peak activations at batch 1.
+    Megabytes are 10**6 bytes. Raises BudgetError when a value is out of range.
+    """
+
+    keep_macs: float | None = None
+    keep_params: float | None = None
+    keep_expected_macs: float | None = None
+    max_macs: int | None = None
+    max_params: int | None = None
+    max_memory_mb: float | None = None
+    max_file_mb: float | None = None
+    max_latency_ms: float | None = None
+    table: str | None = None
+
+    def __post_init__(self) -> None:
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        if all(value is None for value in given.values()):
+            raise BudgetError("budget: no limit given. To halve the operations, pass keep_macs=0.5.")
+        for name, value in given.items():
+            if value is None or name == "table":
+                continue
+            number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            if name.startswith("keep_") and not (number and 0 < value <= 1):
+                raise BudgetError(f"{name}={value!r}; expected a share in (0, 1]. To keep half, pass 0.5.")
+            if name.startswith("max_") and not (number and value > 0):
+                raise BudgetError(f"{name}={value!r}; expected a number above 0.")
+        for name in ("keep_expected_macs", "max_latency_ms", "table"):
+            if given[name] is not None:
+                raise BudgetError(
+                    f"{name}={given[name]!r}: no method here meets this kind of limit yet. Use keep_macs, keep_params, "
+                    "max_macs, max_params, max_memory_mb or max_file_mb."
+                )
+
+    def limits(self, reference: Cost) -> dict[str, int]:
+        """The bound on each limited resource, in its own unit. reference: the model that shares refer to."""
+        found: dict[str, int] = {}
+
+        def bound(resource: str, value: float | None) -> None:
+            if value is not None:
+                found[resource] = min(math.floor(value), found.get(resource, math.floor(value)))
+
+        bound("macs", None if self.keep_macs is None else self.keep_macs * reference.macs)
+        bound("macs", self.max_macs)
+        bound("params", None if self.keep_params is None else self.keep_params * reference.params)
+        bound("params", self.max_params)
+        bound("memory_bytes", None if self.max_memory_mb is None else self.max_memory_mb * 1e6)
+        bound("file_bytes", None if self.max_file_mb is None else self.max_file_mb * 1e6)
+        return found
+
+    def met_by(self, cost: Cost, reference: Cost) -> bool:
+        """Whether a model of this cost is within every limit."""
+        return not exceeded(cost, self.limits(reference))
+
+    def refuse_unreachable(self, *, floor: Cost, reference: Cost, method: str) -> None:
+        """Raise BudgetError, with the range that can be reached, unless the cheapest network (`floor`) is within."""
+        limits = self.limits(reference)
+        if over := exceeded(floor, limits):
+            said = "; ".join(
+                f"{name} at most {limits[name]:,} asked, {method} reaches {getattr(floor, name):,} to "
+                f"{getattr(reference, name):,} (shares {_round_up(getattr(floor, name) / getattr(reference, name))} to 1)"
+                for name in over
+            )
+            raise BudgetError(f"budget out of reach: {said}. Choose a limit in that range, or another method.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The limits that are set."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+
+
+def exceeded(cost: Cost, limits: Mapping[str, int]) -> list[str]:
+    """Names of the limited resources of which `cost` takes more than its limit."""
+    return [name for name, limit in limits.items() if getattr(cost, name) > limit]
+
+
+def _round_up(share: float) -> float:
+    return math.ceil(share * 1000) / 1000

@@ -1,0 +1,274 @@
+"""What a spec costs: parameters, multiply-accumulates, activation and file bytes, per block and in total. No torch.
+
+`macs` counts linears, convolutions and both attention products at batch 1, and the batched products of token steps and
+gates; no norms, softmax, biases. `flops == 2 * macs`. For a network with gates it is the worst case, all open.
+The formulas of one part take plain numbers, or tensors in a search.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .spec import (
+    Attention,
+    BlockTokens,
+    ConvStem,
+    Merge,
+    Mlp,
+    ModelSpec,
+    Similarity,
+    T2TPerformer,
+    Tokens,
+    token_walk,
+)
+
+FLOAT_BYTES = 4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockCost:
+    """Cost of one block. tokens: at its entry and at its exit, prefix tokens included."""
+
+    index: int
+    tokens_in: int
+    tokens_out: int
+    attention_macs: int
+    mlp_macs: int
+    step_macs: int
+    macs: int
+    attention_params: int
+    mlp_params: int
+    params: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cost:
+    """Cost of a network at batch 1, float32. activation_bytes: the estimated peak of the largest moment.
+
+    memory_bytes: weights plus peak activations.
+    """
+
+    params: int
+    macs: int
+    activation_bytes: int
+    file_bytes: int
+    stem_macs: int
+    stem_params: int
+    head_macs: int
+    head_params: int
+    blocks: tuple[BlockCost, ...]
+
+    @property
+    def flops(self) -> int:
+        """Two operations for each multiply-accumulate."""
+        return 2 * self.macs
+
+    @property
+    def memory_bytes(self) -> int:
+        return self.file_bytes + self.activation_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, with the derived ones."""
+        return {**asdict(self), "flops": self.flops, "memory_bytes": self.memory_bytes}
+
+
+def linear_macs(tokens: Any, inputs: Any, outputs: Any, rank: Any = None) -> Any:
+    """MACs of a linear on `tokens` tokens; rank: of its two factors, None for dense."""
+    return tokens * inputs * outputs if rank is None else tokens * rank * (inputs + outputs)
+
+
+def attention_macs(heads: Any, qk_dim: Any, v_dim: Any, *, tokens: int, width: int, queries: int | None = None) -> Any:
+    """MACs of one attention half: projections and both products.
+
+    tokens: keys and values, prefix included.  queries: tokens that ask and go on; None: all.
+    """
+    queries = tokens if queries is None else queries
+    project = tokens * width * heads * (qk_dim + v_dim) + queries * width * heads * (qk_dim + v_dim)
+    attend = queries * tokens * heads * (qk_dim + v_dim)
+    return project + attend
+
+
+def mlp_macs(
+    hidden: Any, *, tokens: int, width: int, kind: str = "gelu", fc1_rank: Any = None, fc2_rank: Any = None
+) -> Any:
+    """MACs of one MLP half; a gated kind (`swiglu`) has two first linears."""
+    first = 2 * hidden if kind == "swiglu" else hidden
+    return linear_macs(tokens, width, first, fc1_rank) + linear_macs(tokens, hidden, width, fc2_rank)
+
+
+def similarity_macs(patches: int, keep: int, width: int) -> int:
+    """MACs of one similarity merge: scores between the two sets, and a one-hot product for the merged ones."""
+    sources, targets = patches - patches // 2, patches // 2
+    return sources * targets * width + (patches - keep) * targets * (width + 1)
+
+
+def attention_params(a: Attention, width: int) -> int:
+    """Parameters of one attention half with its norm, LayerScale and gate."""
+    inner_qk, inner_v = a.heads * a.qk_dim, a.heads * a.v_dim
+    weights = width * (2 * inner_qk + 2 * inner_v)
+    biases = inner_qk * (a.q_bias + a.k_bias) + inner_v * a.v_bias + width * a.out_bias
+    norms = {"none": 0, "rms": 2, "layer": 4}[a.qk_norm] * a.qk_dim
+    return weights + biases + norms + _half_extras(a, width)
+
+
+def mlp_params(m: Mlp, width: int) -> int:
+    """Parameters of one MLP half with its norm, LayerScale and gate."""
+    first = 2 * m.hidden if m.kind == "swiglu" else m.hidden
+    weights = linear_macs(1, width, first, m.fc1_rank) + linear_macs(1, m.hidden, width, m.fc2_rank)
+    return int(weights + first * m.fc1_bias + width * m.fc2_bias + _half_extras(m, width))
+
+
+def _half_extras(half: Attention | Mlp, width: int) -> int:
+    return 2 * width + width * half.layer_scale + (2 * width + 2) * half.gate
+
+
+def params(spec: ModelSpec) -> int:
+    """Parameters of the built network, fixed tables included."""
+    return cost(spec).params
+
+
+def macs(spec: ModelSpec) -> int:
+    """Multiply-accumulates at batch 1 and the spec's image size."""
+    return cost(spec).macs
+
+
+def cost(model: Any) -> Cost:
+    """Cost of a spec, a config, or anything with a `.spec`."""
+    spec: ModelSpec = model if isinstance(model, ModelSpec) else model.spec
+    blocks = tuple(_block(spec, i, tokens) for i, tokens in enumerate(token_walk(spec)))
+    stem_macs, stem_params = _stem(spec)
+    head_macs, head_params = _head(spec)
+    total_params = stem_params + head_params + sum(block.params for block in blocks)
+    return Cost(
+        params=total_params,
+        macs=stem_macs + head_macs + sum(block.macs for block in blocks),
+        activation_bytes=FLOAT_BYTES * _peak_numbers(spec),
+        file_bytes=FLOAT_BYTES * total_params,
+        stem_macs=stem_macs,
+        stem_params=stem_params,
+        head_macs=head_macs,
+        head_params=head_params,
+        blocks=blocks,
+    )
+
+
+def _block(spec: ModelSpec, index: int, tokens: BlockTokens) -> BlockCost:
+    block, width = spec.blocks[index], spec.width
+    attention = attention_par = mlp = mlp_par = 0
+    if (a := block.attention) is not None:
+        attention = attention_macs(
+            a.heads, a.qk_dim, a.v_dim, tokens=tokens.keys.count, width=width, queries=tokens.queries.count
+        )
+        attention += 2 * width * a.gate
+        attention_par = attention_params(a, width)
+    if (m := block.mlp) is not None:
+        mlp = mlp_macs(
+            m.hidden, tokens=tokens.mlp.count, width=width, kind=m.kind, fc1_rank=m.fc1_rank, fc2_rank=m.fc2_rank
+        )
+        mlp += 2 * width * m.gate
+        mlp_par = mlp_params(m, width)
+    steps = sum(
+        similarity_macs(before.patches, step.keep, width)
+        for step, before in zip(block.steps, tokens.before, strict=True)
+        if isinstance(step, Similarity)
+    )
+    step_par = sum(width for step in block.steps if isinstance(step, Merge) and step.weight == "learned")
+    return BlockCost(
+        index=index,
+        tokens_in=tokens.enter.count,
+        tokens_out=tokens.leave.count,
+        attention_macs=attention,
+        mlp_macs=mlp,
+        step_macs=steps,
+        macs=attention + mlp + steps,
+        attention_params=attention_par,
+        mlp_params=mlp_par,
+        params=attention_par + mlp_par + step_par,
+    )
+
+
+def _t2t_stages(spec: ModelSpec) -> list[tuple[int, int]]:
+    """Tokens and their width in the two transformer stages of a tokens-to-token stem."""
+    assert not isinstance(spec.stem, ConvStem)
+    h, w = spec.image_px
+    return [((h // 4) * (w // 4), spec.channels * 49), ((h // 8) * (w // 8), spec.stem.token_dim * 9)]
+
+
+def _stem(spec: ModelSpec) -> tuple[int, int]:
+    """MACs and parameters in front of the blocks: stem, prefix tokens, position table, first norm."""
+    rows, cols = spec.grid
+    rest = spec.width * (len(spec.prefix) + spec.position_rows + 2 * spec.pre_norm)
+    if isinstance(spec.stem, ConvStem):
+        weights = spec.channels * math.prod(spec.patch_px) * spec.width
+        return rows * cols * weights, weights + spec.width * spec.stem.bias + rest
+    e = spec.stem.token_dim
+    macs_, params_ = rows * cols * 9 * e * spec.width, 9 * e * spec.width + spec.width + rest
+    for tokens, d in _t2t_stages(spec):
+        macs_ += tokens * (3 * d * e + 3 * e * e)
+        params_ += 3 * d * e + 3 * e * e + 3 * e + 2 * d + 2 * e
+        if isinstance(spec.stem, T2TPerformer):
+            m = spec.stem.features
+            macs_ += tokens * (4 * e * m + m)
+            params_ += 3 * e + m * e
+        else:
+            macs_ += 2 * tokens * tokens * e
+    return macs_, params_
+
+
+def _head(spec: ModelSpec) -> tuple[int, int]:
+    """MACs and parameters behind the blocks: norms, pooling, classifiers."""
+    d, leave = spec.width, _last_tokens(spec)
+    total, number = 0, 2 * d * (spec.final_norm + spec.pool_norm)
+    if spec.pool.kind == "map":
+        assert spec.pool.hidden is not None
+        hidden = spec.pool.hidden
+        total += d * d + leave.count * 2 * d * d + 2 * leave.count * d + d * d + 2 * d * hidden
+        number += d + 4 * d * d + 4 * d + 2 * d + 2 * d * hidden + hidden + d
+    for output in spec.outputs:
+        weights = linear_macs(1, d * len(output.reads), output.classes, output.rank)
+        total += weights
+        number += weights + output.classes * output.bias
+    return total, number
+
+
+def _last_tokens(spec: ModelSpec) -> Tokens:
+    rows, cols = spec.grid
+    start = Tokens(prefix=len(spec.prefix), patches=rows * cols, grid=spec.grid)
+    walk = token_walk(spec)
+    return walk[-1].leave if walk else start
+
+
+def _peak_numbers(spec: ModelSpec) -> int:
+    """Numbers alive in the widest moment: `N*D` of the stream kept, plus the widest of the half that runs."""
+    d, (rows, cols) = spec.width, spec.grid
+    count = rows * cols + len(spec.prefix)
+    if isinstance(spec.stem, ConvStem):
+        moments = [spec.channels * math.prod(spec.image_px) + count * d]
+    else:
+        tokens, width = _t2t_stages(spec)[0]
+        moments = [tokens * (width + 3 * spec.stem.token_dim)]
+    for block, at in zip(spec.blocks, token_walk(spec), strict=True):
+        if (a := block.attention) is not None:
+            n = at.keys.count
+            moments.append(n * d + n * d + n * a.heads * (2 * a.qk_dim + 2 * a.v_dim))
+        if (m := block.mlp) is not None:
+            n = at.mlp.count
+            moments.append(n * d + n * d + 2 * n * m.hidden)
+    return max(moments)
+
+
+__all__ = [
+    "BlockCost",
+    "Cost",
+    "attention_macs",
+    "attention_params",
+    "cost",
+    "linear_macs",
+    "macs",
+    "mlp_macs",
+    "mlp_params",
+    "params",
+    "similarity_macs",
+]

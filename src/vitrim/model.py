@@ -1,0 +1,699 @@
+"""The one Vision Transformer: built from a spec and nothing else.
+
+With `spec.py`, `tokens.py` and `artifact.py` this is the whole runtime: it needs torch and safetensors only.
+
+Shapes: B batch, N tokens with prefix, P prefix tokens, D width, H heads, Q query/key dims, V value dims, M MLP hidden.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from . import tokens as merging
+from .errors import SpecError, did_you_mean
+from .spec import (
+    Attention as AttentionSpec,
+)
+from .spec import (
+    Block as BlockSpec,
+)
+from .spec import (
+    BlockTokens,
+    Config,
+    ConvStem,
+    Merge,
+    ModelSpec,
+    Output,
+    Prefix,
+    Selection,
+    Similarity,
+    Step,
+    token_walk,
+)
+from .spec import (
+    Mlp as MlpSpec,
+)
+
+Rows = Sequence[Tensor | None]
+"""One tensor, or None, for each block."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Soft:
+    """Multiplicative tensors of a search, differentiable; 0 and 1 give the masked twin of a cut network.
+
+    Each field is None or has one entry for each block, None or a tensor: `block`, `attention`, `mlp` scalar or [B]
+    (the last two scale a half's update; `block` gives X + g * (Block(X) - X)); `heads` [H] head outputs; `qk` [H, Q]
+    queries after their bias; `v` [H, V]; `hidden` [M] after the activation or product; `fc1_rank`, `fc2_rank` [R]
+    after the first factor.
+    """
+
+    block: Rows | None = None
+    attention: Rows | None = None
+    mlp: Rows | None = None
+    heads: Rows | None = None
+    qk: Rows | None = None
+    v: Rows | None = None
+    hidden: Rows | None = None
+    fc1_rank: Rows | None = None
+    fc2_rank: Rows | None = None
+
+    def of(self, index: int) -> dict[str, Tensor]:
+        """The tensors of one block, by field."""
+        found = {}
+        for name in self.__slots__:
+            rows = getattr(self, name)
+            if rows is not None and rows[index] is not None:
+                found[name] = rows[index]
+        return found
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gates:
+    """How gate decisions arise.
+
+    policy: `image` decides for each image, `group` for images with equal entries of `groups` [B], `batch` for all at
+    once, `open` runs everything. noise: two tensors [B, 2] a block (attention, MLP) are drawn from it by the caller and
+    added to the logits: a sequence over blocks. straight_through: hard decisions forward, soft ones backward.
+    """
+
+    policy: str = "image"
+    groups: Tensor | None = None
+    noise: Sequence[tuple[Tensor, Tensor] | None] | None = None
+    temperature: float = 1.0
+    straight_through: bool = False
+
+    def __post_init__(self) -> None:
+        if self.policy not in ("image", "group", "batch", "open"):
+            raise SpecError(f"gates: policy={self.policy!r}; expected image, group, batch or open.")
+        if (self.policy == "group") != (self.groups is not None):
+            raise SpecError("gates: groups [B] belong to policy 'group', and only there.")
+
+    def decide(self, logits: Tensor, noise: Tensor | None) -> Tensor:
+        """Share of the update that passes.  logits: B 2, skip and run -> B."""
+        if self.policy == "open":
+            return torch.ones_like(logits[:, 0])
+        if noise is not None:
+            logits = logits + noise
+        if self.policy == "batch":
+            logits = logits.mean(0, keepdim=True).expand_as(logits)
+        elif self.groups is not None:
+            same = (self.groups[:, None] == self.groups[None, :]).to(logits.dtype)  # B B
+            logits = same @ logits / same.sum(1, keepdim=True)
+        soft = torch.softmax(logits / self.temperature, dim=-1)[:, 1]
+        hard = (logits[:, 1] >= logits[:, 0]).to(soft.dtype)
+        return hard + soft - soft.detach() if self.straight_through else hard
+
+
+class Stream(NamedTuple):
+    """The residual stream between blocks. x: B N D, prefix tokens first. sizes: B patches, None while all are 1.
+
+    bias: whether attention adds log sizes from here on. history: merges so far.
+    """
+
+    x: Tensor
+    prefix: int
+    grid: tuple[int, int] | None
+    sizes: Tensor | None = None
+    bias: bool = False
+    history: tuple[merging.Undo, ...] = ()
+
+
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "relu": F.relu,
+    "silu": F.silu,
+}
+
+
+def _spread(scale: Tensor) -> Tensor:
+    """A scalar or one number an image, ready to multiply B N D."""
+    return scale.reshape(-1, 1, 1)
+
+
+class Half(nn.Module):
+    """What both halves of a block share: LayerScale and the gate."""
+
+    def __init__(self, width: int, spec: AttentionSpec | MlpSpec) -> None:
+        super().__init__()
+        if spec.layer_scale:
+            self.gamma = nn.Parameter(torch.empty(width))
+        else:
+            self.register_parameter("gamma", None)
+        self.gate = nn.Linear(width, 2) if spec.gate else None
+
+    def scaled(self, update: Tensor) -> Tensor:
+        """The update with LayerScale.  B N D."""
+        return update if self.gamma is None else update * self.gamma
+
+    def decision(self, x: Tensor, gates: Gates, noise: Tensor | None) -> Tensor | None:
+        """Decisions from the mean token of the half's normalised input.  x: B N D -> B, or None without a gate."""
+        return None if self.gate is None else gates.decide(self.gate(x.mean(1)), noise)
+
+
+class Attention(Half):
+    """Multi-head attention with free query/key and value widths and an explicit scale."""
+
+    def __init__(self, width: int, spec: AttentionSpec, eps: float) -> None:
+        super().__init__(width, spec)
+        self.spec = spec
+        inner_qk, inner_v = spec.heads * spec.qk_dim, spec.heads * spec.v_dim
+        self.qkv = nn.Parameter(torch.empty(2 * inner_qk + inner_v, width))  # rows: all q heads, all k, all v
+        for name, has, size in (
+            ("q_bias", spec.q_bias, inner_qk),
+            ("k_bias", spec.k_bias, inner_qk),
+            ("v_bias", spec.v_bias, inner_v),
+        ):
+            self.register_parameter(name, nn.Parameter(torch.empty(size)) if has else None)
+        self.out = nn.Linear(inner_v, width, bias=spec.out_bias)
+        self.q_norm = _head_norm(spec, eps)
+        self.k_norm = _head_norm(spec, eps)
+        self.pad: bool | None = None
+
+    def _bias(self) -> Tensor | None:
+        if self.q_bias is None and self.k_bias is None and self.v_bias is None:
+            return None
+        inner_qk = self.spec.heads * self.spec.qk_dim
+        sizes = (inner_qk, inner_qk, self.spec.heads * self.spec.v_dim)
+        found = (self.q_bias, self.k_bias, self.v_bias)
+        return torch.cat(
+            [self.qkv.new_zeros(n) if bias is None else bias for bias, n in zip(found, sizes, strict=True)]
+        )
+
+    def qkv_heads(self, x: Tensor, queries: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys after their norms, and values.  B N D -> B H N Q, B H N Q, B H N V.
+
+        queries: only the first so many tokens ask; None: all.
+        """
+        s = self.spec
+        inner_qk = s.heads * s.qk_dim
+        bias = self._bias()
+        if queries is None:
+            q, k, v = F.linear(x, self.qkv, bias).split([inner_qk, inner_qk, s.heads * s.v_dim], dim=-1)
+        else:
+            q = F.linear(x[:, :queries], self.qkv[:inner_qk], None if bias is None else bias[:inner_qk])
+            rest = F.linear(x, self.qkv[inner_qk:], None if bias is None else bias[inner_qk:])
+            k, v = rest.split([inner_qk, s.heads * s.v_dim], dim=-1)
+        q = self.q_norm(_split_heads(q, s.heads))
+        k = self.k_norm(_split_heads(k, s.heads))
+        return q, k, _split_heads(v, s.heads)
+
+    def forward(
+        self, x: Tensor, *, queries: int | None = None, bias: Tensor | None = None, soft: Mapping[str, Tensor]
+    ) -> Tensor:
+        """The half's update.  x: B N D normalised; bias: B 1 1 N added to the scores -> B N D."""
+        q, k, v = self.qkv_heads(x, queries)
+        if "qk" in soft:
+            q = q * soft["qk"][:, None, :]
+        if "v" in soft:
+            v = v * soft["v"][:, None, :]
+        y = self._attend(q, k, v, bias)  # B H N V
+        if "heads" in soft:
+            y = y * soft["heads"][:, None, None]
+        return self.scaled(self.out(y.transpose(1, 2).flatten(2)))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        qk_dim, v_dim = self.spec.qk_dim, self.spec.v_dim
+        if qk_dim != v_dim and self.pad is not False:  # fused kernels want equal widths; zeros change nothing
+            wide = max(qk_dim, v_dim)
+            q, k, v = (F.pad(t, (0, wide - t.shape[-1])) for t in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.spec.scale)
+        return y[..., :v_dim]
+
+
+class Mlp(Half):
+    """Two linears, each dense or in two factors, and an activation or a gated product."""
+
+    def __init__(self, width: int, spec: MlpSpec) -> None:
+        super().__init__(width, spec)
+        self.spec = spec
+        rows = 2 * spec.hidden if spec.kind == "swiglu" else spec.hidden
+        self.fc1a = None if spec.fc1_rank is None else nn.Linear(width, spec.fc1_rank, bias=False)
+        self.fc1 = nn.Linear(spec.fc1_rank or width, rows, bias=spec.fc1_bias)
+        self.fc2a = None if spec.fc2_rank is None else nn.Linear(spec.hidden, spec.fc2_rank, bias=False)
+        self.fc2 = nn.Linear(spec.fc2_rank or spec.hidden, width, bias=spec.fc2_bias)
+
+    def units(self, x: Tensor, soft: Mapping[str, Tensor]) -> Tensor:
+        """Hidden units after the activation or product.  B N D -> B N M."""
+        if self.fc1a is not None:
+            x = self.fc1a(x)
+            if "fc1_rank" in soft:
+                x = x * soft["fc1_rank"]
+        x = self.fc1(x)
+        if self.spec.kind == "swiglu":
+            gate, value = x.chunk(2, dim=-1)
+            x = F.silu(gate) * value
+        else:
+            x = ACTIVATIONS[self.spec.kind](x)
+        return x * soft["hidden"] if "hidden" in soft else x
+
+    def forward(self, x: Tensor, *, soft: Mapping[str, Tensor]) -> Tensor:
+        """The half's update.  x: B N D normalised -> B N D."""
+        x = self.units(x, soft)
+        if self.fc2a is not None:
+            x = self.fc2a(x)
+            if "fc2_rank" in soft:
+                x = x * soft["fc2_rank"]
+        return self.scaled(self.fc2(x))
+
+
+class TokenStep(nn.Module):
+    """One token step of a block; holds the channel gate of a learned merge."""
+
+    def __init__(self, step: Step, width: int, *, length: int) -> None:
+        super().__init__()
+        self.step = step
+        self.length = length  # columns, rows or patch tokens that it finds at the spec's own image size
+        learned = isinstance(step, Merge) and step.weight == "learned"
+        self.register_parameter("gate", nn.Parameter(torch.empty(width)) if learned else None)
+
+    def keep(self, n: int) -> int:
+        """How many of `n` remain; at another image size the same share goes."""
+        assert not isinstance(self.step, Prefix)
+        if n == self.length:
+            return self.step.keep
+        removed = self.length - self.step.keep
+        return n - (n // 2 if removed == self.length // 2 else min(n // 2, round(removed * n / self.length)))
+
+    def forward(self, stream: Stream) -> Stream:
+        step = self.step
+        if isinstance(step, Prefix):
+            return stream._replace(x=stream.x[:, : stream.prefix], grid=None, sizes=None, bias=False)
+        head, patches = stream.x[:, : stream.prefix], stream.x[:, stream.prefix :]
+        sizes = patches.new_ones(patches.shape[:2]) if stream.sizes is None else stream.sizes
+        if isinstance(step, Similarity):
+            n = patches.shape[1]
+            if self.keep(n) == n:
+                return stream
+            merged = merging.merge_similar(patches, sizes, keep=self.keep(n))
+        else:
+            assert stream.grid is not None
+            n = stream.grid[1] if step.axis == "h" else stream.grid[0]
+            if self.keep(n) == n:
+                return stream
+            merged = merging.merge_lattice(
+                patches,
+                sizes,
+                grid=stream.grid,
+                axis=step.axis,
+                keep=self.keep(n),
+                weight=step.weight,
+                tau=step.tau,
+                gate=self.gate,
+            )
+        return stream._replace(
+            x=torch.cat([head, merged.x], dim=1),
+            grid=merged.undo.grid,
+            sizes=merged.sizes,
+            bias=stream.bias or step.proportional,
+            history=(*stream.history, merged.undo),
+        )
+
+
+class Block(nn.Module):
+    """Attention and MLP, either possibly gone, with the token steps between them."""
+
+    def __init__(self, spec: BlockSpec, width: int, eps: float, at: BlockTokens) -> None:
+        super().__init__()
+        self.spec = spec
+        if spec.attention is not None:
+            self.norm1 = nn.LayerNorm(width, eps=eps)
+            self.attention = Attention(width, spec.attention, eps)
+        if spec.mlp is not None:
+            self.norm2 = nn.LayerNorm(width, eps=eps)
+            self.mlp = Mlp(width, spec.mlp)
+        self.steps = nn.ModuleList()
+        for step, before in zip(spec.steps, at.before, strict=True):
+            length = before.patches
+            if isinstance(step, Merge):
+                assert before.grid is not None
+                length = before.grid[1] if step.axis == "h" else before.grid[0]
+            self.steps.append(TokenStep(step, width, length=length))
+
+    def _step(self, stream: Stream, at: str) -> Stream:
+        for module in self.steps:
+            assert isinstance(module, TokenStep)
+            if module.step.at == at and not isinstance(module.step, Prefix):
+                stream = module(stream)
+        return stream
+
+    def prefix_step(self) -> TokenStep | None:
+        """The step after which only prefix tokens go on, if this block has one."""
+        return next((m for m in self.steps if isinstance(m, TokenStep) and isinstance(m.step, Prefix)), None)
+
+    def forward(
+        self,
+        stream: Stream,
+        soft: Mapping[str, Tensor] | None = None,
+        gates: Gates | None = None,
+        noise: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Stream, dict[str, Any]]:
+        """One block.  Gives the stream after it, and what taps may want: `mid`, `block` (streams), `decisions`."""
+        soft, gates = soft or {}, gates or Gates(policy="open")
+        if "block" in soft and any(step.at != "end" for step in self.spec.steps):
+            raise SpecError("soft.block on a block with token steps at its start or middle; scale its halves instead.")
+        seen: dict[str, Any] = {"decisions": [None, None]}
+        stream = self._step(stream, "start")
+        entry = stream.x
+        tail = self.prefix_step()
+        whole = stream
+        if tail is not None:
+            stream = tail(stream)
+        if self.spec.attention is not None:
+            normed = self.norm1(whole.x)
+            update = self.attention(
+                normed, queries=None if tail is None else whole.prefix, bias=_size_bias(whole), soft=soft
+            )
+            decision = self.attention.decision(normed, gates, None if noise is None else noise[0])
+            seen["decisions"][0] = decision
+            stream = stream._replace(x=stream.x + _weighed(update, soft.get("attention"), decision))
+        seen["mid"] = stream
+        stream = self._step(stream, "mid")
+        if self.spec.mlp is not None:
+            normed = self.norm2(stream.x)
+            decision = self.mlp.decision(normed, gates, None if noise is None else noise[1])
+            seen["decisions"][1] = decision
+            update = self.mlp(normed, soft=soft)
+            stream = stream._replace(x=stream.x + _weighed(update, soft.get("mlp"), decision))
+        if "block" in soft:
+            stream = stream._replace(x=entry + _spread(soft["block"]) * (stream.x - entry))
+        seen["block"] = stream
+        return self._step(stream, "end"), seen
+
+
+def _weighed(update: Tensor, scale: Tensor | None, decision: Tensor | None) -> Tensor:
+    if scale is not None:
+        update = update * _spread(scale)
+    return update if decision is None else update * _spread(decision).to(update.dtype)
+
+
+def _size_bias(stream: Stream) -> Tensor | None:
+    """log of the token sizes as scores' bias: B 1 1 N; prefix tokens count as 1."""
+    if not stream.bias or stream.sizes is None:
+        return None
+    return F.pad(stream.sizes.log(), (stream.prefix, 0))[:, None, None, :].to(stream.x.dtype)
+
+
+def _split_heads(x: Tensor, heads: int) -> Tensor:  # B N (H E) -> B H N E
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def _head_norm(spec: AttentionSpec, eps: float) -> nn.Module:
+    if spec.qk_norm == "none":
+        return nn.Identity()
+    return nn.LayerNorm(spec.qk_dim, eps=eps) if spec.qk_norm == "layer" else nn.RMSNorm(spec.qk_dim, eps=eps)
+
+
+class ConvPatches(nn.Module):
+    """Patches by one strided convolution."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        assert isinstance(spec.stem, ConvStem)
+        self.proj = nn.Conv2d(
+            spec.channels, spec.width, kernel_size=spec.patch_px, stride=spec.patch_px, bias=spec.stem.bias
+        )
+
+    def forward(self, x: Tensor) -> Tensor:  # B C h w -> B patches D
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class MapPool(nn.Module):
+    """Attention pooling with one learned query, as SigLIP has it. Costed, never cut."""
+
+    def __init__(self, width: int, heads: int, hidden: int, eps: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.latent = nn.Parameter(torch.empty(width))
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(width, 2 * width)
+        self.out = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width, eps=eps)
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:  # B N D -> B D
+        q = self.q(self.latent).expand(x.shape[0], 1, -1)
+        k, v = self.kv(x).chunk(2, dim=-1)
+        q, k, v = (_split_heads(t, self.heads) for t in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5)
+        y = self.out(y.transpose(1, 2).flatten(2))
+        return (y + self.fc2(F.gelu(self.fc1(self.norm(y)))))[:, 0]
+
+
+class Vit(nn.Module):
+    """A Vision Transformer as its spec says it.
+
+    selection: how its weights were cut. provenance: where it comes from, as plain JSON values.
+    pad_heads: zero-pad the narrower of query/key and value heads inside attention (None: yes), exact either way.
+    grad_checkpoint: recompute blocks in the backward pass.
+    """
+
+    def __init__(
+        self, config: Config, *, selection: Selection | None = None, provenance: Mapping[str, Any] | None = None
+    ) -> None:
+        super().__init__()
+        spec = config.spec
+        if not isinstance(spec.stem, ConvStem):
+            raise SpecError("stem: tokens-to-token stems can be costed, not built yet; use a model with a conv stem.")
+        self.config = config
+        self.selection = selection or Selection()
+        self.provenance: dict[str, Any] = dict(provenance or {})
+        self.grad_checkpoint = False
+        self.stem = ConvPatches(spec)
+        self.register_parameter(
+            "prefix", nn.Parameter(torch.empty(len(spec.prefix), spec.width)) if spec.prefix else None
+        )
+        table = None
+        if spec.position.kind != "none":
+            table = nn.Parameter(
+                torch.empty(spec.position_rows, spec.width), requires_grad=spec.position.kind == "learned"
+            )
+        self.register_parameter("position", table)
+        self.pre_norm = _norm(spec, spec.pre_norm)
+        self.blocks = nn.ModuleList(
+            Block(block, spec.width, spec.norm_eps, at) for block, at in zip(spec.blocks, token_walk(spec), strict=True)
+        )
+        self.norm = _norm(spec, spec.final_norm)
+        if spec.pool.kind == "map":
+            assert spec.pool.heads is not None
+            assert spec.pool.hidden is not None
+            self.pool = MapPool(spec.width, spec.pool.heads, spec.pool.hidden, spec.norm_eps)
+        self.pool_norm = _norm(spec, spec.pool_norm)
+        self.heads = nn.ModuleDict()
+        for output in spec.outputs:
+            inputs = spec.width * len(output.reads)
+            if output.rank is not None:
+                self.heads[f"{output.name}_a"] = nn.Linear(inputs, output.rank, bias=False)
+            self.heads[output.name] = nn.Linear(output.rank or inputs, output.classes, bias=output.bias)
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.config.spec
+
+    @property
+    def pad_heads(self) -> bool | None:
+        """Whether heads of unequal widths are padded; settable."""
+        return next((b.attention.pad for b in self.blocks if b.spec.attention is not None), None)  # type: ignore[union-attr]
+
+    @pad_heads.setter
+    def pad_heads(self, value: bool | None) -> None:
+        for block in self.blocks:
+            if block.spec.attention is not None:  # type: ignore[union-attr]
+                block.attention.pad = value  # type: ignore[union-attr]
+
+    def embed(self, x: Tensor) -> Stream:
+        """Images to the stream that enters the first block.  x: B C h w."""
+        spec = self.spec
+        if x.dim() != 4 or x.shape[1] != spec.channels:
+            raise SpecError(f"input of shape {tuple(x.shape)}; expected [batch, {spec.channels}, height, width].")
+        (h, w), (ph, pw) = x.shape[-2:], spec.patch_px
+        if h % ph or w % pw or not h or not w:
+            raise SpecError(
+                f"image of {h} x {w} px; expected multiples of the patch, {ph} x {pw} px (the model's own size is "
+                f"{spec.image_px[0]} x {spec.image_px[1]}). Resize or pad the images."
+            )
+        grid = (h // ph, w // pw)
+        x = self.stem(x)
+        table = None if self.position is None else self._positions(grid)
+        inside = len(spec.prefix) if spec.position.prefix_rows else 0
+        if table is not None and not inside:
+            x = x + table
+        if self.prefix is not None:
+            x = torch.cat([self.prefix.to(x.dtype).expand(x.shape[0], -1, -1), x], dim=1)
+        if table is not None and inside:
+            x = x + table
+        return Stream(self.pre_norm(x), len(spec.prefix), grid)
+
+    def _positions(self, grid: tuple[int, int]) -> Tensor:
+        position = self.spec.position
+        assert self.position is not None
+        if grid == position.grid:
+            return self.position
+        rows = len(self.spec.prefix) if position.prefix_rows else 0
+        if position.resize == "rebuild_1d":
+            return sinusoids(rows + grid[0] * grid[1], self.spec.width).to(self.position)
+        head, table = self.position[:rows], self.position[rows:]
+        lattice = table.float().T.reshape(1, -1, *position.grid) if table.dtype != torch.float64 else None
+        if lattice is None:
+            lattice = table.T.reshape(1, -1, *position.grid)
+        resized = F.interpolate(
+            lattice, size=grid, mode="bicubic", antialias=position.resize == "bicubic_antialias", align_corners=False
+        )
+        return torch.cat([head, resized.flatten(2)[0].T.to(table.dtype)])
+
+    def forward(
+        self, x: Tensor, soft: Soft | None = None, gates: Gates | None = None, want: Sequence[str] | None = None
+    ) -> Any:
+        """Logits [B, classes] (the mean of several classifiers), or pooled features [B, D] of an encoder.
+
+        want: names of what to return instead, as a dict: `logits`, `outputs` (dict by classifier), `pooled` [B, D],
+        `tokens` [B, N, D] after the final norm, `decisions` (per block, attention's and MLP's, [B] or None), and with
+        a block's number `block:i` [B, N, D] after its MLP, `mid:i` after its attention, `map:i` [B, D, h, w], restored.
+        """
+        taps = _taps(want, len(self.blocks))
+        gates = gates or Gates(policy="image" if self.config.gate_policy == "group" else self.config.gate_policy)
+        stream = self.embed(x)
+        lattice = stream.grid
+        found: dict[str, Any] = {}
+        decisions = []
+        for i, block in enumerate(self.blocks):
+            arguments = (
+                stream,
+                None if soft is None else soft.of(i),
+                gates,
+                None if gates.noise is None else gates.noise[i],
+            )
+            if self.grad_checkpoint and torch.is_grad_enabled():
+                stream, seen = checkpoint(block, *arguments, use_reentrant=False)
+            else:
+                stream, seen = block(*arguments)
+            decisions.append(tuple(seen["decisions"]))
+            for name in taps.get(i, ()):
+                found[f"{name}:{i}"] = _map(seen["block"], lattice) if name == "map" else seen[name].x
+        tokens = self.norm(stream.x)
+        pooled = self._pooled(stream, tokens)
+        outputs = {output.name: self._classify(output, stream, tokens, pooled) for output in self.spec.outputs}
+        logits = torch.stack(list(outputs.values())).mean(0) if len(outputs) > 1 else next(iter(outputs.values()), None)
+        result = pooled if logits is None else logits
+        if want is None:
+            return result
+        found.update(logits=result, outputs=outputs, pooled=pooled, tokens=tokens, decisions=tuple(decisions))
+        return {name: found[name] for name in want}
+
+    def _pooled(self, stream: Stream, tokens: Tensor) -> Tensor:
+        kind = self.spec.pool.kind
+        if kind == "none":
+            return self.pool_norm(tokens)
+        if kind == "cls":
+            return self.pool_norm(tokens[:, self.spec.prefix.index("cls")])
+        if kind == "map":
+            return self.pool_norm(self.pool(tokens))
+        return self.pool_norm(self._mean(stream, tokens))
+
+    def _mean(self, stream: Stream, tokens: Tensor) -> Tensor:
+        patches = tokens[:, stream.prefix :]
+        if stream.bias and stream.sizes is not None:
+            return (patches * stream.sizes[:, :, None]).sum(1) / stream.sizes.sum(1, keepdim=True)
+        return patches.mean(1)
+
+    def _classify(self, output: Output, stream: Stream, tokens: Tensor, pooled: Tensor) -> Tensor:
+        parts = []
+        for read in output.reads:
+            if read == "pool":
+                parts.append(pooled)
+            elif read == "mean":
+                parts.append(self._mean(stream, tokens))
+            else:
+                parts.append(tokens[:, self.spec.prefix.index(read)])  # type: ignore[arg-type]
+        x = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        if output.rank is not None:
+            x = self.heads[f"{output.name}_a"](x)
+        return self.heads[output.name](x)
+
+    def outputs(self, x: Tensor) -> dict[str, Tensor]:
+        """Logits of each classifier by name."""
+        return self(x, want=("outputs",))["outputs"]
+
+    def features(self, x: Tensor, taps: Sequence[int], restore: bool = True) -> list[Tensor]:
+        """Streams after the given blocks: maps [B, D, rows, cols] on the input's lattice, or tokens [B, N, D]."""
+        name = "map" if restore else "block"
+        found = self(x, want=tuple(f"{name}:{i}" for i in taps))
+        return [found[f"{name}:{i}"] for i in taps]
+
+
+WANTS = ("logits", "outputs", "pooled", "tokens", "decisions")
+
+
+def _taps(want: Sequence[str] | None, blocks: int) -> dict[int, list[str]]:
+    found: dict[int, list[str]] = {}
+    for name in want or ():
+        if name in WANTS:
+            continue
+        kind, _, number = name.partition(":")
+        if kind not in ("block", "mid", "map") or not number.isdigit():
+            raise SpecError(
+                f"want={name!r}{did_you_mean(name, WANTS)}; expected {', '.join(WANTS)}, or block:i, mid:i, map:i."
+            )
+        if int(number) >= blocks:
+            raise SpecError(f"want={name!r}; the model has blocks 0 to {blocks - 1}.")
+        found.setdefault(int(number), []).append(kind)
+    return found
+
+
+def _map(stream: Stream, lattice: tuple[int, int] | None) -> Tensor:
+    assert lattice is not None
+    patches = stream.x[:, stream.prefix :]
+    if not patches.shape[1]:
+        raise SpecError("a map was asked for after a prefix step, which leaves no patch tokens; take an earlier block.")
+    return merging.restore(patches, stream.history).transpose(1, 2).unflatten(-1, lattice)
+
+
+def _norm(spec: ModelSpec, wanted: bool) -> nn.Module:
+    return nn.LayerNorm(spec.width, eps=spec.norm_eps) if wanted else nn.Identity()
+
+
+def sinusoids(rows: int, width: int) -> Tensor:
+    """The fixed 1-D table of T2T-ViT: sine at even, cosine at odd columns.  rows x D, float64 inside."""
+    columns = torch.arange(width)
+    rates = torch.pow(10000.0, -2.0 * torch.div(columns, 2, rounding_mode="floor").double() / width)
+    angles = torch.arange(rows).double()[:, None] * rates
+    return torch.where(columns % 2 == 0, angles.sin(), angles.cos()).float()
+
+
+def initialise(model: Vit) -> None:
+    """Random weights as DeiT starts: truncated normal 0.02, zero biases, unit norms. Draws from the global generator."""
+    for name, parameter in model.named_parameters():
+        last = name.rsplit(".", 1)[-1]
+        with torch.no_grad():
+            if name == "position" and model.spec.position.kind == "fixed":
+                parameter.copy_(sinusoids(*parameter.shape))
+            elif last == "gamma":
+                parameter.fill_(1e-4)
+            elif name.endswith("stem.proj.weight"):
+                nn.init.trunc_normal_(parameter, std=math.sqrt(1.0 / parameter[0].numel()))
+            elif parameter.dim() > 1 or last == "latent":
+                nn.init.trunc_normal_(parameter, std=0.02)
+            else:
+                parameter.zero_()
+    for module in model.modules():
+        if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+            nn.init.ones_(module.weight)
+
+
+def build(spec: ModelSpec | Config) -> Vit:
+    """A randomly initialised model in eval mode, float32 on the CPU. The global generator gives the weights."""
+    config = spec if isinstance(spec, Config) else Config(spec=spec)
+    model = Vit(config)
+    initialise(model)
+    return model.eval()

@@ -1,0 +1,670 @@
+"""The spec: what a compressed Vision Transformer is, as frozen values. Standard library only.
+
+`ModelSpec` says which network it is, `Config` adds what a saved model carries beside it (task, preprocessing, labels),
+`Selection` says how the weights were cut. All three go to JSON and back without loss; unknown keys are refused.
+
+Shapes in this package: `B` batch, `N` tokens with prefix, `D` width, `H` heads, `Q` query/key dims of a head, `V` value
+dims of a head, `M` MLP hidden units, `R` rank, `K` kept.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from .errors import SpecError, did_you_mean
+
+SCHEMA = 1
+"""Version of the JSON layout; files of a newer one are refused."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConvStem:
+    """Non-overlapping patches through one convolution."""
+
+    bias: bool = True
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class T2TTransformer:
+    """Tokens-to-token stem with two full-attention stages. Costed; not built yet."""
+
+    token_dim: int = 64
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class T2TPerformer:
+    """Tokens-to-token stem with two random-feature stages. Costed; not built yet."""
+
+    token_dim: int = 64
+    features: int = 32
+
+
+Stem = ConvStem | T2TTransformer | T2TPerformer
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Position:
+    """The table added to the tokens once, before the blocks.
+
+    grid: rows and columns of patches that the table was made for; at another size it is resized.
+    prefix_rows: the table has a row for each prefix token too, in front.
+    """
+
+    kind: Literal["none", "learned", "fixed"] = "learned"
+    grid: tuple[int, int]
+    prefix_rows: bool = True
+    resize: Literal["rebuild_1d", "bicubic", "bicubic_antialias"] = "bicubic_antialias"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Attention:
+    """Multi-head attention whose query/key and value widths are free.
+
+    scale: of the scores; the dense model's `head_dim ** -0.5`, whatever `qk_dim` became.
+    layer_scale: the half's update is multiplied by a learned vector.
+    gate: an input-dependent switch of this half.
+    """
+
+    heads: int
+    qk_dim: int
+    v_dim: int
+    scale: float
+    q_bias: bool = True
+    k_bias: bool = True
+    v_bias: bool = True
+    out_bias: bool = True
+    qk_norm: Literal["none", "layer", "rms"] = "none"
+    layer_scale: bool = False
+    gate: bool = False
+
+
+MlpKind = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu", "swiglu"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Mlp:
+    """Two linears and an activation. hidden: units after the activation (or, for `swiglu`, after the product)."""
+
+    kind: MlpKind = "gelu"
+    hidden: int
+    fc1_rank: int | None = None
+    fc2_rank: int | None = None
+    fc1_bias: bool = True
+    fc2_bias: bool = True
+    layer_scale: bool = False
+    gate: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Merge:
+    """Merge neighbouring columns (`h`) or rows (`v`) of the lattice. keep: columns or rows that remain."""
+
+    at: Literal["start", "mid", "end"] = "end"
+    axis: Literal["h", "v"]
+    weight: Literal["mean", "learned", "similarity"] = "mean"
+    tau: float | None = None
+    keep: int
+    proportional: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Similarity:
+    """Merge the most similar patch tokens in pairs, wherever they are. keep: patch tokens that remain."""
+
+    at: Literal["start", "mid", "end"] = "mid"
+    keep: int
+    proportional: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prefix:
+    """Only the prefix tokens go on; they query the keys and values of all. Start of the last block only."""
+
+    at: Literal["start"] = "start"
+
+
+Step = Merge | Similarity | Prefix
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Block:
+    """A pre-norm block. A half that is gone is None. steps: token steps, in order within each place."""
+
+    attention: Attention | None
+    mlp: Mlp | None
+    steps: tuple[Step, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pool:
+    """How tokens become one vector. heads, hidden: of the attention pooling (`map`) only."""
+
+    kind: Literal["cls", "mean", "map", "none"] = "cls"
+    heads: int | None = None
+    hidden: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Output:
+    """A classifier. reads: `pool`, a prefix token by name, or `mean`; several are concatenated."""
+
+    name: str = "head"
+    kind: Literal["classify"] = "classify"
+    reads: tuple[str, ...] = ("pool",)
+    classes: int
+    rank: int | None = None
+    bias: bool = True
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSpec:
+    """One Vision Transformer. Checked when made: an impossible one raises `SpecError` with the place and the mend."""
+
+    schema: int = SCHEMA
+    image_px: tuple[int, int]
+    patch_px: tuple[int, int]
+    channels: int = 3
+    stem: Stem = ConvStem()
+    width: int
+    prefix: tuple[Literal["cls", "dist", "reg"], ...] = ("cls",)
+    position: Position
+    pre_norm: bool = False
+    final_norm: bool = True
+    pool_norm: bool = False
+    norm_eps: float = 1e-6
+    blocks: tuple[Block, ...]
+    pool: Pool = Pool()
+    outputs: tuple[Output, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check_types(self, "spec")
+        _check(self)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches at the spec's own image size."""
+        return self.image_px[0] // self.patch_px[0], self.image_px[1] // self.patch_px[1]
+
+    @property
+    def classes(self) -> int | None:
+        """Classes of the classifier; None for an encoder."""
+        return self.outputs[0].classes if self.outputs else None
+
+    @property
+    def position_rows(self) -> int:
+        """Rows of the position table."""
+        if self.position.kind == "none":
+            return 0
+        return math.prod(self.position.grid) + (len(self.prefix) if self.position.prefix_rows else 0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; `from_dict` is the inverse."""
+        return _encode(self)
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> ModelSpec:
+        """Read what `to_dict` wrote. Raises SpecError on an unknown key, a missing one or a newer schema."""
+        return _decode_spec(data)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Preprocess:
+    """How an image becomes the model's input. crop: share of the resized side that the centre crop keeps."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    size_px: tuple[int, int]
+    crop: float = 1.0
+    crop_mode: Literal["center", "squash", "border"] = "center"
+    interpolation: str = "bicubic"
+
+    def __post_init__(self) -> None:
+        _check_types(self, "preprocess")
+        if len(self.mean) != len(self.std) or any(s <= 0 for s in self.std):
+            raise SpecError(
+                f"preprocess: mean={self.mean!r} and std={self.std!r}; expected one of each for every channel, std above 0."
+            )
+        if not 0 < self.crop <= 1:
+            raise SpecError(f"preprocess: crop={self.crop!r}; expected a share in (0, 1].")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """What a saved model says of itself: the artifact's `config.json`.
+
+    labels: class names in the order of the logits; None when the source did not say.
+    gate_policy: default grouping of gate decisions at inference.
+    """
+
+    spec: ModelSpec
+    task: Literal["classification", "features"] = "classification"
+    preprocess: Preprocess | None = None
+    labels: tuple[str, ...] | None = None
+    gate_policy: Literal["image", "group", "batch", "open"] = "image"
+
+    def __post_init__(self) -> None:
+        _check_types(self, "config")
+        if self.labels is not None and self.spec.classes != len(self.labels):
+            raise SpecError(
+                f"config: {len(self.labels)} labels for {self.spec.classes} classes; expected one name for each class."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, with the schema number at the top."""
+        return {"schema": SCHEMA, **_encode(self)}
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Config:
+        """Read what `to_dict` wrote. Raises SpecError."""
+        if not isinstance(data, Mapping):
+            raise SpecError(f"config: expected a JSON object, got {type(data).__name__}.")
+        _check_schema(data, "config")
+        inner = {key: value for key, value in data.items() if key != "schema"}
+        return _decode(Config, inner, "config")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SelectionStep:
+    """How one compression cut the weights.
+
+    parent: hash of the spec that was cut. refit: whether weights were changed beyond the cut.
+    blocks: per block of the parent, None (untouched) or `{"attention": ..., "mlp": ...}` with "kept", "gone", "rotated",
+    or the kept indices by head and unit.
+    """
+
+    method: str
+    variant: str = ""
+    parent: str
+    refit: bool = False
+    blocks: tuple[dict[str, Any] | None, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Selection:
+    """The compressions that led to a model, oldest first. Empty for a dense one."""
+
+    steps: tuple[SelectionStep, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {"schema": SCHEMA, **_encode(self)}
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Selection:
+        """Read what `to_dict` wrote. Raises SpecError."""
+        if not isinstance(data, Mapping):
+            raise SpecError(f"selection: expected a JSON object, got {type(data).__name__}.")
+        _check_schema(data, "selection")
+        return _decode(Selection, {key: value for key, value in data.items() if key != "schema"}, "selection")
+
+    def then(self, step: SelectionStep) -> Selection:
+        """This selection with one more step."""
+        return Selection(steps=(*self.steps, step))
+
+
+# ---------------------------------------------------------------------------------------------- tokens along the blocks
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tokens:
+    """Tokens at one place. grid: the lattice of the patch tokens, None once it is lost."""
+
+    prefix: int
+    patches: int
+    grid: tuple[int, int] | None
+
+    @property
+    def count(self) -> int:
+        return self.prefix + self.patches
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockTokens:
+    """Tokens of one block: at its entry, as attention's keys and queries, in its MLP, at its exit.
+
+    before: the tokens that each step finds, in the order of `Block.steps`.
+    """
+
+    enter: Tokens
+    keys: Tokens
+    queries: Tokens
+    mlp: Tokens
+    leave: Tokens
+    before: tuple[Tokens, ...]
+
+
+def token_walk(spec: ModelSpec) -> tuple[BlockTokens, ...]:
+    """Tokens along the blocks at the spec's image size. Raises SpecError where a step cannot be done."""
+    rows, cols = spec.grid
+    tokens = Tokens(prefix=len(spec.prefix), patches=rows * cols, grid=(rows, cols))
+    walk = []
+    for i, block in enumerate(spec.blocks):
+        enter = tokens
+        before: dict[int, Tokens] = {}
+        keys = tokens
+        places: dict[str, Tokens] = {}
+        for at in ("start", "mid", "end"):
+            for j, step in enumerate(block.steps):
+                if step.at == at:
+                    before[j] = tokens
+                    tokens = _after(step, tokens, f"block {i}, step {j}")
+                    if not isinstance(step, Prefix) and at == "start":
+                        keys = tokens
+            places[at] = tokens
+        walk.append(
+            BlockTokens(
+                enter=enter,
+                keys=keys,
+                queries=places["start"],
+                mlp=places["mid"],
+                leave=places["end"],
+                before=tuple(before[j] for j in range(len(block.steps))),
+            )
+        )
+    return tuple(walk)
+
+
+def _after(step: Step, tokens: Tokens, where: str) -> Tokens:
+    if isinstance(step, Prefix):
+        return Tokens(prefix=tokens.prefix, patches=0, grid=None)
+    if isinstance(step, Similarity):
+        least = tokens.patches - tokens.patches // 2
+        if not least <= step.keep < tokens.patches:
+            raise SpecError(
+                f"{where}: keep={step.keep!r} of {tokens.patches} patch tokens; expected {least} to {tokens.patches - 1}: "
+                "at most half of them merge in one step."
+            )
+        return Tokens(prefix=tokens.prefix, patches=step.keep, grid=None)
+    if tokens.grid is None:
+        raise SpecError(
+            f"{where}: a lattice merge after the lattice is gone; put it before similarity and prefix steps."
+        )
+    rows, cols = tokens.grid
+    length = cols if step.axis == "h" else rows
+    if not length - length // 2 <= step.keep < length:
+        raise SpecError(
+            f"{where}: keep={step.keep!r} of {length} {'columns' if step.axis == 'h' else 'rows'}; "
+            f"expected {length - length // 2} to {length - 1}."
+        )
+    grid = (rows, step.keep) if step.axis == "h" else (step.keep, cols)
+    return Tokens(prefix=tokens.prefix, patches=grid[0] * grid[1], grid=grid)
+
+
+# ---------------------------------------------------------------------------------------------------------------- checks
+
+
+def _positive(where: str, **values: int | float | None) -> None:
+    for name, value in values.items():
+        if value is not None and value <= 0:
+            hint = {
+                "heads": " To drop the attention, set attention=None.",
+                "qk_dim": " To drop the attention, set attention=None.",
+                "v_dim": " To drop the attention, set attention=None.",
+                "hidden": " To drop the MLP, set mlp=None.",
+            }.get(name, "")
+            raise SpecError(f"{where}: {name}={value!r}; expected a number above 0.{hint}")
+
+
+def _check(spec: ModelSpec) -> None:
+    if spec.schema != SCHEMA:
+        raise SpecError(f"spec: schema {spec.schema!r}; this vitrim reads schema {SCHEMA}. Install a newer vitrim.")
+    _positive("spec", width=spec.width, channels=spec.channels, norm_eps=spec.norm_eps)
+    for name, sides in (
+        ("image_px", spec.image_px),
+        ("patch_px", spec.patch_px),
+        ("position.grid", spec.position.grid),
+    ):
+        _positive("spec", **{f"{name}[{axis}]": side for axis, side in enumerate(sides)})
+    if any(image % patch for image, patch in zip(spec.image_px, spec.patch_px, strict=True)):
+        raise SpecError(
+            f"spec: image_px={spec.image_px!r} is not a multiple of patch_px={spec.patch_px!r}; choose an image size that is."
+        )
+    if not isinstance(spec.stem, ConvStem):
+        if spec.patch_px != (16, 16):
+            raise SpecError(f"spec: patch_px={spec.patch_px!r} with a tokens-to-token stem; expected (16, 16).")
+        _positive("stem", token_dim=spec.stem.token_dim, features=getattr(spec.stem, "features", None))
+    if len(set(spec.prefix) - {"reg"}) != len([t for t in spec.prefix if t != "reg"]):
+        raise SpecError(f"spec: prefix={spec.prefix!r}; expected at most one 'cls' and one 'dist'.")
+    for i, block in enumerate(spec.blocks):
+        where = f"block {i}"
+        if (a := block.attention) is not None:
+            _positive(where, heads=a.heads, qk_dim=a.qk_dim, v_dim=a.v_dim)
+            if not (math.isfinite(a.scale) and a.scale > 0):
+                raise SpecError(f"{where}: scale={a.scale!r}; expected the dense model's head_dim ** -0.5.")
+        if (m := block.mlp) is not None:
+            _positive(where, hidden=m.hidden, fc1_rank=m.fc1_rank, fc2_rank=m.fc2_rank)
+        for j, step in enumerate(block.steps):
+            _check_step(spec, i, j, step)
+    _check_outputs(spec)
+    token_walk(spec)
+
+
+def _check_step(spec: ModelSpec, i: int, j: int, step: Step) -> None:
+    where = f"block {i}, step {j}"
+    if isinstance(step, Merge):
+        if (step.weight == "similarity") != (step.tau is not None) or (step.tau is not None and step.tau <= 0):
+            raise SpecError(
+                f"{where}: weight={step.weight!r} with tau={step.tau!r}; expected tau above 0 with weight='similarity', else none."
+            )
+    elif isinstance(step, Prefix):
+        if i != len(spec.blocks) - 1:
+            raise SpecError(f"{where}: a prefix step in block {i} of {len(spec.blocks)}; expected the last block.")
+        if not spec.prefix:
+            raise SpecError(f"{where}: a prefix step without prefix tokens; remove the step.")
+        if spec.pool.kind != "cls" or any("mean" in output.reads for output in spec.outputs):
+            raise SpecError(
+                f"{where}: a prefix step, but the network reads more than prefix tokens (pool {spec.pool.kind!r}); remove the step."
+            )
+        if any(later.at != "start" or isinstance(later, Prefix) for later in spec.blocks[i].steps[j + 1 :]) or any(
+            other.at != "start" for other in spec.blocks[i].steps
+        ):
+            raise SpecError(f"{where}: token steps beside a prefix step have no patch tokens left; remove them.")
+
+
+def _check_outputs(spec: ModelSpec) -> None:
+    if spec.pool.kind == "cls" and "cls" not in spec.prefix:
+        raise SpecError("spec: pool 'cls' without a 'cls' token in prefix; use pool 'mean' or add the token.")
+    if (spec.pool.kind == "map") != (spec.pool.heads is not None and spec.pool.hidden is not None):
+        raise SpecError(f"spec: pool={spec.pool!r}; heads and hidden belong to kind 'map', and only there.")
+    if spec.pool.kind == "map":
+        _positive("pool", heads=spec.pool.heads, hidden=spec.pool.hidden)
+        assert spec.pool.heads is not None
+        if spec.width % spec.pool.heads:
+            raise SpecError(f"pool: heads={spec.pool.heads} does not divide width={spec.width}.")
+    names = [output.name for output in spec.outputs]
+    if len(set(names)) != len(names):
+        raise SpecError(f"spec: outputs named {names!r}; expected different names.")
+    for output in spec.outputs:
+        where = f"output {output.name!r}"
+        _positive(where, classes=output.classes, rank=output.rank)
+        if not output.name.isidentifier():
+            raise SpecError(f"{where}: expected a name of letters, digits and underscores.")
+        if not output.reads:
+            raise SpecError(f"{where}: reads nothing; expected 'pool', 'mean' or a prefix token.")
+        for read in output.reads:
+            if read == "pool" and spec.pool.kind == "none":
+                raise SpecError(f"{where}: reads 'pool', but pool is 'none'.")
+            if read == spec.pool.kind and read in ("cls", "mean"):
+                raise SpecError(f"{where}: reads {read!r}, which the pool gives already; write 'pool'.")
+            if read not in ("pool", "mean", "cls", "dist") or (read in ("cls", "dist") and read not in spec.prefix):
+                known = ("pool", "mean", *[t for t in spec.prefix if t != "reg"])
+                raise SpecError(f"{where}: reads {read!r}{did_you_mean(read, known)}; known: {', '.join(known)}.")
+        if output.classes != spec.outputs[0].classes:
+            raise SpecError(
+                f"{where}: {output.classes} classes beside {spec.outputs[0].classes}; expected equal numbers."
+            )
+
+
+# ------------------------------------------------------------------------------------------------------------------ JSON
+
+_KINDS: dict[type, str] = {
+    ConvStem: "conv",
+    T2TTransformer: "t2t_transformer",
+    T2TPerformer: "t2t_performer",
+    Merge: "merge",
+    Similarity: "similarity",
+    Prefix: "prefix",
+}
+"""Members of a union carry their name as `kind` in JSON."""
+
+
+def to_json(spec: ModelSpec) -> str:
+    """Canonical JSON: sorted keys, no spaces."""
+    return json.dumps(spec.to_dict(), sort_keys=True, separators=(",", ":"))
+
+
+def from_json(text: str) -> ModelSpec:
+    """The inverse of `to_json`. Raises SpecError."""
+    try:
+        data = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise SpecError(f"spec: not JSON ({error}); expected what `to_json` writes.") from None
+    return ModelSpec.from_dict(data)
+
+
+def spec_hash(spec: ModelSpec) -> str:
+    """First 16 hex digits of the SHA-256 of the canonical JSON."""
+    return hashlib.sha256(to_json(spec).encode()).hexdigest()[:16]
+
+
+def _encode(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        data = {field.name: _encode(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        if type(value) in _KINDS:
+            data["kind"] = _KINDS[type(value)]
+        return data
+    if isinstance(value, (tuple, list)):
+        return [_encode(item) for item in value]
+    if isinstance(value, Mapping):
+        return {str(key): _encode(item) for key, item in value.items()}
+    return value
+
+
+def _check_schema(data: Mapping[str, Any], where: str) -> None:
+    schema = data.get("schema")
+    if type(schema) is not int or schema < 1:
+        raise SpecError(f"{where}: schema={schema!r}; expected {SCHEMA}. Is this a vitrim file?")
+    if schema > SCHEMA:
+        raise SpecError(
+            f"{where}: written with schema {schema}, this vitrim reads up to {SCHEMA}. Install a newer vitrim."
+        )
+
+
+def _decode_spec(data: Any) -> ModelSpec:
+    if not isinstance(data, Mapping):
+        raise SpecError(f"spec: expected a JSON object, got {type(data).__name__}.")
+    _check_schema(data, "spec")
+    return _decode(ModelSpec, data, "spec")
+
+
+def _decode(kind: Any, value: Any, where: str) -> Any:
+    """Build a value of type `kind` from JSON values, refusing whatever does not fit."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        members = [a for a in arguments if a is not type(None)]
+        if len(members) == 1:
+            return _decode(members[0], value, where)
+        return _decode_union(members, value, where)
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise SpecError(f"{where}: expected a list, got {value!r}.")
+        if arguments[-1] is Ellipsis:
+            return tuple(_decode(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+        if len(value) != len(arguments):
+            raise SpecError(f"{where}: expected {len(arguments)} values, got {value!r}.")
+        return tuple(
+            _decode(a, item, f"{where}[{i}]") for i, (a, item) in enumerate(zip(arguments, value, strict=True))
+        )
+    if dataclasses.is_dataclass(kind):
+        return _decode_dataclass(kind, value, where)
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise SpecError(f"{where}: expected a JSON object, got {value!r}.")
+        return dict(value)
+    if kind is float and type(value) is int:
+        value = float(value)
+    _check_value(kind, value, where)
+    return value
+
+
+def _decode_union(members: list[Any], value: Any, where: str) -> Any:
+    if not isinstance(value, Mapping):
+        raise SpecError(f"{where}: expected a JSON object, got {value!r}.")
+    names = {_KINDS[member]: member for member in members}
+    name = value.get("kind")
+    if name not in names:
+        raise SpecError(f"{where}: kind={name!r}{did_you_mean(str(name), names)}; known: {', '.join(names)}.")
+    return _decode_dataclass(names[name], {k: v for k, v in value.items() if k != "kind"}, where)
+
+
+def _decode_dataclass(kind: Any, value: Any, where: str) -> Any:
+    if not isinstance(value, Mapping):
+        raise SpecError(f"{where}: expected a JSON object, got {value!r}.")
+    hints = typing.get_type_hints(kind)
+    known = [field.name for field in dataclasses.fields(kind)]
+    tagged = kind in _KINDS
+    for key in value:
+        if key not in known and not (tagged and key == "kind"):
+            raise SpecError(f"{where}: unknown field {key!r}{did_you_mean(str(key), known)}.")
+    required = [
+        f.name
+        for f in dataclasses.fields(kind)
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    if missing := [name for name in required if name not in value]:
+        raise SpecError(f"{where}: missing {', '.join(repr(name) for name in missing)}.")
+    return kind(**{name: _decode(hints[name], value[name], f"{where}.{name}") for name in known if name in value})
+
+
+def _check_types(value: Any, where: str) -> None:
+    """Types of a whole tree of dataclasses made in Python, so that a wrong one is named where it stands."""
+    hints = typing.get_type_hints(type(value))
+    for field in dataclasses.fields(value):
+        _check_value(hints[field.name], getattr(value, field.name), f"{where}.{field.name}")
+
+
+def _check_value(kind: Any, value: Any, where: str) -> None:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any or (value is None and type(None) in arguments):
+        return None
+    if origin in (typing.Union, types.UnionType):
+        members = [a for a in arguments if a is not type(None)]
+        if len(members) == 1:
+            return _check_value(members[0], value, where)
+        if not isinstance(value, tuple(members)):
+            raise SpecError(f"{where}: expected {' | '.join(m.__name__ for m in members)}, got {value!r}.")
+        return _check_types(value, where)
+    if origin is Literal:
+        if value not in arguments:
+            known = [str(a) for a in arguments]
+            raise SpecError(f"{where}: {value!r}{did_you_mean(str(value), known)}; known: {', '.join(known)}.")
+    elif origin is tuple:
+        if not isinstance(value, tuple):
+            raise SpecError(f"{where}: expected a tuple, got {value!r}.")
+        if arguments[-1] is not Ellipsis and len(value) != len(arguments):
+            raise SpecError(f"{where}: expected {len(arguments)} values, got {value!r}.")
+        for i, item in enumerate(value):
+            _check_value(arguments[0] if arguments[-1] is Ellipsis else arguments[i], item, f"{where}[{i}]")
+    elif dataclasses.is_dataclass(kind):
+        if not isinstance(value, typing.cast(type, kind)):
+            raise SpecError(f"{where}: expected {kind.__name__}, got {value!r}.")  # type: ignore[union-attr]
+        if not hasattr(type(value), "__post_init__"):
+            _check_types(value, where)
+    elif kind is float:
+        if type(value) not in (float, int) or not math.isfinite(value):
+            raise SpecError(f"{where}: expected a finite number, got {value!r}.")
+    elif origin is None and type(value) is not kind:  # `type`, not isinstance: True is no number here
+        raise SpecError(f"{where}: expected {kind.__name__}, got {value!r}.")
+    return None

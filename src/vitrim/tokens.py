@@ -1,0 +1,173 @@
+"""Token merging and its undoing: pure tensor functions with fixed shapes and no scatter.
+
+Source   lattice merges: `papers/cait.md` section 3 (reconstructed from the paper's abstract, so "CAIT-style");
+         similarity merges: bipartite matching in the manner of ToMe (arXiv 2210.09461), on the residual stream.
+Shapes   B batch, P patch tokens, D width; a lattice is `rows * cols == P` in raster order. Prefix tokens never come here.
+
+Every merge returns an owner: for each token (or column, or row) before, the index of the one that holds it after.
+Restoring gathers by owner, so it is exact: merge(restore(merge(x))) == merge(x).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class Merged(NamedTuple):
+    """One merge's result. x: B P' D. sizes: B P', source tokens in each. undo: what `restore` needs."""
+
+    x: Tensor
+    sizes: Tensor
+    undo: Undo
+
+
+class Undo(NamedTuple):
+    """How to undo one merge. axis: "h", "v" or "tokens". grid: of the merged tokens, None off the lattice.
+
+    owner: B n, or n when it is the same for every image.
+    """
+
+    axis: str
+    owner: Tensor
+    grid: tuple[int, int] | None
+
+
+def first_sources(starts: Tensor, keep: int) -> Tensor:
+    """Positions of the `keep` true entries of each row, in order.  starts: B n -> B K."""
+    n = starts.shape[-1]
+    countdown = torch.arange(n, 0, -1, device=starts.device)
+    return n - torch.where(starts, countdown, 0).topk(keep, dim=-1).values  # topk, since stable sorts do not export
+
+
+def merge_lattice(
+    x: Tensor,  # B P D
+    sizes: Tensor,  # B P
+    *,
+    grid: tuple[int, int],
+    axis: str,
+    keep: int,
+    weight: str = "mean",
+    tau: float | None = None,
+    gate: Tensor | None = None,  # D
+) -> Merged:
+    """Merge neighbouring columns (axis "h") or rows ("v") pairwise until `keep` remain.
+
+    With `keep == ceil(n / 2)` every even one takes the odd one after it, the same for all images. With more, the pairs
+    that are most alike (mean cosine over the other axis) merge, chosen for each image. An odd last one is copied.
+    """
+    b, _, d = x.shape
+    rows, cols = grid
+    lattice, weights = x.view(b, rows, cols, d), sizes.view(b, rows, cols, 1)
+    if axis == "v":
+        lattice, weights = lattice.transpose(1, 2), weights.transpose(1, 2)
+    n = lattice.shape[2]  # B across n D
+    removed, pairs = n - keep, n // 2
+    if removed == pairs:
+        odd = torch.arange(n, device=x.device) % 2 == 1
+        starts = ~odd
+        owner = starts.long().cumsum(-1) - 1
+        first = torch.arange(0, n, 2, device=x.device).expand(b, -1)
+        paired = (first + 1 < n).to(x.dtype)
+    else:
+        unit = F.normalize(lattice, dim=-1)
+        alike = (unit[:, :, 0 : 2 * pairs : 2] * unit[:, :, 1 : 2 * pairs : 2]).sum(-1).mean(1)  # B pairs
+        best = alike.topk(removed, dim=-1).indices
+        taken = (best[:, :, None] == torch.arange(pairs, device=x.device)).any(1)  # B pairs
+        seconds = torch.stack([torch.zeros_like(taken), taken], dim=-1).flatten(1)  # B 2*pairs
+        starts = ~F.pad(seconds, (0, n - 2 * pairs))
+        owner = starts.long().cumsum(-1) - 1
+        first = first_sources(starts, keep)
+        paired = F.pad(~starts, (0, 1))[:, 1:].gather(1, first).to(x.dtype)
+    second = (first + 1).clamp_max(n - 1)
+
+    def pick(values: Tensor, index: Tensor) -> Tensor:  # B across n E -> B across K E
+        return values.gather(2, index[:, None, :, None].expand(-1, values.shape[1], -1, values.shape[3]))
+
+    one, two = pick(lattice, first), pick(lattice, second)
+    size_one, size_two = pick(weights, first), pick(weights, second) * paired[:, None, :, None]
+    if weight == "mean":
+        share = size_one / (size_one + size_two)
+    elif weight == "learned":
+        assert gate is not None
+        share = 1 - (1 - torch.sigmoid(gate)) * paired[:, None, :, None]
+    else:
+        assert tau is not None
+        share = _typical(lattice, pick, first, second, tau)
+        share = 1 - (1 - share) * paired[:, None, :, None]
+    merged, merged_sizes = share * one + (1 - share) * two, size_one + size_two
+    new_grid = (rows, keep) if axis == "h" else (keep, cols)
+    if axis == "v":
+        merged, merged_sizes = merged.transpose(1, 2), merged_sizes.transpose(1, 2)
+    return Merged(merged.reshape(b, -1, d), merged_sizes.reshape(b, -1), Undo(axis, owner, new_grid))
+
+
+def _typical(lattice: Tensor, pick: object, first: Tensor, second: Tensor, tau: float) -> Tensor:
+    """Share of the first of each pair: softmax of both cosines with the mean of the cells around the pair."""
+    padded = F.pad(lattice, (0, 0, 1, 1, 1, 1))
+    ones = F.pad(torch.ones_like(lattice[..., :1]), (0, 0, 1, 1, 1, 1))
+
+    def around(values: Tensor) -> Tensor:
+        return values[:, :-2, 1:-1] + values[:, 2:, 1:-1] + values[:, 1:-1, :-2] + values[:, 1:-1, 2:]
+
+    assert callable(pick)
+    one, two = pick(lattice, first), pick(lattice, second)
+    total = pick(around(padded), first) + pick(around(padded), second) - one - two  # each is the other's neighbour
+    count = pick(around(ones), first) + pick(around(ones), second) - 2
+    centre = total / count.clamp_min(1)
+    alike_one = F.cosine_similarity(one, centre, dim=-1)
+    alike_two = F.cosine_similarity(two, centre, dim=-1)
+    return torch.sigmoid((alike_one - alike_two) / tau)[..., None]
+
+
+def merge_similar(x: Tensor, sizes: Tensor, *, keep: int) -> Merged:
+    """Merge the `P - keep` most alike tokens of even index into their best match of odd index.  x: B P D; sizes: B P.
+
+    What remains: the unmerged even ones in order, then the odd ones in order. MACs: `counting.similarity_macs`.
+    """
+    b, p, d = x.shape
+    removed, targets = p - keep, p // 2
+    sources = p - targets
+    unit = F.normalize(x, dim=-1)
+    scores = unit[:, 0::2] @ unit[:, 1::2].transpose(1, 2)  # B sources targets
+    alike, match = scores.max(-1)
+    chosen = alike.topk(removed, dim=-1).indices  # B R
+    gone = (chosen[:, :, None] == torch.arange(sources, device=x.device)).any(1)  # B sources
+    kept = first_sources(~gone, sources - removed)  # B K'
+
+    def take(values: Tensor, index: Tensor) -> Tensor:
+        return values.gather(1, index[:, :, None].expand(-1, -1, values.shape[2]))
+
+    weighted = torch.cat([x * sizes[:, :, None], sizes[:, :, None]], dim=-1)  # B P D+1
+    to = match.gather(1, chosen)  # B R
+    onehot = (torch.arange(targets, device=x.device)[None, :, None] == to[:, None, :]).to(x.dtype)  # B targets R
+    moved = weighted[:, 1::2] + onehot @ take(weighted[:, 0::2], chosen)
+    merged = torch.cat([take(x[:, 0::2], kept), moved[..., :d] / moved[..., d:]], dim=1)
+    merged_sizes = torch.cat([sizes[:, 0::2].gather(1, kept), moved[..., d]], dim=1)
+    rank = (~gone).long().cumsum(-1) - 1
+    even = torch.where(gone, match + sources - removed, rank)  # B sources
+    odd = (torch.arange(targets, device=x.device) + sources - removed).expand(b, -1)
+    owner = torch.stack([F.pad(even, (0, 0)), F.pad(odd, (0, sources - targets))], dim=-1).flatten(1)[:, :p]
+    return Merged(merged, merged_sizes, Undo("tokens", owner, None))
+
+
+def restore(x: Tensor, history: tuple[Undo, ...]) -> Tensor:
+    """Undo merges, latest first: each token's value appears at all its source cells.  B P' D -> B P D."""
+    for undo in reversed(history):
+        b, _, d = x.shape
+        owner = undo.owner.expand(b, -1)
+        if undo.axis == "tokens":
+            x = x.gather(1, owner[:, :, None].expand(-1, -1, d))
+            continue
+        assert undo.grid is not None
+        rows, cols = undo.grid
+        lattice = x.view(b, rows, cols, d)
+        if undo.axis == "h":
+            lattice = lattice.gather(2, owner[:, None, :, None].expand(-1, rows, -1, d))
+        else:
+            lattice = lattice.gather(1, owner[:, :, None, None].expand(-1, -1, cols, d))
+        x = lattice.reshape(b, -1, d)
+    return x
