@@ -1,0 +1,183 @@
+"""The laws of the design, as properties of random specs. Exact ones run in float64."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+
+from tests.specs import close, images, keeps, make, specs, vit
+from vitrim.counting import cost, macs, params
+from vitrim.errors import SpecError
+from vitrim.model import Gates
+from vitrim.spec import Config, ModelSpec, Selection, from_json, spec_hash, to_json
+from vitrim.weights import Factors, Keep, allows_exact_tail, cut, exact_tail, factorise, fold_layer_scale, masked_twin
+
+OPEN = Gates(policy="open")
+
+
+@given(specs())
+def test_law_1_json_round_trip_is_the_identity(spec: ModelSpec) -> None:
+    assert from_json(to_json(spec)) == spec
+    assert hash(from_json(to_json(spec))) == hash(spec)
+    assert spec_hash(from_json(to_json(spec))) == spec_hash(spec)
+    config = Config(spec=spec)
+    assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_law_1_unknown_keys_are_refused_with_a_hint() -> None:
+    data = vit().to_dict()
+    data["blocks"][1]["attention"]["qk_dims"] = 3
+    with pytest.raises(SpecError, match=r"blocks\[1\].attention: unknown field 'qk_dims'; did you mean 'qk_dim'\?"):
+        ModelSpec.from_dict(data)
+
+
+@given(specs())
+def test_law_2_params_equal_those_of_the_built_model(spec: ModelSpec) -> None:
+    assert params(spec) == sum(p.numel() for p in make(spec).parameters())
+
+
+@given(specs())
+def test_law_2_torch_counts_twice_the_macs(spec: ModelSpec) -> None:
+    model = make(spec)
+    model.pad_heads = False
+    with FlopCounterMode(display=False) as counter:
+        model(images(spec, 1), gates=OPEN)
+    assert counter.get_total_flops() == cost(spec).flops == 2 * macs(spec)
+
+
+@given(specs(steps=False))
+def test_padding_heads_changes_nothing(spec: ModelSpec) -> None:
+    model, x = make(spec), images(spec)
+    model.pad_heads = True
+    padded = model(x, gates=OPEN)
+    model.pad_heads = False
+    assert close(padded, model(x, gates=OPEN), 1e-12)
+
+
+@given(st.data())
+def test_law_3_cut_equals_masked(data: st.DataObject) -> None:
+    spec = data.draw(specs())
+    model, x = make(spec), images(spec)
+    chosen = data.draw(keeps(spec))
+    smaller = cut(model, chosen, method="test")
+    # A similarity step may choose other pairs only if the stream differs, and a gate may flip only then too.
+    assert close(model(x, soft=masked_twin(model, chosen), gates=OPEN), smaller(x, gates=OPEN))
+    assert params(smaller.spec) == sum(p.numel() for p in smaller.parameters())
+
+
+@given(st.data())
+def test_law_4_removing_never_costs_more(data: st.DataObject) -> None:
+    spec = data.draw(specs())
+    before, after = cost(spec), cost(cut(make(spec), data.draw(keeps(spec)), method="test"))
+    assert after.macs <= before.macs
+    assert after.params <= before.params
+    assert after.activation_bytes <= before.activation_bytes
+
+
+@given(specs())
+def test_law_4_keeping_everything_and_folding_change_no_output(spec: ModelSpec) -> None:
+    model, x = make(spec), images(spec)
+    expected = model(x, gates=OPEN)
+    assert close(expected, cut(model, [Keep()] * len(spec.blocks), method="test")(x, gates=OPEN))
+    assert close(expected, fold_layer_scale(model)(x, gates=OPEN))
+
+
+@given(specs())
+def test_the_exact_tail_changes_no_output_and_costs_less(spec: ModelSpec) -> None:
+    if not allows_exact_tail(spec):
+        return
+    model, x = make(spec), images(spec)
+    # The last MLP's gate reads the mean of the tokens that go on, so gates are open here.
+    tail = exact_tail(model)
+    assert close(model(x, gates=OPEN), tail(x, gates=OPEN))
+    assert macs(tail.spec) <= macs(spec)
+
+
+def test_the_exact_tail_saves_what_the_design_says_of_deit_small() -> None:
+    spec = vit(width=384, blocks=12, heads=6, head_dim=64, hidden=1536, image=224, patch=16, classes=1000)
+    from vitrim.spec import Prefix
+
+    last = replace(spec.blocks[-1], steps=(Prefix(),))
+    saved = 1 - macs(replace(spec, blocks=(*spec.blocks[:-1], last))) / macs(spec)
+    assert round(100 * saved, 1) == 6.9
+
+
+def test_cutting_leaves_the_input_model_alone() -> None:
+    spec = vit()
+    model = make(spec)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    smaller = cut(model, [Keep(hidden=(0, 3)), None], method="test")
+    with torch.no_grad():
+        for p in smaller.parameters():
+            p.zero_()
+    assert model.spec == spec
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_selections_append_and_name_their_parents() -> None:
+    model = make(vit())
+    once = cut(model, [Keep(hidden=(0, 3)), None], method="first", variant="v")
+    twice = cut(once, [None, Keep(attention=False)], method="second")
+    assert [step.method for step in twice.selection.steps] == ["first", "second"]
+    assert twice.selection.steps[0].parent == spec_hash(model.spec)
+    assert twice.selection.steps[1].parent == spec_hash(once.spec)
+    assert twice.selection.steps[1].blocks[1]["attention"] == "gone"
+    assert Selection.from_dict(json.loads(json.dumps(twice.selection.to_dict()))) == twice.selection
+
+
+@given(specs(gates=False), st.integers(0, 5))
+@settings(max_examples=25)
+def test_law_6_factors_of_full_rank_are_exact(spec: ModelSpec, seed: int) -> None:
+    model, x = fold_layer_scale(make(spec, seed)), images(spec)
+    factors: list[Factors | None] = []
+    for i, block in enumerate(model.spec.blocks):
+        if block.mlp is None:
+            factors.append(None)
+            continue
+        mlp = model.blocks[i].mlp
+        first = mlp.fc1.weight.detach()  # rows, inputs
+        if mlp.fc1a is not None:
+            first = first @ mlp.fc1a.weight.detach()
+        u, s, v = torch.linalg.svd(first.T, full_matrices=False)
+        factors.append(Factors(fc1=(u * s, v, mlp.fc1.bias)))
+    result = factorise(model, factors, method="test")
+    assert close(model(x), result(x))
+    assert params(result.spec) == sum(p.numel() for p in result.parameters())
+
+
+@given(specs())
+@settings(max_examples=8)
+def test_it_compiles_without_a_graph_break(spec: ModelSpec) -> None:
+    model, x = make(spec), images(spec)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        expected = model(x)
+        assert close(expected, torch.compile(model, backend="eager", fullgraph=True)(x))
+
+
+@given(specs())
+@settings(max_examples=6)
+def test_law_9_it_exports_with_a_dynamic_batch(spec: ModelSpec) -> None:
+    model = make(spec)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    with torch.no_grad():
+        exported = torch.export.export(model, (images(spec, 2),), dynamic_shapes=({0: batch},)).module()
+        for count in (1, 5):
+            x = images(spec, count, seed=count)
+            assert close(model(x), exported(x), 1e-8)
+
+
+@given(specs())
+@settings(max_examples=15)
+def test_float32_agrees_with_float64(spec: ModelSpec) -> None:
+    model = make(replace(spec, blocks=tuple(replace(b, steps=()) for b in spec.blocks)))
+    x = images(spec)
+    exact = model(x, gates=OPEN)
+    single = model.to(torch.float32)(x.float(), gates=OPEN)
+    assert close(exact, single.double(), 1e-4)

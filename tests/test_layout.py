@@ -1,0 +1,143 @@
+"""The order of the rooms: imports point up the list of docs/architecture.md only."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import vitrim
+
+PACKAGE = Path(vitrim.__file__).parent
+
+ORDER = (
+    "errors",
+    "spec",
+    "counting",
+    "budget",
+    "architectures",
+    "tokens",
+    "model",
+    "weights",
+    "result",
+    "closed_form",
+    "card",
+    "checkpoints",
+    "artifact",
+    "hub",
+    "sources",
+    "data",
+    "tasks",
+    "training",
+    "objectives",
+    "methods",
+    "timing",
+    "reporting",
+    "pipeline",
+    "doctor",
+    "cli",
+)
+"""From the foundations to the command; a room may import those before it, and itself."""
+
+RUNTIME = ("errors", "spec", "tokens", "model", "artifact")
+TORCHLESS = ("errors", "spec", "counting", "budget", "architectures")
+NO_TORCH_AT_THE_TOP = ("cli", "doctor")
+
+
+def room_of(path: Path) -> str:
+    """The room that a file belongs to: `errors`, `sources`, ..."""
+    first = path.relative_to(PACKAGE).parts[0]
+    return first.removesuffix(".py")
+
+
+def files() -> list[Path]:
+    """Every module but the package's own, which only says where the public names live."""
+    return sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).as_posix()
+
+
+def imports(path: Path, *, top_only: bool = False) -> Iterator[str]:
+    """Dotted names of the modules that a file imports, relative ones made absolute; `from a import b` gives a and a.b."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    package = ("vitrim", *path.relative_to(PACKAGE).parent.parts)
+    nodes = tree.body if top_only else ast.walk(tree)
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join([*base, *((node.module,) if node.module else ())])
+            yield module
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def rooms_imported(path: Path) -> set[str]:
+    """Rooms of this package that a file imports."""
+    found = set()
+    for name in imports(path):
+        parts = name.split(".")
+        if parts[0] == "vitrim" and len(parts) > 1 and parts[1] in ORDER:
+            found.add(parts[1])
+    return found
+
+
+def outside(path: Path, *, top_only: bool = False) -> set[str]:
+    """Distributions that a file imports, beside the standard library and this package."""
+    names = {name.split(".")[0] for name in imports(path, top_only=top_only)}
+    return {name for name in names if name != "vitrim" and name not in sys.stdlib_module_names}
+
+
+@pytest.mark.parametrize("path", files(), ids=name_of)
+def test_imports_point_up_the_list_only(path: Path) -> None:
+    room = room_of(path)
+    assert room in ORDER, f"{room} has no place in the order"
+    allowed = set(ORDER[: ORDER.index(room) + 1])
+    assert rooms_imported(path) <= allowed
+
+
+def test_no_room_shares_a_public_functions_name() -> None:
+    rooms = {room_of(path) for path in files()} | {path.name for path in PACKAGE.iterdir() if path.is_dir()}
+    assert not rooms & set(vitrim.__all__)
+
+
+def test_every_public_name_can_be_reached_and_is_listed() -> None:
+    for name in vitrim.__all__:
+        assert getattr(vitrim, name) is not None
+    assert set(vitrim.__all__) <= set(dir(vitrim))
+
+
+@pytest.mark.parametrize("path", [p for p in files() if room_of(p) in RUNTIME], ids=name_of)
+def test_the_runtime_needs_torch_and_safetensors_only(path: Path) -> None:
+    assert outside(path) <= {"torch", "safetensors"}
+
+
+@pytest.mark.parametrize("path", [p for p in files() if room_of(p) in TORCHLESS], ids=name_of)
+def test_the_foundations_need_the_standard_library_only(path: Path) -> None:
+    assert outside(path) == set()
+
+
+@pytest.mark.parametrize("path", [p for p in files() if room_of(p) in NO_TORCH_AT_THE_TOP], ids=name_of)
+def test_the_command_imports_heavy_packages_only_where_they_are_needed(path: Path) -> None:
+    assert outside(path, top_only=True) <= {"click"}
+
+
+@pytest.mark.parametrize("path", [p for p in files() if room_of(p) == "methods" and p.stem != "__init__"], ids=name_of)
+def test_no_method_imports_another(path: Path) -> None:
+    others = {f"vitrim.methods.{p.stem}" for p in files() if room_of(p) == "methods" and p.stem not in ("__init__", path.stem)}
+    assert not others & set(imports(path))
+
+
+@pytest.mark.parametrize("path", [p for p in files() if room_of(p) != "cli"], ids=name_of)
+def test_only_the_command_prints_or_exits(path: Path) -> None:
+    calls = [node.func for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+    names = {ast.unparse(call) for call in calls}
+    assert not names & {"print", "exit", "quit", "sys.exit", "click.echo", "sys.stdout.write", "sys.stderr.write"}
+
+
+@pytest.mark.parametrize("word", ["utils", "helpers", "common"])
+def test_no_room_is_a_drawer(word: str) -> None:
+    assert not list(PACKAGE.rglob(f"{word}.py"))
