@@ -142,9 +142,7 @@ def specs(draw: st.DrawFn, *, steps: bool = True, gates: bool = True) -> ModelSp
     patch = (draw(st.integers(2, 4)), draw(st.integers(2, 4)))
     grid = (draw(st.integers(2, 5)), draw(st.integers(2, 5)))
     width = draw(st.sampled_from([8, 12]))
-    prefix = draw(
-        st.sampled_from([("cls",), ("cls", "dist"), ("cls", "reg", "reg"), (), ("reg",), ("reg", "cls")])
-    )
+    prefix = draw(st.sampled_from([("cls",), ("cls", "dist"), ("cls", "reg", "reg"), (), ("reg",), ("reg", "cls")]))
     kinds = ["mean", "none", "map"] + (["cls"] * 3 if "cls" in prefix else [])
     kind = draw(st.sampled_from(kinds))
     pool = Pool(kind="map", heads=2, hidden=10) if kind == "map" else Pool(kind=kind)
@@ -169,7 +167,12 @@ def specs(draw: st.DrawFn, *, steps: bool = True, gates: bool = True) -> ModelSp
                 [
                     (),
                     (Output(classes=5, reads=draw(st.sampled_from(reads)), rank=draw(st.sampled_from([None, 2]))),),
-                    (Output(classes=5), Output(name="second", classes=5, reads=(prefix[-1] if "dist" in prefix else "pool",), bias=False)),
+                    (
+                        Output(classes=5),
+                        Output(
+                            name="second", classes=5, reads=(prefix[-1] if "dist" in prefix else "pool",), bias=False
+                        ),
+                    ),
                 ]
             )
         )
@@ -214,7 +217,9 @@ def keeps(draw: st.DrawFn, spec: ModelSpec) -> list[Keep | None]:
         if draw(st.sampled_from([False, False, True])):
             chosen.append(None)
             continue
-        keep = Keep(attention=draw(st.sampled_from([True, True, False])), mlp=draw(st.sampled_from([True, True, False])))
+        keep = Keep(
+            attention=draw(st.sampled_from([True, True, False])), mlp=draw(st.sampled_from([True, True, False]))
+        )
         if (a := block.attention) is not None:
             heads = some(a.heads)
             qk = None if a.qk_norm != "none" else channels(len(heads), a.qk_dim)

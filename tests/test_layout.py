@@ -13,6 +13,8 @@ PACKAGE = Path(vitrim.__file__).parent
 
 ORDER = (
     "errors",
+    "recipes",
+    "files",
     "spec",
     "counting",
     "budget",
@@ -20,11 +22,11 @@ ORDER = (
     "tokens",
     "model",
     "weights",
-    "result",
     "closed_form",
     "card",
     "checkpoints",
     "artifact",
+    "result",
     "hub",
     "sources",
     "data",
@@ -127,7 +129,9 @@ def test_the_command_imports_heavy_packages_only_where_they_are_needed(path: Pat
 
 @pytest.mark.parametrize("path", [p for p in files() if room_of(p) == "methods" and p.stem != "__init__"], ids=name_of)
 def test_no_method_imports_another(path: Path) -> None:
-    others = {f"vitrim.methods.{p.stem}" for p in files() if room_of(p) == "methods" and p.stem not in ("__init__", path.stem)}
+    others = {
+        f"vitrim.methods.{p.stem}" for p in files() if room_of(p) == "methods" and p.stem not in ("__init__", path.stem)
+    }
     assert not others & set(imports(path))
 
 

@@ -1,0 +1,420 @@
+"""COMCAT: exact at full rank, within the budget and close to it, dense where that is cheaper."""
+
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.specs import close, images, make, specs, vit
+from vitrim.budget import RESOURCES, Budget
+from vitrim.counting import cost
+from vitrim.errors import BudgetError, ConfigError, DataError
+from vitrim.methods import comcat, compress, configure, plan
+from vitrim.methods.comcat import ComcatConfig, Key, allocate, floor, groups, step, with_ranks
+from vitrim.spec import Attention, Block, Mlp, ModelSpec, Output, Position, Preprocess, spec_hash
+from vitrim.weights import Keep, cut
+
+WIDE = vit(width=32, heads=2, head_dim=16, hidden=64)
+
+
+def settings_for(budget: Budget | None = None, **fields: object) -> ComcatConfig:
+    return ComcatConfig(budget=budget, **{"images": 6, "probe_images": 2, "batch_size": 4, **fields})  # type: ignore[arg-type]
+
+
+def pixels(spec: ModelSpec, count: int = 6) -> torch.Tensor:
+    return images(spec, count)
+
+
+def deit(width: int, classes: int = 1000) -> ModelSpec:
+    heads = width // 64
+    block = Block(attention=Attention(heads=heads, qk_dim=64, v_dim=64, scale=0.125), mlp=Mlp(hidden=4 * width))
+    return ModelSpec(
+        image_px=(224, 224),
+        patch_px=(16, 16),
+        width=width,
+        position=Position(grid=(14, 14)),
+        blocks=(block,) * 12,
+        outputs=(Output(classes=classes),),
+    )
+
+
+def uniform(spec: ModelSpec, **ranks: int) -> ModelSpec:
+    return with_ranks(spec, {Key(i, part): rank for i in range(len(spec.blocks)) for part, rank in ranks.items()})
+
+
+# -------------------------------------------------------------------------------------------------------------- exactness
+
+
+@pytest.mark.parametrize("variant", ["whitened", "svd"])
+@settings(max_examples=25)
+@given(spec=specs())
+def test_full_rank_changes_no_output(variant, spec):
+    model, x = make(spec), images(spec)
+    offered, _ = groups(comcat._folded(spec))
+    ranks: list[dict[str, int]] = [{} for _ in spec.blocks]
+    for group in offered:
+        a = spec.blocks[group.key.block].attention
+        if group.key.part in ("qk", "vo"):
+            assert a is not None
+            if (a.qk_dim if group.key.part == "qk" else a.v_dim) == group.limit:
+                ranks[group.key.block][group.key.part] = group.limit
+    small = compress(model, settings_for(ranks=tuple(ranks), variant=variant), data=pixels(spec))
+    assert close(small.model(x), model(x), 1e-9)
+    rotated = {part for entry in small.selection.steps[-1].blocks if entry for part in entry.values()}
+    assert rotated <= {"rotated"}
+
+
+def test_a_linear_at_its_own_rank_is_exact():
+    """Weights of a rank below break-even lose nothing."""
+    spec = replace(WIDE, blocks=(replace(WIDE.blocks[0], mlp=Mlp(hidden=64, fc1_rank=6, fc2_rank=5)),) * 2)
+    model, x = make(spec), images(spec)
+    cheaper = {"fc1": 5, "fc2": 5}
+    with pytest.raises(ConfigError, match="fc2 rank 5; expected 1 to 4"):
+        compress(model, settings_for(ranks=(cheaper, None)), data=pixels(spec))
+    with torch.no_grad():
+        model.blocks[0].mlp.fc1a.weight[5] = 0
+    small = compress(model, settings_for(ranks=({"fc1": 5}, None)), data=pixels(spec))
+    assert small.spec.blocks[0].mlp.fc1_rank == 5
+    assert close(small.model(x), model(x), 1e-9)
+
+
+def test_float32_full_rank_is_close():
+    spec = vit(width=64, blocks=4, heads=2, head_dim=32, hidden=128)
+    model = make(spec, dtype=torch.float32)
+    small = compress(model, settings_for(ranks=({"qk": 32, "vo": 32},) * 4), data=pixels(spec).float())
+    x = images(spec, dtype=torch.float32)
+    assert close(small.model(x), model(x), 1e-4)
+
+
+@pytest.mark.parametrize("variant", ["whitened", "svd"])
+def test_the_stated_budget_of_everything_changes_nothing(variant):
+    spec = replace(WIDE, blocks=tuple(replace(b, mlp=replace(b.mlp, layer_scale=True)) for b in WIDE.blocks))
+    model, x = make(spec), images(spec)
+    small = compress(model, settings_for(Budget(keep_macs=1.0), variant=variant), data=pixels(spec))
+    assert small.spec == spec
+    assert torch.equal(small.model(x), model(x))
+    assert small.selection.steps[-1].blocks == (None, None)
+
+
+def test_output_error_falls_as_the_budget_grows():
+    model, x = make(WIDE), images(WIDE, 8)
+    lost = []
+    for share in (0.3, 0.5, 0.7, 0.9):
+        small = compress(model, settings_for(Budget(keep_macs=share), images=8), data=x)
+        lost.append(float((small.model(x) - model(x)).square().mean()))
+    assert lost == sorted(lost, reverse=True)
+
+
+def test_whitening_loses_less_than_the_plain_decomposition():
+    model, x = make(WIDE), images(WIDE, 64)
+    mix = torch.randn(WIDE.channels, WIDE.channels, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    x = torch.einsum("cd,bdhw->bchw", mix, x).cumsum(-1) / 4  # smooth images, as real ones are
+    lost = {}
+    for variant in ("whitened", "svd"):
+        ranks = ({"qk": 4, "vo": 4, "fc1": 8, "fc2": 8},) * 2
+        small = compress(model, settings_for(ranks=ranks, variant=variant, images=64), data=x)
+        lost[variant] = float((small.model(x) - model(x)).square().mean())
+    assert lost["whitened"] < lost["svd"]
+
+
+# ------------------------------------------------------------------------------------------------------- counts and budget
+
+
+def test_counts_are_those_of_the_paper_and_of_its_corrections():
+    small, base = deit(384), deit(768)
+    assert cost(small).macs == 4_598_882_304
+    assert cost(base).macs == 17_563_828_224
+    attend = 12 * 197 * 197 * 2 * 384
+    assert cost(small).macs - attend == pytest.approx(4.2412e9, rel=1e-4)
+    a = cost(uniform(small, qk=32, vo=32, fc1=152, fc2=152))
+    assert (a.params, a.macs) == (11_348_584, 2_314_010_112)
+    b = cost(uniform(base, qk=24, vo=24, fc1=256, fc2=256))
+    assert (b.params, b.macs) == (35_818_600, 7_123_950_336)
+
+
+@settings(max_examples=60)
+@given(spec=specs(), data=st.data())
+def test_the_result_is_within_the_budget_and_near_it(spec, data):
+    """Law 7, over random networks, resources and energies."""
+    dense, lowest = cost(spec), floor(spec)
+    name = data.draw(st.sampled_from(["keep_macs", "keep_params", "max_memory_mb", "max_file_mb"]))
+    resource = {
+        "keep_macs": "macs",
+        "keep_params": "params",
+        "max_memory_mb": "memory_bytes",
+        "max_file_mb": "file_bytes",
+    }[name]
+    share = data.draw(st.floats(0.05, 1.0))
+    value = share if name.startswith("keep") else share * getattr(dense, resource) / 1e6
+    budget = Budget(**{name: value})
+    base = comcat._folded(spec)
+    offered, _ = groups(base)
+    draws = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    energies = {g.key: sorted(torch.rand(g.limit, generator=draws).square().tolist(), reverse=True) for g in offered}
+    if budget.limits(dense)[resource] < getattr(lowest, resource):
+        with pytest.raises(BudgetError, match="out of reach"):
+            allocate(base, energies, budget, reference=dense)
+        return
+    ranks = allocate(base, energies, budget, reference=dense)
+    used = cost(with_ranks(base, ranks))
+    limit = budget.limits(dense)[resource]
+    assert getattr(used, resource) <= limit
+    if any(rank is not None for rank in ranks.values()):
+        slack = limit - getattr(used, resource)
+        assert slack <= max(getattr(dense, resource) / 100, step(spec)[resource])
+
+
+@pytest.mark.parametrize(
+    "budget",
+    [
+        Budget(keep_macs=0.5),
+        Budget(keep_params=0.4),
+        Budget(keep_macs=0.7, keep_params=0.5),
+        Budget(keep_macs=0.45, max_file_mb=50.0, max_memory_mb=60.0),
+    ],
+    ids=str,
+)
+def test_deit_small_meets_every_kind_of_budget_with_aligned_ranks(budget):
+    spec = deit(384)
+    energies = {g.key: [0.97**k for k in range(g.limit)] for g in groups(spec)[0]}
+    ranks = allocate(spec, energies, budget)
+    used, limits = cost(with_ranks(spec, ranks)), budget.limits(cost(spec))
+    slack = {name: (limit - getattr(used, name)) / getattr(cost(spec), name) for name, limit in limits.items()}
+    assert min(slack.values()) >= 0
+    assert min(slack.values()) <= 0.01
+    assert all(rank is None or rank % 8 == 0 for rank in ranks.values())
+
+
+def test_no_linear_is_kept_in_factors_that_are_dearer_than_itself():
+    spec = deit(192, classes=10)
+    steep = {g.key: [1.0] * g.limit for g in groups(spec)[0]}
+    for share in (0.5, 0.9, 0.95, 0.99):
+        for (_, part), rank in allocate(spec, steep, Budget(keep_macs=share)).items():
+            if part.startswith("fc") and rank is not None:
+                assert rank * (192 + 768) < 192 * 768
+    with pytest.raises(ConfigError, match="expected 1 to 153"):
+        comcat._explicit(spec, groups(spec)[0], settings_for(ranks=({"fc1": 154}, *(None,) * 11)))
+
+
+def test_greedy_is_within_one_purchase_of_the_best():
+    spec = vit(width=8, blocks=1, heads=1, head_dim=6, hidden=12)
+    offered = groups(spec)[0]
+    generator = torch.Generator().manual_seed(0)
+    for share in (0.4, 0.55, 0.7, 0.85):
+        energies = {g.key: sorted(torch.rand(g.limit, generator=generator).tolist(), reverse=True) for g in offered}
+        budget = Budget(keep_macs=share)
+        limit = budget.limits(cost(spec))["macs"]
+
+        def kept(ranks, energies=energies):
+            return sum(sum(energies[k] if r is None else energies[k][:r]) for k, r in ranks.items())
+
+        ladders = [[*range(1, g.top + 1), None] for g in offered]
+        options = (dict(zip((g.key for g in offered), choice, strict=True)) for choice in product(*ladders))
+        best = max(kept(ranks) for ranks in options if cost(with_ranks(spec, ranks)).macs <= limit)
+        found = kept(allocate(spec, energies, budget, align=1))
+        jump = max(sum(e[g.top :]) for g, e in zip(offered, energies.values(), strict=True))
+        largest = max(max(e) for e in energies.values())
+        assert best - max(largest, jump) <= found <= best + 1e-9
+
+
+def test_allocation_beats_uniform_ranks_on_its_own_objective():
+    spec = deit(192)
+    generator = torch.Generator().manual_seed(1)
+    energies = {}
+    for g in groups(spec)[0]:
+        rate, size = 0.9 + 0.09 * float(torch.rand((), generator=generator)), float(torch.rand((), generator=generator))
+        energies[g.key] = [size * rate**k for k in range(g.limit)]
+    flat = uniform(spec, qk=32, vo=32, fc1=80, fc2=80)
+    ranks = allocate(spec, energies, Budget(max_macs=cost(flat).macs))
+    lost = sum(sum(energies[key][rank:]) for key, rank in ranks.items() if rank is not None)
+    assert lost < sum(sum(e[32 if key.part in ("qk", "vo") else 80 :]) for key, e in energies.items())
+
+
+# -------------------------------------------------------------------------------------------------------------- the method
+
+
+@settings(max_examples=20)
+@given(spec=specs(), share=st.floats(0.1, 0.95))
+def test_any_network_is_cut_to_its_budget_or_refused(spec, share):
+    model = make(spec)
+    budget = Budget(keep_macs=share)
+    config = settings_for(budget)
+    if not budget.met_by(floor(spec), cost(spec)):
+        with pytest.raises(BudgetError, match="out of reach"):
+            compress(model, config, data=pixels(spec))
+        return
+    small = compress(model, config, data=pixels(spec))
+    assert budget.met_by(cost(small), cost(spec))
+    assert torch.isfinite(small.model(images(spec))).all()
+    assert small.spec == small.model.spec
+    parts = {(row["block"], row["part"]) for row in small.report["groups"]}
+    for i, block in enumerate(spec.blocks):
+        here = (["qk", "vo"] if block.attention else []) + (["fc1", "fc2"] if block.mlp else [])
+        assert all((i, part) in parts or f"block {i} {part}" in small.report["dense"] for part in here)
+
+
+def test_the_caller_keeps_model_and_random_state_and_gets_the_same_twice():
+    model = make(WIDE)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state, random = torch.get_rng_state(), images(WIDE, 20)
+    config = settings_for(Budget(keep_macs=0.5))
+    one, two = (compress(model, config, data=random, seed=3) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert one.spec == two.spec
+    assert all(
+        torch.equal(a, b) for a, b in zip(one.model.state_dict().values(), two.model.state_dict().values(), strict=True)
+    )
+    other = compress(model, config, data=random, seed=4)
+    assert any(
+        a.shape != b.shape or not torch.equal(a, b)
+        for a, b in zip(one.model.state_dict().values(), other.model.state_dict().values(), strict=True)
+    )
+
+
+def test_a_network_that_is_cut_already_is_cut_again_and_says_so():
+    keep = Keep(heads=(1,), qk=((0, 2, 3, 5, 6, 7, 8, 9),), v=(tuple(range(12)),), hidden=tuple(range(40)))
+    model = cut(make(WIDE), (keep, Keep(attention=False)), method="uvc")
+    once = compress(model, settings_for(Budget(keep_macs=0.7)), data=pixels(WIDE))
+    twice = compress(once.model, settings_for(Budget(keep_macs=0.7)), data=pixels(WIDE))
+    assert cost(twice).macs <= 0.7 * cost(once).macs <= 0.49 * cost(model).macs
+    assert [s.method for s in twice.selection.steps] == ["uvc", "comcat", "comcat"]
+    assert twice.selection.steps[-1].parent == spec_hash(once.spec)
+    assert twice.selection.steps[-1].variant == twice.variant == "whitened"
+
+
+def test_one_rank_a_head_runs_and_queries_and_values_may_differ():
+    small = compress(make(WIDE), settings_for(ranks=({"qk": 1, "vo": 5}, {"fc1": 1})), data=pixels(WIDE))
+    a = small.spec.blocks[0].attention
+    assert a is not None
+    assert (a.qk_dim, a.v_dim, a.scale) == (1, 5, WIDE.blocks[0].attention.scale)
+    assert torch.isfinite(small.model(images(WIDE))).all()
+
+
+def test_layer_scale_is_folded_and_the_parent_is_the_given_model():
+    block = WIDE.blocks[0]
+    spec = replace(WIDE, blocks=(replace(block, attention=replace(block.attention, layer_scale=True)),) * 2)
+    model, x = make(spec), images(spec)
+    small = compress(model, settings_for(ranks=({"vo": 16, "qk": 16},) * 2), data=pixels(spec))
+    assert close(small.model(x), model(x))
+    assert small.selection.steps[-1].parent == spec_hash(spec)
+
+
+def test_images_go_through_the_models_own_preprocessing():
+    model = make(WIDE, dtype=torch.float32)
+    model.config = replace(model.config, preprocess=Preprocess(mean=(0.5,) * 3, std=(0.5,) * 3, size_px=(16, 16)))
+    raw = torch.randint(0, 256, (12, 3, 20, 20), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    seen: list[tuple[str, int, int]] = []
+    small = compress(
+        model,
+        settings_for(Budget(keep_macs=0.5)),
+        data=raw,
+        progress=lambda stage, done, total, **_: seen.append((stage, done, total)),
+    )
+    assert cost(small).macs <= 0.5 * cost(model).macs
+    assert ("calibrate", 6, 6) in seen
+    assert {stage for stage, _, _ in seen} == {"calibrate", "factorise", "probe"}
+
+
+def test_plain_svd_needs_no_images_and_whitening_does():
+    small = compress(make(WIDE), settings_for(Budget(keep_macs=0.5), variant="svd"))
+    assert small.variant == small.selection.steps[-1].variant == "svd"
+    assert small.report["metric"] == "share of each group's energy"
+    with pytest.raises(DataError, match="unlabelled images"):
+        compress(make(WIDE), settings_for(Budget(keep_macs=0.5)))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"factorise_mlp": False}, {"align": 1}, {"probe_images": 0}, {"ridge": 10.0}, {"images": 3}, {"variant": "svd"}],
+    ids=str,
+)
+def test_each_setting_changes_something(change):
+    model, x = make(vit(width=32, heads=2, head_dim=16, hidden=32, image=24)), images(vit(image=24), 6)
+    usual, other = (
+        compress(model, settings_for(Budget(keep_macs=0.75), **fields), data=x).model.state_dict()
+        for fields in ({}, change)
+    )
+    assert usual.keys() != other.keys() or any(
+        usual[name].shape != other[name].shape or not torch.allclose(usual[name], other[name]) for name in usual
+    )
+
+
+def test_the_batch_size_changes_nothing_but_rounding():
+    model, x = make(WIDE), images(WIDE)
+    one, two = (
+        compress(model, settings_for(Budget(keep_macs=0.5), batch_size=size), data=pixels(WIDE)).model
+        for size in (2, 6)
+    )
+    assert one.spec == two.spec
+    assert close(one(x), two(x), 1e-8)
+
+
+# ------------------------------------------------------------------------------------------------------ plans and refusals
+
+
+def test_a_plan_needs_the_spec_alone():
+    found = plan("comcat", deit(384))
+    low, high = found["range"]["macs"]
+    assert 0 < low < 0.1 * high == 0.1 * 4_598_882_304
+    assert found["needs"] == {"images": 256, "labels": False, "training": False}
+    assert set(found["step"]) == set(RESOURCES)
+    assert found["step"]["macs"] < 0.01 * high
+    with pytest.raises(BudgetError, match="comcat reaches"):
+        plan("comcat", deit(384), ComcatConfig(budget=Budget(keep_macs=0.001)))
+
+
+def test_an_unreachable_budget_is_refused_before_any_image_is_read():
+    class Untouchable:
+        def __len__(self) -> int:
+            raise AssertionError("read")
+
+    with pytest.raises(BudgetError, match="out of reach"):
+        compress(make(WIDE), settings_for(Budget(keep_macs=0.001)), data=Untouchable())
+
+
+@pytest.mark.parametrize(
+    ("ranks", "said"),
+    [
+        (({"qk": 4},), "ranks for 1 blocks"),
+        (({"fc3": 4}, None), "did you mean 'fc[12]'"),
+        (({"qk": 17}, None), "expected 1 to 16"),
+        (({"vo": 0}, None), "expected 1 to 16"),
+    ],
+    ids=["blocks", "part", "high", "zero"],
+)
+def test_ranks_that_fit_no_network_are_refused(ranks, said):
+    with pytest.raises(ConfigError, match=said):
+        compress(make(WIDE), settings_for(ranks=ranks), data=pixels(WIDE))
+
+
+def test_ranks_above_the_budget_are_refused():
+    with pytest.raises(BudgetError, match="exceed the budget"):
+        compress(make(WIDE), settings_for(Budget(keep_macs=0.3), ranks=({"qk": 4}, None)), data=pixels(WIDE))
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({}, "neither budget nor ranks"),
+        ({"bugdet": 1}, "did you mean 'budget'"),
+        ({"budget": {"keep_macs": 0.5}, "align": 0}, "align=0; expected 1 or more"),
+        ({"budget": {"keep_macs": 0.5}, "ridge": 0.0}, "ridge=0.0"),
+        ({"budget": {"keep_macs": 2.0}}, "expected a share"),
+        ({"budget": {"keep_macs": 0.5}, "variant": "white"}, "'whitened' or 'svd'"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_bad_settings_are_refused(fields, said):
+    with pytest.raises(ConfigError, match=said):
+        configure("comcat", fields)
+
+
+def test_unknown_methods_and_configs_are_refused():
+    with pytest.raises(ConfigError, match="did you mean 'comcat'"):
+        configure("commcat", {})
+    with pytest.raises(ConfigError, match="ComcatConfig"):
+        compress(make(WIDE), Budget(keep_macs=0.5))

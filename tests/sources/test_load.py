@@ -1,0 +1,114 @@
+"""One `load` for every kind of name."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import vitrim
+from vitrim import artifact, hub
+from vitrim.errors import ArtifactError, SourceError
+from vitrim.model import Vit, build
+from vitrim.sources import builtin
+from vitrim.spec import Attention, Block, Mlp, ModelSpec, Output, Position
+
+
+def spec(classes: int = 3) -> ModelSpec:
+    block = Block(attention=Attention(heads=2, qk_dim=4, v_dim=4, scale=0.5), mlp=Mlp(hidden=8))
+    return ModelSpec(
+        image_px=(8, 8),
+        patch_px=(4, 4),
+        width=8,
+        position=Position(grid=(2, 2)),
+        blocks=(block,),
+        outputs=(Output(classes=classes),),
+    )
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    artifact.save(build(spec()), tmp_path / "small")
+    return tmp_path / "small"
+
+
+def equal(a: Vit, b: Vit) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def test_a_folder_is_loaded_by_its_path(folder: Path) -> None:
+    assert equal(vitrim.load(folder), vitrim.load(str(folder)))
+    assert vitrim.load(folder, classes=3).spec == spec()
+
+
+def test_a_folder_without_its_weights_gives_random_ones_of_its_shape(folder: Path) -> None:
+    fresh = vitrim.load(folder, pretrained=False)
+    assert fresh.spec == spec()
+    assert not equal(fresh, vitrim.load(folder))
+
+
+def test_other_classes_than_the_folders_are_refused(folder: Path) -> None:
+    with pytest.raises(SourceError, match=r"classes=5: .* has 3 classes.*--new-head"):
+        vitrim.load(folder, classes=5)
+
+
+def test_a_checkpoint_belongs_to_timm_names(folder: Path) -> None:
+    with pytest.raises(SourceError, match="a checkpoint needs timm:NAME"):
+        vitrim.load(folder, checkpoint="x.pth")
+
+
+def test_builtin_models_are_artifacts_in_the_package(folder: Path) -> None:
+    assert builtin.names(folder.parent) == ["small"]
+    assert equal(builtin.load("small", folder.parent), vitrim.load(folder))
+    with pytest.raises(SourceError, match="did you mean 'small'"):
+        builtin.load("smal", folder.parent)
+    with pytest.raises(SourceError, match="no built-in model 'cifar100-vit'"):
+        vitrim.load("builtin:cifar100-vit")
+
+
+def test_a_file_is_refused_with_the_way_to_use_it(tmp_path: Path) -> None:
+    (tmp_path / "mine.pth").write_bytes(b"x")
+    with pytest.raises(SourceError, match=r"timm:NAME with checkpoint='mine\.pth'"):
+        vitrim.load(tmp_path / "mine.pth")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("deit_small_patch16_224", "did you mean 'timm:deit_small_patch16_224'"),
+        ("deit_smal_patch16_224", "did you mean 'timm:deit_small_patch16_224'"),
+        ("tim:deit_small_patch16_224", "no source named 'tim'; did you mean 'timm'"),
+        ("runs", "no model 'runs'.*expected timm:NAME"),
+        ("", "expected timm:NAME"),
+    ],
+)
+def test_names_of_nothing_give_the_near_miss_or_what_is_expected(name: str, words: str, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        with pytest.raises((SourceError, ArtifactError), match=words):
+            vitrim.load(name)
+
+
+def test_hub_names_are_fetched_and_a_mistyped_folder_says_both(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    asked = []
+
+    def fetch(name: str) -> Vit:
+        asked.append(name)
+        if name == "runs/teacher":
+            raise ArtifactError("runs/teacher: not found.")
+        return artifact.load(folder)
+
+    monkeypatch.setattr(hub, "load_hub", fetch)
+    vitrim.load("hub:someone/small")
+    vitrim.load("someone/small")
+    assert asked == ["someone/small"] * 2
+    with pytest.raises(SourceError, match=r"no folder 'runs/teacher' here.*not found"):
+        vitrim.load("runs/teacher")
+
+
+def test_loading_a_folder_does_not_import_timm(folder: Path) -> None:
+    code = f"import sys, vitrim; vitrim.load({str(folder)!r}); assert 'timm' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,58 @@
+"""Budgets: ranges, combinations, and the refusal with the reachable range."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from tests.specs import vit
+from vitrim.budget import Budget, exceeded
+from vitrim.counting import cost
+from vitrim.errors import BudgetError
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "no limit given"),
+        ({"keep_macs": 0}, r"keep_macs=0; expected a share in \(0, 1\]"),
+        ({"keep_macs": 50}, "To keep half, pass 0.5"),
+        ({"keep_params": float("nan")}, "keep_params=nan"),
+        ({"keep_params": True}, "keep_params=True"),
+        ({"max_macs": -1}, "expected a number above 0"),
+        ({"max_latency_ms": 5.0}, "no method here meets this kind"),
+        ({"keep_expected_macs": 0.5}, "no method here meets this kind"),
+    ],
+)
+def test_a_budget_out_of_range_is_refused(fields: dict[str, float], message: str) -> None:
+    with pytest.raises(BudgetError, match=message):
+        Budget(**fields)
+
+
+def test_limits_combine_and_the_tighter_one_counts() -> None:
+    reference = cost(vit())
+    budget = Budget(keep_macs=0.5, max_macs=10, keep_params=0.25, max_memory_mb=1.5, max_file_mb=0.5)
+    assert budget.limits(reference) == {
+        "macs": 10,
+        "params": int(0.25 * reference.params),
+        "memory_bytes": 1_500_000,
+        "file_bytes": 500_000,
+    }
+    assert Budget(keep_macs=0.5, max_macs=10**12).limits(reference)["macs"] == int(0.5 * reference.macs)
+
+
+def test_an_unreachable_budget_is_refused_with_the_range() -> None:
+    reference = cost(vit())
+    floor = cost(replace(vit(), blocks=(replace(vit().blocks[0], attention=None),) * 2))
+    with pytest.raises(BudgetError) as refusal:
+        Budget(keep_macs=0.01).refuse_unreachable(floor=floor, reference=reference, method="test")
+    assert f"reaches {floor.macs:,} to {reference.macs:,}" in str(refusal.value)
+    Budget(keep_macs=1.0).refuse_unreachable(floor=floor, reference=reference, method="test")
+
+
+def test_met_by_compares_every_limited_resource() -> None:
+    reference = cost(vit())
+    assert Budget(keep_macs=1.0, keep_params=1.0).met_by(reference, reference)
+    assert not Budget(keep_macs=1.0, keep_params=0.9).met_by(reference, reference)
+    assert exceeded(reference, {"params": 1, "macs": reference.macs}) == ["params"]

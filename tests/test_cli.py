@@ -1,0 +1,142 @@
+"""The command: fast where it needs no network, quiet where it is told, and the same numbers in the table and the JSON."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from vitrim.cli import main, progress, tables
+
+DEIT_S = "timm:deit_small_patch16_224"
+
+
+def run(*words: str | Path, env: dict[str, str] | None = None) -> Result:
+    """One command in this process."""
+    return CliRunner().invoke(main, [str(word) for word in words], env=env)
+
+
+def fresh(code: str) -> tuple[str, float]:
+    """Output of a fresh process, and the seconds it took (the better of two: the first may fill caches)."""
+    seconds = []
+    for _ in range(2):
+        start = time.monotonic()
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        seconds.append(time.monotonic() - start)
+    return done.stdout, min(seconds)
+
+
+RUN_AND_TELL = """
+import sys
+from vitrim.cli import main
+try:
+    main({words!r})
+except SystemExit as done:
+    assert not done.code, done.code
+print("heavy:", sorted({{"torch", "timm", "numpy", "torchvision", "pydantic", "matplotlib"}} & set(sys.modules)))
+"""
+
+
+def test_help_takes_under_half_a_second() -> None:
+    out, seconds = fresh(RUN_AND_TELL.format(words=["--help"]))
+    assert "compress" in out
+    assert "heavy: []" in out
+    assert seconds < 0.5
+
+
+def test_import_alone_imports_nothing_heavy() -> None:
+    out, _ = fresh("import vitrim, sys; print(vitrim.__version__, 'torch' in sys.modules, 'timm' in sys.modules)")
+    assert out.split()[1:] == ["False", "False"]
+
+
+def test_cost_of_a_timm_name_takes_under_two_seconds_and_no_torch() -> None:
+    out, seconds = fresh(RUN_AND_TELL.format(words=["cost", DEIT_S]))
+    assert "4,598,882,304" in out
+    assert "heavy: []" in out
+    assert seconds < 2
+
+
+@pytest.mark.parametrize(
+    ("name", "macs", "params"),
+    [
+        ("tiny", 1_253_683_200, 5_717_416),
+        ("small", 4_598_882_304, 22_050_664),
+        ("base", 17_563_828_224, 86_567_656),
+    ],
+)
+def test_cost_as_json_has_the_exact_counts_at_the_top(name: str, macs: int, params: int) -> None:
+    done = run("cost", f"timm:deit_{name}_patch16_224", "--json")
+    values = json.loads(done.stdout)
+    assert (values["macs"], values["params"]) == (macs, params)
+    assert values["flops"] == 2 * macs
+    assert sum(block["macs"] for block in values["blocks"]) + values["stem_macs"] + values["head_macs"] == macs
+
+
+def test_cost_prints_a_row_for_each_block_and_the_share_of_another_model() -> None:
+    done = run("cost", "timm:deit_tiny_patch16_224", "--against", DEIT_S)
+    assert done.exit_code == 0
+    assert sum(line.split()[:2] == [str(i), "197"] for i in range(12) for line in done.stdout.splitlines()) == 12
+    assert "27.3 % of its MACs" in done.stdout
+
+
+def test_every_verb_has_help_with_an_example_or_a_sentence() -> None:
+    verbs = list(main.commands)
+    assert verbs == "cost plan compress recover train evaluate predict measure report push doctor demo".split()
+    for verb in verbs:
+        done = run(verb, "--help")
+        assert done.exit_code == 0
+        assert "--quiet" in done.stdout
+        assert "--json" in done.stdout
+
+
+def test_usage_errors_import_no_torch() -> None:
+    code = (
+        "import sys\nfrom click.testing import CliRunner\nfrom vitrim.cli import main\n"
+        "for words in (['cots'], ['compress', '--keep-mcas', '1'], ['compress', '--model', 'x', '--method', 'commcat', '--keep-macs', '0.5', '--out', 'x']):\n"
+        "    done = CliRunner().invoke(main, words)\n    assert done.exit_code == 2, done.output\n"
+        "print('torch' in sys.modules)"
+    )
+    out, _ = fresh(code)
+    assert out.split() == ["False"]
+
+
+def test_doctor_names_versions_and_extras_and_no_folder() -> None:
+    done = run("doctor", "--json")
+    values = json.loads(done.stdout)
+    assert values["packages"]["torch"]
+    assert set(values["extras"]) >= {"data", "track"}
+    assert isinstance(values["processor"]["features"], list)
+    assert str(Path.home()) not in done.stdout
+    assert run("doctor").exit_code == 0
+
+
+def test_no_color_is_honoured() -> None:
+    assert "\x1b[" not in run("cost", DEIT_S, env={"NO_COLOR": "1", "FORCE_COLOR": "1"}).stdout.replace(
+        "\x1b[1m", ""
+    ).replace("\x1b[0m", "")
+
+
+def test_lines_come_at_the_start_and_the_end_of_a_stage(capsys: pytest.CaptureFixture[str]) -> None:
+    show = progress.Lines()
+    for done in range(1, 101):
+        show("train", done, 100, loss=0.25)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith("train: 1/100")
+    assert "loss 0.25" in lines[0]
+    assert "100/100" in lines[1]
+
+
+def test_quiet_gives_no_progress_at_all() -> None:
+    with progress.progress_on_stderr(quiet=True) as show:
+        assert show is None
+
+
+def test_counts_are_scaled_for_people() -> None:
+    assert tables.count_text(4_598_882_304) == "4.599 G"
+    assert tables.count_text(22_050_664) == "22.05 M"
+    assert tables.share_text(1, 2) == "50.0 %"
+    assert progress.duration_text(3661) == "1:01:01"
