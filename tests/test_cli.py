@@ -84,7 +84,20 @@ def test_cost_prints_a_row_for_each_block_and_the_share_of_another_model() -> No
 
 def test_every_verb_has_help_with_an_example_or_a_sentence() -> None:
     verbs = list(main.commands)
-    assert verbs == "cost plan compress recover train evaluate predict measure report push doctor demo".split()
+    assert verbs == [
+        "cost",
+        "plan",
+        "compress",
+        "recover",
+        "train",
+        "evaluate",
+        "predict",
+        "measure",
+        "report",
+        "push",
+        "doctor",
+        "demo",
+    ]
     for verb in verbs:
         done = run(verb, "--help")
         assert done.exit_code == 0

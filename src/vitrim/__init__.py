@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from vitrim.methods import compress
     from vitrim.methods.comcat import ComcatConfig
     from vitrim.model import build
-    from vitrim.pipeline import RecoverConfig, recover, run, train
+    from vitrim.objectives import train
+    from vitrim.pipeline import RecoverConfig, recover, run
     from vitrim.sources import from_model, load
     from vitrim.spec import ModelSpec
     from vitrim.tasks.classification import evaluate
@@ -42,7 +43,7 @@ _HOMES = {
     "recover": "pipeline",
     "run": "pipeline",
     "save": "artifact",
-    "train": "pipeline",
+    "train": "objectives",
 }
 
 __all__ = [

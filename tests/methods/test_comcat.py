@@ -104,7 +104,7 @@ def test_output_error_falls_as_the_budget_grows():
     lost = []
     for share in (0.3, 0.5, 0.7, 0.9):
         small = compress(model, settings_for(Budget(keep_macs=share), images=8), data=x)
-        lost.append(float((small.model(x) - model(x)).square().mean()))
+        lost.append(float((small.model(x) - model(x)).detach().square().mean()))
     assert lost == sorted(lost, reverse=True)
 
 
@@ -116,7 +116,7 @@ def test_whitening_loses_less_than_the_plain_decomposition():
     for variant in ("whitened", "svd"):
         ranks = ({"qk": 4, "vo": 4, "fc1": 8, "fc2": 8},) * 2
         small = compress(model, settings_for(ranks=ranks, variant=variant, images=64), data=x)
-        lost[variant] = float((small.model(x) - model(x)).square().mean())
+        lost[variant] = float((small.model(x) - model(x)).detach().square().mean())
     assert lost["whitened"] < lost["svd"]
 
 
@@ -200,10 +200,10 @@ def test_no_linear_is_kept_in_factors_that_are_dearer_than_itself():
 
 
 def test_greedy_is_within_one_purchase_of_the_best():
-    spec = vit(width=8, blocks=1, heads=1, head_dim=6, hidden=12)
+    spec = vit(width=8, blocks=1, heads=1, head_dim=6, hidden=12, channels=1)
     offered = groups(spec)[0]
     generator = torch.Generator().manual_seed(0)
-    for share in (0.4, 0.55, 0.7, 0.85):
+    for share in (0.5, 0.6, 0.75, 0.9):
         energies = {g.key: sorted(torch.rand(g.limit, generator=generator).tolist(), reverse=True) for g in offered}
         budget = Budget(keep_macs=share)
         limit = budget.limits(cost(spec))["macs"]
@@ -335,7 +335,7 @@ def test_plain_svd_needs_no_images_and_whitening_does():
 def test_each_setting_changes_something(change):
     model, x = make(vit(width=32, heads=2, head_dim=16, hidden=32, image=24)), images(vit(image=24), 6)
     usual, other = (
-        compress(model, settings_for(Budget(keep_macs=0.75), **fields), data=x).model.state_dict()
+        compress(model, settings_for(Budget(keep_macs=0.6), **fields), data=x).model.state_dict()
         for fields in ({}, change)
     )
     assert usual.keys() != other.keys() or any(

@@ -21,22 +21,43 @@ from vitrim.model import Vit, build
 from vitrim.sources import timm as source
 from vitrim.spec import Preprocess
 
-VARIANTS = (
-    (
-        "vit_tiny_patch16_224 vit_small_patch32_224 vit_base_patch16_224.augreg_in21k vit_base_patch16_224_miil "
-        "vit_medium_patch16_gap_240 vit_base_patch16_gap_224 vit_huge_patch14_gap_224 "
-        "vit_base_patch32_clip_224 vit_base_patch16_clip_quickgelu_224 vit_large_patch14_clip_quickgelu_336 "
-        "vit_huge_patch14_clip_224 vit_small_patch14_dinov2 vit_base_patch14_reg4_dinov2 vit_giant_patch14_dinov2 "
-        "vit_giant_patch14_reg4_dinov2 vit_wee_patch16_reg1_gap_256 vit_little_patch16_reg4_gap_256 "
-        "vit_mediumd_patch16_reg4_gap_256 vit_betwixt_patch32_clip_224 vit_base_patch16_siglip_gap_224 "
-        "vit_so400m_patch14_siglip_gap_224 vit_so150m2_patch16_reg1_gap_256 vit_intern300m_patch14_448 flexivit_small "
-        "eva_large_patch14_196 deit_tiny_patch16_224 deit_small_patch16_224 deit_tiny_distilled_patch16_224 "
-        "deit_base_distilled_patch16_384 deit3_small_patch16_224 deit3_huge_patch14_224 test_vit test_vit2 "
-        "vit_xsmall_patch16_clip_224 vit_base_patch16_radio_v3"
-    )
-    .replace("vit_base_patch16_rope_none ", "")
-    .split()
-)
+VARIANTS = [
+    "vit_tiny_patch16_224",
+    "vit_small_patch32_224",
+    "vit_base_patch16_224.augreg_in21k",
+    "vit_base_patch16_224_miil",
+    "vit_medium_patch16_gap_240",
+    "vit_base_patch16_gap_224",
+    "vit_huge_patch14_gap_224",
+    "vit_base_patch32_clip_224",
+    "vit_base_patch16_clip_quickgelu_224",
+    "vit_large_patch14_clip_quickgelu_336",
+    "vit_huge_patch14_clip_224",
+    "vit_small_patch14_dinov2",
+    "vit_base_patch14_reg4_dinov2",
+    "vit_giant_patch14_dinov2",
+    "vit_giant_patch14_reg4_dinov2",
+    "vit_wee_patch16_reg1_gap_256",
+    "vit_little_patch16_reg4_gap_256",
+    "vit_mediumd_patch16_reg4_gap_256",
+    "vit_betwixt_patch32_clip_224",
+    "vit_base_patch16_siglip_gap_224",
+    "vit_so400m_patch14_siglip_gap_224",
+    "vit_so150m2_patch16_reg1_gap_256",
+    "vit_intern300m_patch14_448",
+    "flexivit_small",
+    "eva_large_patch14_196",
+    "deit_tiny_patch16_224",
+    "deit_small_patch16_224",
+    "deit_tiny_distilled_patch16_224",
+    "deit_base_distilled_patch16_384",
+    "deit3_small_patch16_224",
+    "deit3_huge_patch14_224",
+    "test_vit",
+    "test_vit2",
+    "vit_xsmall_patch16_clip_224",
+    "vit_base_patch16_radio_v3",
+]
 
 SMALL = {"embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}
 

@@ -1,0 +1,162 @@
+"""Checkpoints of a training: safetensors and JSON in a folder that is whole or is not there.
+
+A folder `step-00000120` is written under another name, flushed to the disk, and renamed; only then is the one before it
+removed. Whatever moment a process is killed at, the newest folder with a final name is a whole checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .errors import TrainingError
+
+SCHEMA = 1
+_NAME = re.compile(r"step-(\d{8,})")
+_TENSORS, _VALUES = "state.safetensors", "state.json"
+
+
+def write(folder: Path, step: int, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> Path:
+    """Write the checkpoint of an optimiser step under `folder`, then remove the older ones.
+
+    tensors: by name, on any device. values: plain JSON values. Raises TrainingError if the disk refuses.
+    """
+    final = folder / f"step-{step:08d}"
+    partial = folder / f"partial-{final.name}"
+    if final.is_dir():  # a run reaches a step in one state only; rewriting it would leave a moment with none
+        return final
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _clear(partial)
+        partial.mkdir()
+        # clones: safetensors refuses tensors that share memory, and the caller's may be views
+        save_file({k: t.detach().to("cpu", copy=True).contiguous() for k, t in tensors.items()}, partial / _TENSORS)
+        text = json.dumps({"schema": SCHEMA, "step": step, **values}, sort_keys=True)
+        (partial / _VALUES).write_text(text, encoding="utf-8")
+        for path in (partial / _TENSORS, partial / _VALUES, partial):
+            flush(path)
+        partial.rename(final)
+        flush(folder)
+        for old in _found(folder):
+            if old != final:
+                _clear(old)
+    except (OSError, SafetensorError) as error:
+        raise TrainingError(
+            f"the checkpoint of step {step} could not be written to {folder.name}/ ({error}); "
+            "the one before it is untouched. Free some space or choose another output folder, then resume."
+        ) from error
+    return final
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest whole checkpoint, or None."""
+    return max(_found(folder), key=_step, default=None)
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors (on the CPU) and values of a checkpoint. Raises TrainingError if it is damaged or of a newer vitrim."""
+    try:
+        values = json.loads((path / _VALUES).read_text(encoding="utf-8"))
+        tensors = load_file(path / _TENSORS)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise TrainingError(
+            f"checkpoint {path.name} cannot be read ({error}); expected a whole {_VALUES} and {_TENSORS}. "
+            "Remove that folder to go on from nothing, or bring the files back."
+        ) from error
+    if values.get("schema") != SCHEMA:
+        raise TrainingError(
+            f"checkpoint {path.name} has schema {values.get('schema')!r}; this vitrim reads {SCHEMA}. "
+            "Resume with the version that wrote it."
+        )
+    return tensors, values
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a killed process left half-written or half-removed."""
+    if folder.is_dir():
+        for path in folder.iterdir():
+            if path.name.startswith(("partial-", "gone-")):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def flush(path: Path) -> None:
+    """Have the system put a file or a folder on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file so that it has either its old or its new content, even after a crash."""
+    partial = path.with_name(f"partial-{path.name}")
+    partial.write_text(text, encoding="utf-8")
+    flush(partial)
+    partial.replace(path)
+    flush(path.parent)
+
+
+def pack(prefix: str, values: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Split a (nested) state into tensors by dotted name and the plain values that remain, each a dict.
+
+    A key may not hold a slash, which separates the levels.
+    """
+    tensors: dict[str, Tensor] = {}
+    rest: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}/{key}"
+        if isinstance(value, Tensor):
+            tensors[name] = value
+        elif isinstance(value, Mapping):
+            inner, plain = pack(name, value)
+            tensors.update(inner)
+            rest[str(key)] = plain
+        else:
+            rest[str(key)] = value
+    return tensors, rest
+
+
+def unpack(prefix: str, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `pack`. Keys come back as strings, tuples as lists."""
+    state: dict[str, Any] = _copied(rest)
+    for name, tensor in tensors.items():
+        if name.startswith(f"{prefix}/"):
+            *levels, last = name[len(prefix) + 1 :].split("/")
+            inner = state
+            for level in levels:
+                inner = inner.setdefault(level, {})
+            inner[last] = tensor
+    return state
+
+
+def _copied(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: _copied(v) if isinstance(v, Mapping) else v for k, v in values.items()}
+
+
+def _step(path: Path) -> int:
+    match = _NAME.fullmatch(path.name)
+    assert match is not None
+    return int(match[1])
+
+
+def _found(folder: Path) -> list[Path]:
+    return [p for p in folder.iterdir() if _NAME.fullmatch(p.name) and p.is_dir()] if folder.is_dir() else []
+
+
+def _clear(path: Path) -> None:
+    """Remove a folder so that nothing half-removed is ever found under its name."""
+    if path.exists():
+        gone = path.with_name(f"gone-{path.name}")
+        shutil.rmtree(gone, ignore_errors=True)
+        path.rename(gone)
+        shutil.rmtree(gone)

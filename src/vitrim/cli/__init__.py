@@ -1,0 +1,69 @@
+"""The command `vitrim`: parse, call, print. Each verb is a few lines; the work is elsewhere.
+
+Exit codes: 0 done, 1 failed, 2 misuse. Results go to stdout, progress and errors to stderr.
+Neither help, nor `cost` of a name or a folder, nor a usage error imports torch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from vitrim import __version__
+from vitrim.cli import looking, whole, working
+from vitrim.cli.options import Failed
+from vitrim.errors import VitrimError, did_you_mean
+
+
+class Verbs(click.Group):
+    """The group of all verbs: in the order of the work, with near misses, and with one sentence for each failure."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if not name.startswith("-") and self.get_command(ctx, name) is None and not ctx.resilient_parsing:
+            hint = did_you_mean(name, self.commands) or "."
+            ctx.fail(f"no such verb {name!r}; expected one of {', '.join(self.commands)}{hint}")
+        return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (VitrimError, OSError) as error:
+            if isinstance(error, BrokenPipeError):  # the reader of our output went away; click leaves quietly
+                raise
+            raise Failed(error) from error
+
+
+@click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="vitrim")
+def main() -> None:
+    """Compress Vision Transformers to a budget, recover them, and hand over ordinary networks.
+
+    MODEL is timm:NAME, builtin:NAME, hf-hub:NAME, a folder that vitrim saved, or USER/NAME on the Hugging Face Hub.
+    DATA is an image folder, a Parquet file or folder of shards, hf:NAME, or sample (built in).
+
+    First steps: vitrim demo; vitrim cost timm:deit_small_patch16_224.
+    """
+
+
+for _verb in (
+    looking.cost,
+    looking.plan,
+    whole.compress,
+    whole.recover,
+    working.train,
+    working.evaluate,
+    working.predict,
+    working.measure,
+    whole.report,
+    looking.push,
+    looking.doctor,
+    whole.demo,
+):
+    main.add_command(_verb)

@@ -1,0 +1,190 @@
+"""Verbs that look at a model or hand it over, and train nothing: cost, plan, report, push, doctor."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from vitrim.cli import options, tables
+from vitrim.errors import ArtifactError, BudgetError
+
+if TYPE_CHECKING:
+    from vitrim.budget import Budget
+    from vitrim.spec import ModelSpec
+
+BUILT_IN = Path(__file__).parents[1] / "assets" / "models"
+
+
+def spec_named(name: str) -> ModelSpec:
+    """The spec of a model by name or folder; torch is imported only where no table and no file says it."""
+    family, _, rest = name.partition(":")
+    if family == "timm":
+        from vitrim import architectures
+
+        known = architectures.spec(rest)
+        if known is not None:
+            return known
+    folder = BUILT_IN / rest if family == "builtin" else Path(name)
+    if (folder / "config.json").is_file():
+        return spec_in(folder / "config.json")
+    from vitrim.sources import load
+
+    return load(name, pretrained=False).spec
+
+
+def spec_in(file: Path) -> ModelSpec:
+    """The spec in an artifact's config.json."""
+    from vitrim.spec import Config
+
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ArtifactError(
+            f"{str(file)!r} is not JSON ({error}). Expected the config.json of a folder that vitrim saved."
+        ) from error
+    if not isinstance(values, dict) or "spec" not in values:
+        raise ArtifactError(
+            f"{str(file)!r} holds no spec, so {file.parent.name!r} was not saved by vitrim. "
+            "Expected such a folder; a checkpoint of timm is read with timm:NAME and --checkpoint PATH."
+        )
+    return Config.from_dict(values).spec
+
+
+@click.command()
+@click.argument("model")
+@click.option("--against", metavar="MODEL", help="Give shares of this model's cost too.")
+@options.OUTPUT
+def cost(model: str, against: str | None, as_json: bool, quiet: bool) -> None:
+    """Count MODEL's operations and parameters, per block.
+
+    Needs no weights: vitrim cost timm:deit_small_patch16_224
+    """
+    from vitrim.counting import cost as count
+
+    spec = spec_named(model)
+    counted = count(spec)
+    dense = None if against is None else (against, count(spec_named(against)))
+    if as_json:
+        values = {"model": model, **counted.to_dict()}
+        if dense is not None:
+            values["against"] = {"model": dense[0], "macs": dense[1].macs, "params": dense[1].params}
+        tables.show_json(values)
+    else:
+        tables.show_cost(model, spec, counted, against=dense)
+
+
+@click.command()
+@click.option("--model", required=True, metavar="MODEL", help="What to cut; only its shape is needed.")
+@click.option("--method", metavar="NAME[,NAME...]", help="Only these methods; all that exist by default.")
+@click.option("--variant", type=options.Named("whitened", "svd"), help="Of comcat: whitened (default) or svd.")
+@options.BUDGET
+@options.OUTPUT
+def plan(model: str, method: str | None, variant: str | None, as_json: bool, quiet: bool, **limits: Any) -> None:
+    """Say what each method would reach, cost and need; train nothing.
+
+    vitrim plan --model timm:deit_small_patch16_224 --keep-macs 0.9,0.7,0.5
+    """
+    names = options.METHODS if method is None else tuple(name.strip() for name in method.split(","))
+    for name in names:
+        options.check_method(name)
+    budgets = options.Limits(**limits).budgets()
+    spec = spec_named(model)
+    rows = [planned(name, spec, budget, variant) for budget in budgets for name in names]
+    if as_json:
+        from vitrim.counting import cost as count
+
+        whole = count(spec)
+        tables.show_json({"model": model, "macs": whole.macs, "params": whole.params, "plans": rows})
+        return
+    heads = ["method", "budget", "asks MACs", "asks params", "reaches MACs", "reaches params", "needs", "within reach"]
+    tables.show_table(f"{model}: what each method would reach", heads, [plan_row(row) for row in rows])
+    for row in rows:
+        if row["refused"]:
+            tables.note(row["refused"])
+
+
+def planned(name: str, spec: ModelSpec, budget: Budget, variant: str | None) -> dict[str, Any]:
+    """One method at one budget; out of reach is an answer here, not a failure."""
+    from vitrim.counting import cost as count
+    from vitrim.methods import configure
+    from vitrim.methods import plan as plan_of
+
+    given = {} if variant is None else {"variant": variant}
+    row: dict[str, Any] = {
+        "method": name,
+        "budget": budget.to_dict(),
+        "limits": budget.limits(count(spec)),
+        "refused": None,
+    }
+    try:
+        return row | plan_of(name, spec, configure(name, {"budget": budget, **given}))
+    except BudgetError as error:
+        loosest = configure(name, {"budget": type(budget)(keep_macs=1.0), **given})
+        return row | plan_of(name, spec, loosest) | {"refused": str(error)}
+
+
+def plan_row(row: dict[str, Any]) -> list[str]:
+    """A plan as a row of the table."""
+
+    def reach(name: str) -> str:
+        low, high = row["range"][name]
+        return f"{tables.count_text(low)} to {tables.count_text(high)}"
+
+    asks = [tables.count_text(row["limits"][name]) if name in row["limits"] else "-" for name in ("macs", "params")]
+    needs = row["needs"]
+    wanted = [f"{needs['images']} images"] if needs["images"] else []
+    wanted += [word for word in ("labels", "training") if needs[word]]
+    budget = ", ".join(f"{name} {value:g}" for name, value in row["budget"].items())
+    return [
+        f"{row['method']} ({row['variant']})",
+        budget,
+        *asks,
+        reach("macs"),
+        reach("params"),
+        ", ".join(wanted) or "nothing",
+        "no" if row["refused"] else "yes",
+    ]
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("repo", metavar="USER/NAME")
+@click.option("--include-report", is_flag=True, help="Send report.html too.")
+@options.OUTPUT
+def push(folder: Path, repo: str, include_report: bool, as_json: bool, quiet: bool) -> None:
+    """Send a saved FOLDER to the Hugging Face Hub.
+
+    Uses the login of `hf auth login`. vitrim push small/ me/deit-small-half
+    """
+    from vitrim.hub import push as send
+
+    url = send(folder, repo, include_report=include_report)
+    if as_json:
+        tables.show_json({"repo": repo, "url": str(url)})
+    else:
+        tables.say(f"pushed {folder} to {url}")
+
+
+@click.command()
+@options.OUTPUT
+def doctor(as_json: bool, quiet: bool) -> None:
+    """Show versions, processor features, compiler and extras."""
+    from vitrim.doctor import examine
+
+    found = examine()
+    if as_json:
+        tables.show_json(found)
+        return
+    tables.say(f"vitrim {found['vitrim']}, Python {found['python']}, {found['system']}")
+    tables.show_table("packages", ["package", "version"], tables.flat(found["packages"]))
+    tables.show_table("processor", ["", "found"], tables.flat(found["processor"]))
+    tables.say(f"accelerators  {', '.join(found['accelerators']) or 'none'}")
+    tables.say(f"compiler      {found['compiler'] or 'none found'}")
+    for name, extra in found["extras"].items():
+        state = "found" if extra["found"] else f"missing {', '.join(extra['missing'])}"
+        tables.say(f"extra {name:<8}{state} ({extra['for']})")
+    for line in found["advice"]:
+        tables.note(line)

@@ -1,0 +1,111 @@
+"""Results on stdout: tables for people, JSON for programs. Counts are scaled to G and M only here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from vitrim.counting import Cost
+    from vitrim.spec import ModelSpec
+
+PLAIN_WIDTH = 120
+"""Columns of a table that goes to a file or a pipe."""
+
+
+def say(text: str = "") -> None:
+    """One line of result."""
+    click.echo(text)
+
+
+def note(text: str) -> None:
+    """One line of log, on stderr."""
+    click.echo(text, err=True)
+
+
+def show_json(value: Any) -> None:
+    """The whole result, keys sorted, on stdout."""
+    click.echo(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False))
+
+
+def show_table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table; the first column to the left, the others to the right. NO_COLOR is honoured by rich."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=PLAIN_WIDTH)
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, title_style="bold")
+    for index, head in enumerate(heads):
+        table.add_column(head, justify="left" if index == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def count_text(number: float) -> str:
+    """A count for people: 4598882304 -> "4.599 G"."""
+    for scale, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if number >= scale:
+            return f"{number / scale:.4g}{unit}"
+    return f"{number:g}"
+
+
+def share_text(part: float, whole: float) -> str:
+    """A share in percent: (1, 2) -> "50.0 %"."""
+    return f"{100 * part / whole:.1f} %" if whole else "-"
+
+
+def percent_text(share: float | None) -> str:
+    """An accuracy in percent; a dash where it is not known."""
+    return "-" if share is None else f"{100 * share:.2f} %"
+
+
+def show_cost(name: str, spec: ModelSpec, cost: Cost, *, against: tuple[str, Cost] | None) -> None:
+    """Cost per block and in total, with shares of the model it is compared with."""
+    heads = ["block", "tokens", "heads", "q/k", "v", "MLP", "attention MACs", "MLP MACs", "MACs", "params"]
+    rows = [["stem", "", "", "", "", "", "", "", count_text(cost.stem_macs), count_text(cost.stem_params)]]
+    for block, part in zip(spec.blocks, cost.blocks, strict=True):
+        attention, mlp = block.attention, block.mlp
+        dims = [str(attention.heads), str(attention.qk_dim), str(attention.v_dim)] if attention else ["-", "-", "-"]
+        tokens = str(part.tokens_in)
+        if part.tokens_out != part.tokens_in:
+            tokens += f" to {part.tokens_out}"
+        rows.append(
+            [str(part.index), tokens, *dims, mlp_text(mlp)]
+            + [count_text(n) for n in (part.attention_macs, part.mlp_macs, part.macs, part.params)]
+        )
+    rows.append(["head", "", "", "", "", "", "", "", count_text(cost.head_macs), count_text(cost.head_params)])
+    show_table(name, heads, rows)
+    say(f"MACs         {cost.macs:,} ({count_text(cost.macs)}; the papers' FLOPs)")
+    say(f"parameters   {cost.params:,} ({count_text(cost.params)})")
+    say(f"memory       {cost.memory_bytes / 1e6:.1f} MB (weights and peak activations at batch 1, estimated)")
+    say(f"file         {cost.file_bytes / 1e6:.1f} MB (float32)")
+    if against is not None:
+        other, dense = against
+        say(
+            f"against      {other}: {share_text(cost.macs, dense.macs)} of its MACs, {share_text(cost.params, dense.params)} of its parameters"
+        )
+
+
+def mlp_text(mlp: Any) -> str:
+    """Hidden units and the ranks of both linears: "1536", or "1536 (r 96/64)"."""
+    if mlp is None:
+        return "-"
+    if mlp.fc1_rank is None and mlp.fc2_rank is None:
+        return str(mlp.hidden)
+    return f"{mlp.hidden} (r {mlp.fc1_rank or '-'}/{mlp.fc2_rank or '-'})"
+
+
+def flat(values: Mapping[str, Any]) -> list[list[str]]:
+    """Rows of name and value; lists become comma-separated, None a dash."""
+    rows = []
+    for key, value in values.items():
+        text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else "-" if value is None else str(value)
+        rows.append([key.replace("_", " "), text or "none"])
+    return rows

@@ -1,0 +1,361 @@
+"""Verbs of the main job: compress, recover, report, demo."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from vitrim.cli import options, tables
+from vitrim.cli.progress import duration_text, progress_on_stderr
+from vitrim.cli.working import DATA, data_for
+from vitrim.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vitrim.pipeline import RunResult
+
+SECTIONS = ("settings", "recover", "evaluate", "measure")
+"""Of a --config file: of the method, the recovery, the comparison and the timing."""
+RECORDED = ("schema", "vitrim", "weights", "data")
+"""What a run's own stages/config.json says beside them; it changes nothing here."""
+DEMO_MODEL = "builtin:cifar10-vit-micro"
+DEMO_STEPS = 300
+DEMO_IMAGES = 1000
+
+
+def show_run(result: Mapping[str, Any]) -> None:
+    """The one table of a run: what it was, what it is, and what that cost and gained."""
+    costs, metrics = result["costs"], result["metrics"]
+    dense, small = costs["dense"], costs["compressed"]
+    rows = [
+        [
+            "MACs (the papers' FLOPs)",
+            tables.count_text(dense["macs"]),
+            tables.count_text(small["macs"]),
+            tables.share_text(small["macs"], dense["macs"]),
+        ],
+        [
+            "parameters",
+            tables.count_text(dense["params"]),
+            tables.count_text(small["params"]),
+            tables.share_text(small["params"], dense["params"]),
+        ],
+        [
+            "memory MB (estimated)",
+            f"{dense['memory_bytes'] / 1e6:.1f}",
+            f"{small['memory_bytes'] / 1e6:.1f}",
+            tables.share_text(small["memory_bytes"], dense["memory_bytes"]),
+        ],
+    ]
+    rows += accuracy_rows(metrics, result.get("difference"))
+    for gain in (result.get("timing") or {}).get("speedups", ()):
+        rows.append(speed_row(gain, result["timing"]["rows"]))
+    method = result["method"]
+    name = f"{method['name']} ({method['variant']})" if method.get("variant") else method["name"]
+    tables.show_table(f"{result['model']} cut by {name}", ["", "before", "after", "kept or gained"], rows)
+
+
+def accuracy_rows(metrics: Mapping[str, Any], difference: Mapping[str, Any] | None) -> list[list[str]]:
+    """Top-1 before, after the cut, and after the recovery, where there are labels; else the agreement."""
+    dense, cut, recovered = (metrics.get(state) or {} for state in ("dense", "compressed", "recovered"))
+    rows = []
+    for key, title in (("top1", "top-1"), ("agreement", "agreement with dense"), ("cosine", "cosine with dense")):
+        if cut.get(key) is None:
+            continue
+        before = tables.percent_text(dense.get(key))
+        rows.append([f"{title}, before recovery", before, tables.percent_text(cut[key]), ""])
+        if recovered.get(key) is not None:
+            rows.append([f"{title}, recovered", before, tables.percent_text(recovered[key]), ""])
+    if difference and rows:
+        low, high = difference["low"], difference["high"]
+        seen = "no difference seen" if low <= 0 <= high else f"{difference['points']:+.2f} points"
+        rows[0 if not recovered else 1][3] = f"{seen} ({low:+.2f} to {high:+.2f})"
+    return rows
+
+
+def speed_row(gain: Mapping[str, Any], timed: list[dict[str, Any]]) -> list[str]:
+    """Measured time of one runtime and batch size, with the speed-up beside the ideal one."""
+    alike = [row for row in timed if all(row[key] == gain[key] for key in ("runtime", "batch"))]
+    times = {row["model"]: row["median_ms"] for row in alike}
+    return [
+        f"ms, {gain['runtime']}, batch {gain['batch']}",
+        f"{times[gain['reference']]:.2f}",
+        f"{times[gain['model']]:.2f}",
+        f"{gain['measured']:.2f} x of ideal {gain['ideal']:.2f} x",
+    ]
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="Instead of report.html in FOLDER.")
+@options.OUTPUT
+def report(folder: Path, out: Path | None, as_json: bool, quiet: bool) -> None:
+    """Write the page about a finished run: one file, no network.
+
+    vitrim report small/
+    """
+    place = out or folder / "report.html"
+    if place.is_dir():
+        raise ConfigError(f"--out {str(place)!r} is a folder; expected a file, such as report.html.")
+    from vitrim.reporting import write
+
+    written = write(folder, place)
+    if as_json:
+        tables.show_json({"report": str(written)})
+    else:
+        tables.say(f"wrote {written}; open it in a browser")
+
+
+@click.command()
+@click.option("--model", metavar="MODEL", help="What to cut.")
+@options.METHOD
+@options.BUDGET
+@click.option(
+    "--relative-to",
+    type=options.Named("given", "original"),
+    help="Shares of MODEL (default), or of what it was first cut from.",
+)
+@DATA
+@click.option("--out", type=click.Path(path_type=Path), required=True, metavar="FOLDER", help="What it becomes.")
+@click.option("--recover-epochs", type=options.POSITIVE, help="Length of the recovery; 10 by default.")
+@click.option("--recover-steps", type=click.IntRange(min=0), help="The same in optimiser steps; 0: no recovery.")
+@click.option("--no-measure", is_flag=True, help="Measure no latency.")
+@click.option(
+    "--config", type=click.Path(path_type=Path), metavar="FILE", help="JSON, as OUT/stages/config.json of a run."
+)
+@click.option("--resume", is_flag=True, help="Go on with the run at --out, at its first missing stage.")
+@options.FORCE
+@options.SOURCE
+@options.COMPUTE
+@options.AMP
+@options.WORKERS
+@options.SEED
+@options.OUTPUT
+def compress(
+    model: str | None,
+    method: str | None,
+    variant: str | None,
+    relative_to: str | None,
+    data: str | None,
+    out: Path,
+    recover_epochs: float | None,
+    recover_steps: int | None,
+    no_measure: bool,
+    config: Path | None,
+    resume: bool,
+    force: bool,
+    checkpoint: Path | None,
+    no_pretrained: bool,
+    as_json: bool,
+    quiet: bool,
+    **flags: Any,
+) -> None:
+    """Cut MODEL to a budget, recover it, compare, time, save and report: the whole job.
+
+    vitrim compress --model timm:deit_small_patch16_224 --keep-macs 0.5 --data photos/ --out small/
+    """
+    if recover_epochs is not None and recover_steps is not None:
+        raise click.UsageError("--recover-epochs and --recover-steps contradict each other; pass one of them.")
+    if resume and force:
+        raise click.UsageError("--resume and --force contradict each other: go on with the run, or replace it.")
+    values = options.read_json(config)
+    options.check_keys(
+        values, (*SECTIONS, "model", "method", "relative_to", *RECORDED), place=f"--config {str(config)!r}"
+    )
+    name, method = model or values.get("model"), method or values.get("method") or "comcat"
+    if name is None:
+        raise click.UsageError("--model is missing; pass one, such as --model timm:deit_small_patch16_224.")
+    options.check_method(method)
+    source = data_for(data, name)
+    machine = {key: flags.pop(key) for key in ("device", "threads", "amp", "workers", "seed")}
+    limits = options.Limits(**flags)
+    settings = options.section(values, "settings") | options.given({"variant": variant, "seed": machine["seed"]})
+    settings["budget"] = limits.budget() if limits else options.budget_in(settings)
+    options.check_out(out, force=force, resume=resume)
+    options.use_threads(machine["threads"])
+    recovery = (
+        None
+        if recover_steps == 0 or values.get("recover", {}) is None
+        else {
+            **options.section(values, "recover"),
+            **options.given({"epochs": recover_epochs, "steps": recover_steps}),
+        }
+    )
+    if recovery is not None and recover_epochs is not None:
+        recovery.pop("steps", None)
+    timed = None if no_measure or values.get("measure", {}) is None else options.section(values, "measure")
+    result = run_with(
+        name
+        if checkpoint is None and not no_pretrained
+        else options.load_model(name, checkpoint=checkpoint, no_pretrained=no_pretrained),
+        (method, settings),
+        data=source,
+        out=out,
+        recovery=recovery,
+        judging=options.section(values, "evaluate"),
+        timed=timed,
+        machine=machine,
+        quiet=quiet,
+        resume=resume,
+        force=force,
+        relative_to=relative_to or values.get("relative_to") or "given",
+    )
+    if as_json:
+        tables.show_json(result.summary)
+        return
+    show_run(result.summary)
+    tables.say(f"made {result.folder} (the model) and {result.report} (open it in a browser)")
+    tables.say(f"next: vitrim cost {out}")
+
+
+def run_with(
+    model: Any,
+    method: tuple[str, dict[str, Any]],
+    *,
+    recovery: dict[str, Any] | None,
+    judging: dict[str, Any],
+    timed: dict[str, Any] | None,
+    machine: Mapping[str, Any],
+    quiet: bool,
+    **rest: Any,
+) -> RunResult:
+    """The pipeline with configs made from plain values. machine: device, threads, amp, workers and seed, where given."""
+    from vitrim.methods import configure
+    from vitrim.pipeline import EvaluateConfig, MeasureConfig, RecoverConfig, run
+    from vitrim.training import read_config
+
+    place = None if machine["device"] is None else options.device_named(machine["device"])
+    how = options.given({"workers": machine["workers"], "amp": machine["amp"], "device": place})
+    learn = None
+    if recovery is not None:
+        kind = {"device": place.split(":")[0]} if place else {}
+        learn = read_config(
+            RecoverConfig, {**recovery, **how, **options.given({"seed": machine["seed"]}), **kind}, where="recover"
+        )
+    target = None
+    if timed is not None:
+        aim = options.given({"threads": machine["threads"], "device": place})
+        target = read_config(MeasureConfig, {**timed, **aim}, where="measure")
+    with progress_on_stderr(quiet) as progress:
+        return run(
+            model,
+            configure(*method),
+            recover=learn,
+            measure=target,
+            evaluate=read_config(EvaluateConfig, {**judging, **how}, where="evaluate"),
+            progress=progress,
+            **rest,
+        )
+
+
+@click.command()
+@click.argument("model")
+@click.option("--teacher", metavar="MODEL", help="The dense model, whose answers it learns.")
+@DATA
+@click.option("--out", type=click.Path(path_type=Path), required=True, metavar="FOLDER", help="What it becomes.")
+@click.option(
+    "--objective",
+    type=options.Named("auto", "distilled", "supervised", "label_free"),
+    help="What to learn from; auto: labels and teacher where there are labels, else the teacher's tokens.",
+)
+@options.TRAINING
+@click.option("--config", type=click.Path(path_type=Path), metavar="FILE", help="JSON with keys of RecoverConfig.")
+@click.option("--resume", is_flag=True, help="Go on with the run at --out.")
+@options.COMPUTE
+@options.AMP
+@options.WORKERS
+@options.SEED
+@options.OUTPUT
+def recover(
+    model: str,
+    teacher: str | None,
+    data: str | None,
+    out: Path,
+    config: Path | None,
+    resume: bool,
+    threads: int | None,
+    as_json: bool,
+    quiet: bool,
+    **settings: Any,
+) -> None:
+    """Train a compressed MODEL to answer as the dense one did.
+
+    vitrim recover small/ --teacher timm:deit_small_patch16_224 --data imagenet/ --epochs 30 --out better/
+    """
+    source = data_for(data, teacher or model)
+    if teacher is None and settings["objective"] != "supervised":
+        raise click.UsageError(
+            "--teacher is missing; pass the dense model, or --objective supervised to learn from labels alone."
+        )
+    options.check_out(out, force=False, resume=resume)
+    values = {**options.read_json(config), **options.given(settings)}
+    if settings["epochs"] is not None and settings["steps"] is None:
+        values.pop("steps", None)
+    options.use_threads(threads)
+    options.device_named(values.get("device"))
+    from vitrim.pipeline import RecoverConfig
+    from vitrim.pipeline import recover as train_again
+    from vitrim.training import plain, read_config
+
+    how = read_config(RecoverConfig, values, where="recover")
+    small = options.load_model(model)
+    dense = None if teacher is None else options.load_model(teacher)
+    with progress_on_stderr(quiet) as progress:
+        result = train_again(small, teacher=dense, data=source, config=how, out=out, resume=resume, progress=progress)
+    scores = [line for line in result.history if line["kind"] == "validate"]
+    last = {
+        key: value for key, value in (scores[-1] if scores else {}).items() if key not in ("kind", "step", "seconds")
+    }
+    told = {"recovery": plain(how), "metrics": {**small.provenance.get("metrics", {}), "after": last}}
+    result.save(out, provenance=told, force=True)
+    facts = {"out": str(out), "validation": last, **result.report["recovery"]}
+    if as_json:
+        tables.show_json(facts)
+        return
+    spent = result.report["recovery"]
+    tables.say(
+        f"recovered in {spent['steps']} steps, {duration_text(spent['seconds'])} ({spent['objective']}); saved to {out}"
+    )
+    for key, value in last.items():
+        tables.say(f"{key:<10} {value:.4f}")
+
+
+@click.command()
+@click.option("--out", type=click.Path(path_type=Path), default=Path("demo"), show_default=True, help="Where to.")
+@options.FORCE
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads; all by default.")
+@options.OUTPUT
+def demo(out: Path, force: bool, threads: int | None, as_json: bool, quiet: bool) -> None:
+    """Show the main job on built-in images and a built-in model, in about two minutes.
+
+    Compress to half the operations, recover for a minute, compare, time, save, and report.
+    """
+    options.check_out(out, force=force)
+    options.use_threads(threads)
+    from vitrim.budget import Budget
+
+    machine = {"device": "cpu", "threads": threads, "amp": None, "workers": None, "seed": 0}
+    result = run_with(
+        DEMO_MODEL,
+        ("comcat", {"budget": Budget(keep_macs=0.5)}),
+        data="sample",
+        out=out,
+        recovery={"steps": DEMO_STEPS, "batch_size": 64, "eval_every": DEMO_STEPS // 3},
+        judging={"limit": DEMO_IMAGES},
+        timed={"runtimes": ("eager",)},
+        machine=machine,
+        quiet=quiet,
+        force=force,
+    )
+    if as_json:
+        tables.show_json(result.summary)
+        return
+    show_run(result.summary)
+    tables.say(f"made   {result.folder}  the smaller model: vitrim.load({str(out)!r}) in Python")
+    tables.say(f"       {result.report}  what was cut, what it cost and gained: open it in a browser")
+    tables.say(f"next   vitrim evaluate {out} --data sample --split test")
+    tables.say(
+        "       vitrim compress --model timm:deit_small_patch16_224 --keep-macs 0.5 --data YOUR_PHOTOS --out small"
+    )

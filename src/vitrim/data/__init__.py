@@ -1,0 +1,128 @@
+"""Images for compressing, training and scoring: where they come from, their splits, and batches of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from vitrim.data import transforms
+from vitrim.data.arrays import DatasetSource, TensorSource
+from vitrim.data.folders import FolderSource
+from vitrim.data.hub import HubSource
+from vitrim.data.images import Images, Source
+from vitrim.data.labels import match_labels
+from vitrim.data.loading import batch_count, batches, calibration
+from vitrim.data.parquet import ParquetSource
+from vitrim.data.pixels import crop_flip, in_memory
+from vitrim.data.reading import suggest_workers
+from vitrim.data.splits import choose, validation_rows
+from vitrim.data.transforms import Augment, evaluation, training
+from vitrim.errors import DataError
+
+SAMPLE = Path(__file__).resolve().parents[1] / "assets" / "sample"
+
+__all__ = [
+    "SAMPLE",
+    "Augment",
+    "Images",
+    "batch_count",
+    "batches",
+    "calibration",
+    "crop_flip",
+    "evaluation",
+    "in_memory",
+    "match_labels",
+    "open",
+    "suggest_workers",
+    "training",
+    "transforms",
+    "validation_rows",
+]
+
+
+def open(
+    source: Any,
+    *,
+    split: str = "train",
+    seed: int = 0,
+    labelled: bool | None = None,
+    limit: int | None = None,
+    on_broken: str = "raise",
+) -> Images:
+    """Images of one split.
+
+    source: a folder of images or of Parquet shards, a Parquet file, "hf:NAME", "sample", a torch Dataset of (image, label),
+    a tensor [n,3,h,w] (uint8, or float in [0, 1]), a pair of it and labels, or Images, which come back as they are.
+    split: train, validation (or val), test or all; a missing validation split is a tenth of train.
+    seed: of that tenth, and of `limit`. It names a split, not a run: the built-in models never saw the tenth of seed 0.
+    labelled: True demands labels, False does without (and takes photos from any nesting), None takes what there is.
+    limit: at most so many images, drawn by seed, as many of each class as can be.
+    on_broken: "raise" refuses an image that cannot be read, "skip" leaves it out and notes it in `.broken`.
+    DataError for whatever cannot be found, read or told apart.
+    """
+    if isinstance(source, Images):
+        images = source
+        _demand_labels(images, labelled)
+    else:
+        try:
+            found = _source(source, labelled)
+        except OSError as error:
+            raise DataError(
+                f"{source}: cannot be read ({error.strerror or error}). Check the path and its permissions."
+            ) from error
+        rows = choose(found.splits, split, seed=seed, name=found.name)
+        known = labelled is not False and found.labelled_rows(rows)
+        images = Images(found, rows, split=split, labelled=known, on_broken=on_broken)
+        _demand_labels(images, labelled)
+    return images if limit is None or limit == len(images) else images.take(limit, seed)
+
+
+def _demand_labels(images: Images, labelled: bool | None) -> None:
+    if labelled and not images.labelled:
+        raise DataError(
+            f"{images.name}: images without labels, which are needed here; expected one subfolder for each class (two or more), "
+            "or a 'label' column. Methods that need no labels: comcat, dcvit, auto."
+        )
+
+
+def _source(source: Any, labelled: bool | None) -> Source:
+    if isinstance(source, Tensor):
+        return TensorSource(source)
+    if isinstance(source, tuple | list) and len(source) == 2 and isinstance(source[0], Tensor):
+        if source[1] is not None and not isinstance(source[1], Tensor):
+            raise DataError(f"labels of type {type(source[1]).__name__}; expected a tensor. Pass torch.tensor(labels).")
+        return TensorSource(source[0], source[1])
+    if isinstance(source, Dataset) or (
+        hasattr(source, "__getitem__") and hasattr(source, "__len__") and not isinstance(source, str)
+    ):
+        return DatasetSource(source)
+    if not isinstance(source, str | Path):
+        raise DataError(
+            f"data of type {type(source).__name__}; expected a path, 'hf:NAME', 'sample', a torch Dataset, a tensor of "
+            "images, or a pair of images and labels."
+        )
+    if source == "sample":
+        return ParquetSource(SAMPLE, name="sample")
+    if isinstance(source, str) and source.startswith("hf:"):
+        return HubSource(source[3:])
+    return _path_source(Path(source).expanduser(), labelled)
+
+
+def _path_source(path: Path, labelled: bool | None) -> Source:
+    if not path.exists():
+        raise DataError(
+            f"no such file or folder: {str(path)!r}; expected a folder of images, a Parquet file, 'hf:NAME' or 'sample'. "
+            "Check the path."
+        )
+    if path.is_file():
+        if path.suffix.lower() != ".parquet":
+            raise DataError(
+                f"{path.name}: expected a folder of images or a .parquet file. Put images into a folder and name that."
+            )
+        return ParquetSource(path)
+    if next(path.rglob("*.parquet"), None) is not None:
+        return ParquetSource(path)
+    return FolderSource(path, labelled=labelled)

@@ -1,0 +1,111 @@
+"""Data sets of the Hugging Face Hub by name, through the `datasets` library (extra `data`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vitrim.data.images import all_labelled, decode, to_rgb
+from vitrim.data.parquet import number_labels
+from vitrim.data.splits import SPLITS, split_named
+from vitrim.errors import DataError
+
+_IMAGE = ("image", "img", "picture")
+_LABEL = ("label", "labels", "fine_label", "class", "target")
+
+
+class HubSource:
+    """All splits of `NAME` or `NAME:CONFIG`, train first."""
+
+    blocks: np.ndarray | None = None
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        parts = _download(name)
+        self.parts = [(split, parts[split]) for split in SPLITS if split in parts]
+        if not self.parts:
+            raise DataError(f"hf:{name}: no train, validation or test split.")
+        self.image, self.label = _columns(self.parts[0][1], name)
+        starts = np.concatenate([[0], np.cumsum([len(part) for _, part in self.parts])]).astype(np.int64)
+        self.starts = starts
+        self.splits = {split: np.arange(starts[i], starts[i + 1]) for i, (split, _) in enumerate(self.parts)}
+        self._labels: np.ndarray | None = None
+        self._classes: tuple[str, ...] | None = None
+        if self.label is not None:
+            values = [value for _, part in self.parts for value in part[self.label]]
+            names = _names(self.parts[0][1].features[self.label])
+            several = bool(values) and isinstance(values[0], list | tuple)
+            self._labels, self._classes = number_labels(values, names, several=several, name=f"hf:{name}")
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        return self._classes
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        return self._labels
+
+    def labelled_rows(self, rows: np.ndarray) -> bool:
+        return all_labelled(self._labels, rows)
+
+    def key(self, row: int) -> str:
+        part, within = self._place(row)
+        return f"{self.parts[part][0]} row {within}"
+
+    def read(self, row: int) -> Image.Image:
+        part, within = self._place(row)
+        cell: Any = self.parts[part][1][within][self.image]
+        if isinstance(cell, Image.Image):
+            return to_rgb(cell)
+        return decode(cell["bytes"] or b"", key=self.key(row))
+
+    def files(self) -> list[tuple[str, int]]:
+        return [(f"hf:{self.name} {split}", len(part)) for split, part in self.parts]
+
+    def _place(self, row: int) -> tuple[int, int]:
+        part = int(np.searchsorted(self.starts, row, side="right")) - 1
+        return part, row - int(self.starts[part])
+
+
+def _download(name: str) -> dict[str, Any]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(f"hf:{name} needs the extra 'data': pip install 'vitrim[data]'.") from error
+    repository, _, config = name.partition(":")
+    try:
+        loaded = datasets.load_dataset(repository, config or None)
+    except Exception as error:  # network, name and script errors have no common base there
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(
+            f"hf:{name}: cannot be loaded ({reason}). Check the name, the configuration and the network."
+        ) from error
+    parts: dict[str, Any] = {}
+    for split_name, part in loaded.items():
+        split = split_named(str(split_name))
+        if split is not None:
+            for column, feature in part.features.items():
+                if type(feature).__name__ == "Image":  # bytes as they are: decoding belongs to the workers
+                    part = part.cast_column(column, datasets.Image(decode=False))
+            parts[split] = part
+    return parts
+
+
+def _columns(part: Any, name: str) -> tuple[str, str | None]:
+    features = part.features
+    image = next((c for c in _IMAGE if c in features), None) or next(
+        (c for c, feature in features.items() if type(feature).__name__ == "Image"), None
+    )
+    if image is None:
+        raise DataError(f"hf:{name}: no image column among {', '.join(features)}; expected a data set of images.")
+    label = next((c for c in _LABEL if c in features), None) or next(
+        (c for c, feature in features.items() if _names(feature) is not None), None
+    )
+    return image, label
+
+
+def _names(feature: Any) -> tuple[str, ...] | None:
+    names = getattr(getattr(feature, "feature", feature), "names", None)
+    return tuple(str(name) for name in names) if names else None

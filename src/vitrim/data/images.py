@@ -1,0 +1,200 @@
+"""Images: what every source of pictures becomes, and how bytes turn into RGB.
+
+A source numbers its pictures once (`row`: train first, then validation, then test). All random draws about a picture
+are keyed by its row, so that a subset, another batch size or another worker sees the same picture treated alike.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from vitrim.data.draws import mix
+from vitrim.errors import DataError
+
+_TAKE = 0x5441_4B45  # keeps these draws apart from others with the same seed
+_BROKEN = ("raise", "skip")
+
+Label = int | torch.Tensor | None
+
+
+class Source(Protocol):
+    """Pictures by row. Must pickle: worker processes may get a copy."""
+
+    name: str
+    """For messages and records: a base name, never an absolute path."""
+    splits: dict[str, np.ndarray]
+    """Rows of each split that is there."""
+
+    @property
+    def blocks(self) -> np.ndarray | None:
+        """int64 [rows]: which rows are cheap to read together; None if every row is equally cheap."""
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        """Class names in the order of the labels, or None."""
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """int64 [rows] with -1 for an unlabelled one, or float32 [rows, classes] (several labels each), or None."""
+
+    def labelled_rows(self, rows: np.ndarray) -> bool:
+        """Whether every one of these rows has a label. Reads no image."""
+
+    def key(self, row: int) -> str:
+        """What to call the picture in messages: a relative path, or file and row."""
+
+    def read(self, row: int) -> Image.Image:
+        """The picture in RGB; DataError with its key if it cannot be read."""
+
+    def files(self) -> list[tuple[str, int]]:
+        """Relative paths and sizes in bytes of what the source was read from."""
+
+
+def all_labelled(labels: np.ndarray | None, rows: np.ndarray) -> bool:
+    """Whether labels as `Source.labels` has them cover these rows."""
+    return labels is not None and (labels.ndim == 2 or bool((labels[rows] >= 0).all()))
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """RGB as a viewer would show it: 16-bit scaled to 8, first frame of an animation, transparency dropped."""
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image).astype(np.float64)
+        # integers above 8 bits are 16-bit scans; floats are shares of white unless they exceed it
+        top = 65535.0 if image.mode.startswith("I") else (1.0 if values.size and values.max() <= 1.0 else 255.0)
+        if image.mode == "I" and values.size and values.max() <= 255:
+            top = 255.0
+        grey = np.clip(np.rint(values * (255.0 / top)), 0, 255).astype(np.uint8)
+        return Image.fromarray(grey).convert("RGB")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # straight to RGB makes Pillow warn
+    return image.convert("RGB")
+
+
+def decode(data: bytes | Path, *, key: str) -> Image.Image:
+    """RGB image of encoded bytes or of a file; DataError that names `key` if it cannot be read."""
+    try:
+        with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as image:
+            return to_rgb(image)
+    except Exception as error:  # Pillow's plug-ins raise anything from OSError to struct.error on damaged files
+        raise broken(key, error) from error
+
+
+def broken(key: str, error: BaseException) -> DataError:
+    """What to raise for a picture that cannot be read."""
+    reason = " ".join(str(error).split()) or type(error).__name__
+    if "cannot identify image file" in reason:
+        reason = "no known image format"
+    return DataError(
+        f"{key}: not a readable image ({reason}). Replace or remove it, or pass on_broken='skip' to go on without."
+    )
+
+
+class Images(Dataset[tuple[Image.Image, Label]]):
+    """Pictures of one split, with labels if they have them: `len`, `[i] -> (RGB image, label or None)`.
+
+    `broken` collects, by key, the reason for each picture that a loader skipped (`on_broken="skip"`).
+    """
+
+    def __init__(
+        self, source: Source, rows: np.ndarray, *, split: str, labelled: bool, on_broken: str = "raise"
+    ) -> None:
+        if on_broken not in _BROKEN:
+            raise DataError(f"on_broken={on_broken!r}; expected 'raise' or 'skip'.")
+        self.source = source
+        self.rows = rows
+        self.split = split
+        self.labelled = labelled
+        self.on_broken = on_broken
+        self.broken: dict[str, str] = {}
+        self.decoded: dict[tuple[Any, ...], torch.Tensor] = {}
+        """Decoded pixels by view, kept by `vitrim.data.pixels`."""
+
+    @property
+    def name(self) -> str:
+        return self.source.name
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        """Class names in the order of the labels; None without labels or names."""
+        return self.source.classes if self.labelled else None
+
+    @property
+    def labels(self) -> torch.Tensor | None:
+        """int64 [n], or float32 [n, classes] where a picture has several labels; None without labels."""
+        if not self.labelled:
+            return None
+        labels = self.source.labels
+        assert labels is not None  # `labelled` was decided by looking at them
+        return torch.from_numpy(labels[self.rows])
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """A stable name for each picture."""
+        return tuple(self.source.key(int(row)) for row in self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, Label]:
+        row = int(self.rows[index])
+        return self.source.read(row), self.label(index)
+
+    def label(self, index: int) -> Label:
+        """Label of one picture without reading it."""
+        if not self.labelled:
+            return None
+        labels = self.source.labels
+        assert labels is not None
+        value = labels[self.rows[index]]
+        return int(value) if labels.ndim == 1 else torch.from_numpy(value)
+
+    def subset(self, positions: np.ndarray) -> Images:
+        """The pictures at these positions, in this order."""
+        return Images(
+            self.source, self.rows[positions], split=self.split, labelled=self.labelled, on_broken=self.on_broken
+        )
+
+    def take(self, count: int, seed: int = 0, *, balanced: bool = True) -> Images:
+        """`count` pictures drawn by seed (all of them if there are no more), in the order in which they stand.
+
+        balanced: with labels, as many of each class as can be; without labels it says nothing.
+        """
+        if count < 1:
+            raise DataError(f"cannot take {count} images from {self.name}; expected a count of at least 1.")
+        order = np.argsort(mix(seed, _TAKE, self.rows), kind="stable")
+        labels = self.labels if balanced else None
+        if labels is not None and labels.ndim == 1:
+            drawn = labels.numpy()[order]
+            by_class = np.argsort(drawn, kind="stable")  # grouped by class, in drawn order within each
+            _, starts, sizes = np.unique(drawn[by_class], return_index=True, return_counts=True)
+            turn = np.empty(len(order), dtype=np.int64)
+            turn[by_class] = np.arange(len(order)) - np.repeat(starts, sizes)
+            order = order[np.argsort(turn, kind="stable")]  # one of each class, then the second of each, ...
+        return self.subset(np.sort(order[:count]))
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What the data was, without reading it: counts, and a hash of relative paths, sizes and chosen rows."""
+        files = sorted(self.source.files())
+        digest = hashlib.sha256()
+        for path, size in files:
+            digest.update(f"{path}\t{size}\n".encode())
+        digest.update(self.rows.astype("<i8").tobytes())
+        return {
+            "name": self.name,
+            "split": self.split,
+            "count": len(self),
+            "files": len(files),
+            "bytes": sum(size for _, size in files),
+            "sha256": digest.hexdigest(),
+        }
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "decoded": {}}  # workers decode for themselves

@@ -1,0 +1,272 @@
+"""Parquet files and folders of shards in the layout of the Hugging Face Hub.
+
+An `image` column is a struct of `bytes` and `path` (or plain bytes); class names stand in the schema's `huggingface`
+metadata; a file's split is read from its name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from vitrim.data.images import all_labelled, decode
+from vitrim.data.splits import SPLITS, split_of_path
+from vitrim.errors import DataError
+
+IN_MEMORY_BYTES = 2 * 1024**3
+"""Files up to this size in all are read whole; bigger sets are read by row group."""
+_GROUPS_KEPT = 6
+
+_IMAGE_COLUMNS = ("image", "img", "picture")
+_LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target")
+
+
+@dataclass(frozen=True)
+class _Columns:
+    image: str
+    label: str | None
+    names: tuple[str, ...] | None
+    several: bool
+
+
+class ParquetSource:
+    """Rows of one or several Parquet files, train first."""
+
+    def __init__(self, path: Path, *, name: str | None = None) -> None:
+        self.root = path if path.is_dir() else path.parent
+        self.name = name or path.name
+        paths = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
+        splits = {file: split_of_path(file.relative_to(self.root).as_posix()) or "train" for file in paths}
+        self.paths = sorted(paths, key=lambda file: (SPLITS.index(splits[file]), file.as_posix()))
+        self.opened = [_open(file) for file in self.paths]
+        self.columns = _columns(self.opened[0].schema_arrow, self.paths[0].name)
+        for file, opened in zip(self.paths[1:], self.opened[1:], strict=True):
+            if _columns(opened.schema_arrow, file.name) != self.columns:
+                raise DataError(
+                    f"{file.name}: its columns or class names differ from those of {self.paths[0].name}; expected shards "
+                    "of one data set in a folder. Point at one data set, or at one file."
+                )
+        self._count_rows(splits)
+        self.small = sum(file.stat().st_size for file in self.paths) <= IN_MEMORY_BYTES
+        self._groups: OrderedDict[int, pa.ChunkedArray] = OrderedDict()
+        self._images: list[pa.ChunkedArray] = []
+        if self.small:
+            self._images = [self._read_column(file, self.columns.image) for file in range(len(self.paths))]
+            self.opened = []
+        self._labels, self._classes = self._read_labels()
+
+    def _count_rows(self, splits: dict[Path, str]) -> None:
+        counts = [opened.metadata.num_rows for opened in self.opened]
+        self.starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        if self.starts[-1] == 0:
+            raise DataError(f"{self.name}: holds no rows; expected a Parquet file with images.")
+        self.splits: dict[str, np.ndarray] = {}
+        for split in SPLITS:
+            parts = [
+                np.arange(self.starts[i], self.starts[i + 1])
+                for i, file in enumerate(self.paths)
+                if splits[file] == split
+            ]
+            if parts:
+                self.splits[split] = np.concatenate(parts)
+        sizes = [
+            (file, group, opened.metadata.row_group(group).num_rows)
+            for file, opened in enumerate(self.opened)
+            for group in range(opened.metadata.num_row_groups)
+        ]
+        self.groups = [(file, group) for file, group, _ in sizes]
+        self.group_starts = np.concatenate([[0], np.cumsum([rows for _, _, rows in sizes])]).astype(np.int64)
+
+    @property
+    def blocks(self) -> np.ndarray | None:
+        """Row groups, where the set is too big to be held."""
+        if self.small:
+            return None
+        return np.repeat(np.arange(len(self.groups)), np.diff(self.group_starts))
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        return self._classes
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        return self._labels
+
+    def labelled_rows(self, rows: np.ndarray) -> bool:
+        return all_labelled(self._labels, rows)
+
+    def key(self, row: int) -> str:
+        file = self._file_of(row)
+        return f"{self.paths[file].relative_to(self.root).as_posix()} row {row - int(self.starts[file])}"
+
+    def read(self, row: int) -> Image.Image:
+        cell = self._cell(row)
+        data = cell.get("bytes") if isinstance(cell, dict) else cell
+        if data is None and isinstance(cell, dict) and cell.get("path"):
+            return decode(self._beside(str(cell["path"]), row), key=f"{self.key(row)} ({cell['path']})")
+        named = f"{self.key(row)} ({cell['path']})" if isinstance(cell, dict) and cell.get("path") else self.key(row)
+        return decode(data or b"", key=named)
+
+    def files(self) -> list[tuple[str, int]]:
+        return [(file.relative_to(self.root).as_posix(), file.stat().st_size) for file in self.paths]
+
+    def column(self, name: str) -> np.ndarray:
+        """A column of numbers of all rows; DataError if the files lack it."""
+        files = range(len(self.paths))
+        return np.concatenate([self._read_column(file, name).to_numpy() for file in files])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "opened": [], "_groups": OrderedDict()}  # open files do not travel to a worker
+
+    def _file_of(self, row: int) -> int:
+        return int(np.searchsorted(self.starts, row, side="right")) - 1
+
+    def _cell(self, row: int) -> Any:
+        if self.small:
+            file = self._file_of(row)
+            return self._images[file][row - int(self.starts[file])].as_py()
+        group = int(np.searchsorted(self.group_starts, row, side="right")) - 1
+        if group not in self._groups:
+            file, within = self.groups[group]
+            with pq.ParquetFile(self.paths[file]) as opened:
+                # one thread: a forked worker has none of pyarrow's pool
+                table = opened.read_row_group(within, columns=[self.columns.image], use_threads=False)
+            self._groups[group] = table.column(self.columns.image)
+            if len(self._groups) > _GROUPS_KEPT:
+                self._groups.popitem(last=False)
+        self._groups.move_to_end(group)
+        return self._groups[group][row - int(self.group_starts[group])].as_py()
+
+    def _beside(self, path: str, row: int) -> Path:
+        file = (self.paths[self._file_of(row)].parent / path).resolve()
+        if not file.is_relative_to(self.root.resolve()):
+            raise DataError(f"{self.key(row)}: its path {path!r} leaves the folder; expected images inside it.")
+        return file
+
+    def _read_column(self, file: int, column: str) -> pa.ChunkedArray:
+        path = self.paths[file]
+        try:
+            with pq.ParquetFile(path) as opened:
+                if column not in opened.schema_arrow.names:
+                    raise DataError(
+                        f"{path.name}: no column {column!r}; it has {', '.join(opened.schema_arrow.names)}."
+                    )
+                return opened.read(columns=[column]).column(column)
+        except (pa.ArrowException, OSError) as error:
+            raise _unreadable(path, error) from error
+
+    def _read_labels(self) -> tuple[np.ndarray | None, tuple[str, ...] | None]:
+        if self.columns.label is None:
+            return None, None
+        values: list[Any] = []
+        for file in range(len(self.paths)):
+            values.extend(self._read_column(file, self.columns.label).to_pylist())
+        return number_labels(values, self.columns.names, several=self.columns.several, name=self.name)
+
+
+def number_labels(
+    values: Sequence[Any], names: tuple[str, ...] | None, *, several: bool, name: str
+) -> tuple[np.ndarray | None, tuple[str, ...] | None]:
+    """Labels as `Source.labels` has them, and class names: the given ones, or those that the values show.
+
+    values: ints (None or -1: unlabelled), strings, or with `several` lists of ints.
+    """
+    if several:
+        lists = [[int(v) for v in value or ()] for value in values]
+        classes = names or tuple(str(i) for i in range(max((max(v) for v in lists if v), default=-1) + 1))
+        _within(
+            min((min(v) for v in lists if v), default=0), max((max(v) for v in lists if v), default=0), classes, name
+        )
+        hot = np.zeros((len(lists), len(classes)), dtype=np.float32)
+        for row, value in enumerate(lists):
+            hot[row, value] = 1.0
+        return hot, classes
+    if any(isinstance(value, str) for value in values):
+        classes = names or tuple(sorted({str(value) for value in values if value is not None}))
+        index = {label: i for i, label in enumerate(classes)}
+        unknown = sorted({str(v) for v in values if v is not None and str(v) not in index})
+        if unknown:
+            raise DataError(f"{name}: label {unknown[0]!r} is none of its class names {', '.join(classes)}.")
+        return np.array([-1 if v is None else index[str(v)] for v in values], dtype=np.int64), classes
+    numbers = np.array([-1 if value is None else int(value) for value in values], dtype=np.int64)
+    if not len(numbers) or numbers.max() < 0:
+        return None, None  # the Hub marks a test split without labels by -1
+    classes = names or tuple(str(i) for i in range(int(numbers.max()) + 1))
+    _within(int(numbers.min()) if numbers.min() < -1 else 0, int(numbers.max()), classes, name)
+    return numbers, classes
+
+
+def _within(low: int, high: int, classes: tuple[str, ...], name: str) -> None:
+    if low < 0 or high >= len(classes):
+        bad = low if low < 0 else high
+        raise DataError(
+            f"{name}: label {bad} with {len(classes)} classes; expected labels from 0 to {len(classes) - 1}."
+        )
+
+
+def _open(path: Path) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(path)
+    except (pa.ArrowException, OSError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: BaseException) -> DataError:
+    reason = " ".join(str(error).split())[:160]
+    return DataError(f"{path.name}: not a readable Parquet file ({reason}). Download or write it again.")
+
+
+def _columns(schema: pa.Schema, name: str) -> _Columns:
+    features = _features(schema)
+    image = _first(schema.names, _IMAGE_COLUMNS) or next(
+        (column for column, feature in features.items() if feature.get("_type") == "Image"), None
+    )
+    if image is None or not _holds_images(schema.field(image).type):
+        raise DataError(
+            f"{name}: no image column among {', '.join(schema.names)}; expected 'image' with encoded bytes, "
+            "a struct of 'bytes' and 'path' as on the Hugging Face Hub, or plain binary."
+        )
+    label = _first(schema.names, _LABEL_COLUMNS) or next(
+        (column for column, feature in features.items() if _class_names(feature) is not None), None
+    )
+    if label is None:
+        return _Columns(image, None, None, several=False)
+    several = pa.types.is_list(schema.field(label).type) or pa.types.is_large_list(schema.field(label).type)
+    return _Columns(image, label, _class_names(features.get(label, {})), several)
+
+
+def _holds_images(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        return kind.get_field_index("bytes") >= 0
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _features(schema: pa.Schema) -> dict[str, Any]:
+    raw = (schema.metadata or {}).get(b"huggingface")
+    if raw is None:
+        return {}
+    try:
+        features = json.loads(raw)["info"]["features"]
+    except (ValueError, KeyError, TypeError):
+        return {}  # foreign metadata: the column names alone must do
+    return {column: feature for column, feature in features.items() if isinstance(feature, dict)}
+
+
+def _class_names(feature: dict[str, Any]) -> tuple[str, ...] | None:
+    inner = feature.get("feature", feature)  # a Sequence or List wraps the ClassLabel
+    if isinstance(inner, dict) and inner.get("_type") == "ClassLabel" and inner.get("names"):
+        return tuple(str(label) for label in inner["names"])
+    return None
+
+
+def _first(names: Sequence[str], known: Sequence[str]) -> str | None:
+    return next((name for name in known if name in names), None)

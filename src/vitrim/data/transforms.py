@@ -1,0 +1,174 @@
+"""From an RGB image to the model's input: the model's own evaluation view, and augmented views for training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from vitrim.errors import DataError
+from vitrim.spec import Preprocess
+
+PAD_CROP_PX = 64
+"""Up to this side, crop="auto" shifts within a padded image; above, it takes a random resized crop."""
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class Augment:
+    """What is drawn anew for each image and epoch. The defaults are a crop and a flip, which run fastest."""
+
+    crop: Literal["auto", "pad", "resized", "none"] = "auto"
+    """auto: pad up to 64 px, resized above. pad: shift by up to `pad` px. resized: a random part, scaled to size."""
+    pad: int = Field(default=4, ge=0)
+    """Pixels of black on each side before a shifted crop."""
+    min_area: float = Field(default=0.08, gt=0, le=1)
+    """Least share of the image's area that a resized crop keeps."""
+    flip: float = Field(default=0.5, ge=0, le=1)
+    """Probability of a horizontal flip."""
+    randaugment: str | None = None
+    """timm's description of RandAugment, such as "rand-m9-mstd0.5-inc1"; None: off."""
+    jitter: float = Field(default=0.0, ge=0)
+    """Strength of brightness, contrast and saturation jitter."""
+    erase: float = Field(default=0.0, ge=0, le=1)
+    """Probability that one rectangle is set to the mean colour."""
+
+
+class View:
+    """RGB image -> uint8 [C,h,w]: resized and cropped as `preprocess` says, not yet normalised."""
+
+    def __init__(self, preprocess: Preprocess, *, crop: float | None = None) -> None:
+        """crop: in place of preprocess.crop."""
+        from timm.data.transforms_factory import transforms_imagenet_eval
+
+        share = preprocess.crop if crop is None else crop
+        if len(preprocess.mean) not in (1, 3):
+            raise DataError(f"a model of {len(preprocess.mean)} channels; images are read in colour (3) or grey (1).")
+        self.grey = len(preprocess.mean) == 1
+        self.key = (preprocess.size_px, share, preprocess.crop_mode, preprocess.interpolation, preprocess.mean)
+        try:
+            self._resize = transforms_imagenet_eval(
+                img_size=preprocess.size_px,
+                crop_pct=share,
+                crop_mode=preprocess.crop_mode,
+                interpolation=preprocess.interpolation,
+                mean=preprocess.mean,
+                std=preprocess.std,
+                normalize=False,
+            )
+        except KeyError as error:
+            raise DataError(
+                f"preprocess: interpolation={preprocess.interpolation!r}; expected bicubic, bilinear, lanczos, nearest or box."
+            ) from error
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        pixels: Tensor = self._resize(image.convert("L") if self.grey else image)
+        return pixels
+
+
+def normalise(pixels: Tensor, preprocess: Preprocess) -> Tensor:
+    """uint8 [..., C, h, w] -> float32 of the same shape and device."""
+    mean = torch.tensor(preprocess.mean, device=pixels.device).view(-1, 1, 1)
+    std = torch.tensor(preprocess.std, device=pixels.device).view(-1, 1, 1)
+    return pixels.to(torch.float32).div_(255.0).sub_(mean).div_(std)
+
+
+class Evaluation:
+    """RGB image -> float32 [C,h,w]; what `evaluation` gives."""
+
+    def __init__(self, preprocess: Preprocess) -> None:
+        self.preprocess = preprocess
+        self.view = View(preprocess)
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        return normalise(self.view(image), self.preprocess)
+
+
+class Training:
+    """RGB image -> float32 [C,h,w], drawn from the global generators; what `training` gives.
+
+    `batched` says that the draws are a shifted crop, a flip and an erasure at most, which `vitrim.data.pixels` makes for a
+    whole batch at once.
+    """
+
+    def __init__(self, preprocess: Preprocess, augment: Augment) -> None:
+        self.preprocess = preprocess
+        self.augment = augment
+        side = max(preprocess.size_px)
+        self.crop = augment.crop if augment.crop != "auto" else ("pad" if side <= PAD_CROP_PX else "resized")
+        self.view = View(preprocess, crop=1.0)
+        self.batched = self.crop in ("pad", "none") and augment.randaugment is None and augment.jitter == 0
+        self._steps = self._image_steps()
+        self._erase = self._erasing() if augment.erase else None
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        if self.view.grey:
+            image = image.convert("L")
+        x = normalise(self._steps(image), self.preprocess)
+        return x if self._erase is None else self._erase(x)
+
+    def _image_steps(self) -> Any:
+        from timm.data.transforms import str_to_interp_mode
+        from torchvision import transforms
+
+        augment, size = self.augment, self.preprocess.size_px
+        interpolation = str_to_interp_mode(self.preprocess.interpolation)
+        steps: list[Any] = []
+        if self.crop == "resized":
+            scale = (augment.min_area, 1.0)
+            steps.append(transforms.RandomResizedCrop(size, scale=scale, interpolation=interpolation))
+        else:
+            steps += [self.view, transforms.ToPILImage()]
+        if self.crop == "pad" and augment.pad:
+            steps.append(transforms.RandomCrop(size, padding=augment.pad))
+        if augment.flip:
+            steps.append(transforms.RandomHorizontalFlip(augment.flip))
+        if augment.randaugment is not None:
+            steps.append(self._randaugment(augment.randaugment))
+        if augment.jitter:
+            steps.append(transforms.ColorJitter(augment.jitter, augment.jitter, augment.jitter))
+        return transforms.Compose([*steps, transforms.PILToTensor()])
+
+    def _randaugment(self, description: str) -> Any:
+        from timm.data.auto_augment import rand_augment_transform
+
+        fill = tuple(round(255 * value) for value in self.preprocess.mean)
+        settings = {
+            "translate_const": int(min(self.preprocess.size_px) * 0.45),
+            "img_mean": fill if len(fill) > 1 else fill[0],
+        }
+        try:
+            made = rand_augment_transform(description, settings)
+        except (AssertionError, ValueError, KeyError, IndexError) as error:
+            raise DataError(
+                f"randaugment={description!r} is not understood by timm; expected such as 'rand-m9-mstd0.5-inc1'."
+            ) from error
+        for operation in made.ops:
+            if operation.name.startswith("Posterize"):
+                operation.level_fn = partial(_at_least_one_bit, operation.level_fn)
+        return made
+
+    def _erasing(self) -> Any:
+        from timm.data.random_erasing import RandomErasing
+
+        return RandomErasing(self.augment.erase, mode="const", device="cpu")  # 0 after normalising is the mean colour
+
+
+def _at_least_one_bit(level: Callable[[float, Any], tuple[int]], magnitude: float, settings: Any) -> tuple[int]:
+    """timm's strongest posterising keeps no bit of a colour, which newer versions of Pillow refuse."""
+    return (max(1, level(magnitude, settings)[0]),)
+
+
+def evaluation(preprocess: Preprocess) -> Evaluation:
+    """The model's own view of an image, equal to timm's evaluation transform."""
+    return Evaluation(preprocess)
+
+
+def training(preprocess: Preprocess, augment: Augment | None = None) -> Training:
+    """An augmented view; `augment` None means the defaults of `Augment`."""
+    return Training(preprocess, augment or Augment())

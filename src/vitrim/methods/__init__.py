@@ -1,0 +1,74 @@
+"""The methods, by name: each a function from (model, config, data) to a smaller model. None imports another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
+from typing import Any
+
+from pydantic import ValidationError
+
+from vitrim.errors import ConfigError, VitrimError, did_you_mean
+from vitrim.methods import comcat
+from vitrim.model import Vit
+from vitrim.result import Compressed
+from vitrim.spec import ModelSpec
+
+METHODS: dict[str, Callable[..., Compressed]] = {"comcat": comcat.compress}
+CONFIGS: dict[str, type] = {"comcat": comcat.ComcatConfig}
+PLANS: dict[str, Callable[..., dict[str, Any]]] = {"comcat": comcat.plan}
+
+
+def compress(
+    model: Vit, config: Any, *, data: Any = None, progress: Callable[..., None] | None = None, seed: int | None = None
+) -> Compressed:
+    """The method that the config belongs to, alone: no recovery. `model` is left as it was.
+
+    data: whatever `vitrim.data.open` takes; None where the method needs none. seed: instead of the config's own.
+    progress: called as progress(stage, done, total, **facts). Raises ConfigError for a config of no method.
+    """
+    if not isinstance(model, Vit):
+        raise VitrimError(
+            f"compress: the model is a {type(model).__name__}; expected one that vitrim.load or vitrim.from_model gives."
+        )
+    if seed is not None and hasattr(config, "seed"):
+        config = replace(config, seed=seed)
+    return METHODS[method_of(config)](model, config, data=data, progress=progress)
+
+
+def method_of(config: Any) -> str:
+    """The name of the method whose config this is. Raises ConfigError."""
+    for name, kind in CONFIGS.items():
+        if isinstance(config, kind):
+            return name
+    known = ", ".join(kind.__name__ for kind in CONFIGS.values())
+    raise ConfigError(f"{type(config).__name__} is no method's config; expected one of {known}.")
+
+
+def configure(method: str, settings: Mapping[str, Any]) -> Any:
+    """The config of a method by its name, from plain values. Raises ConfigError that names an unknown method or key."""
+    if method not in CONFIGS:
+        raise ConfigError(f"unknown method {method!r}{did_you_mean(method, CONFIGS)}; known: {', '.join(CONFIGS)}.")
+    known = [field.name for field in fields(CONFIGS[method])]
+    for key in settings:
+        if key not in known:
+            raise ConfigError(f"{method}: unknown key {key!r}{did_you_mean(key, known)}; known: {', '.join(known)}.")
+    try:
+        return CONFIGS[method](**settings)
+    except ValidationError as error:  # pydantic's report: ours wrapped, or a value of the wrong type
+        said = []
+        for found in error.errors():
+            place = ".".join(str(part) for part in found["loc"])
+            ours = (found.get("ctx") or {}).get("error")
+            said.append(str(ours) if isinstance(ours, VitrimError) else f"{method}: {place}: {found['msg']}.")
+        raise ConfigError(" ".join(said)) from error
+
+
+def plan(method: str, spec: ModelSpec, config: Any = None) -> dict[str, Any]:
+    """What a method would reach, cost and need on this spec; trains and reads nothing."""
+    if method not in PLANS:
+        raise ConfigError(f"unknown method {method!r}{did_you_mean(method, PLANS)}; known: {', '.join(PLANS)}.")
+    return PLANS[method](spec, config)
+
+
+__all__ = ["CONFIGS", "METHODS", "PLANS", "compress", "configure", "method_of", "plan"]

@@ -1,0 +1,67 @@
+"""How a compressed network is recovered, judged and timed."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import pydantic
+from pydantic import Field
+
+from vitrim.errors import ConfigError
+from vitrim.training import TrainConfig
+
+
+@pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=pydantic.ConfigDict(extra="forbid"))
+class RecoverConfig(TrainConfig):
+    """How a compressed network learns again what it lost: `TrainConfig` with gentler defaults, and what to learn from."""
+
+    epochs: float = Field(default=10.0, gt=0)
+    lr: float = Field(default=5e-4, gt=0)
+    objective: Literal["auto", "distilled", "supervised", "label_free"] = "auto"
+    """distilled: labels and the dense model's answers. label_free: the dense model's tokens, no labels. auto: distilled
+    where there are labels and a classifier, else label_free."""
+    distillation: Literal["soft", "hard"] = "soft"
+    """soft: the teacher's probabilities; hard: its choice."""
+    alpha: float = Field(default=0.5, ge=0, le=1)
+    """Weight of the teacher against the labels."""
+    tau: float = Field(default=2.0, gt=0)
+    """Temperature of soft distillation."""
+
+
+@pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=pydantic.ConfigDict(extra="forbid"))
+class EvaluateConfig:
+    """How the dense, the cut and the recovered model are compared, on the validation split."""
+
+    limit: int | None = Field(default=None, ge=1)
+    """Score at most so many images, balanced over the classes; None: all."""
+    batch_size: int = Field(default=64, ge=1)
+    samples: int = Field(default=12, ge=0)
+    """Images shown in the report."""
+    check_dense: bool = True
+    """Score the dense model on 200 images first, and stop where it does no better than chance."""
+    seed: int = Field(default=0, ge=0)
+    """Of the validation split where the data has none, and of the images drawn."""
+    workers: int = Field(default=0, ge=0)
+    device: str = "cpu"
+    amp: Literal["no", "bf16", "fp16"] = "no"
+
+
+@pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=pydantic.ConfigDict(extra="forbid"))
+class MeasureConfig:
+    """How latency is measured. The device is the target: what it does with the smaller network is what counts."""
+
+    batch_sizes: tuple[int, ...] = (1, 8)
+    runs: int = Field(default=20, ge=1)
+    runtimes: tuple[Literal["eager", "compile"], ...] | None = None
+    """None: eager, and compiled where a C++ compiler is found."""
+    threads: int | None = Field(default=None, ge=1)
+    device: str = "cpu"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+    def __post_init__(self) -> None:
+        if not self.batch_sizes or min(self.batch_sizes) < 1:
+            raise ConfigError(f"batch_sizes={self.batch_sizes!r}; expected numbers of at least 1, such as (1, 8).")
+        if self.runtimes is not None and not self.runtimes:
+            raise ConfigError(
+                "runtimes=(); expected at least one of 'eager', 'compile'. To skip it, pass measure=None."
+            )

@@ -1,0 +1,140 @@
+"""The folder of a run: which stages are done, what each found, and whether it may be touched."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from vitrim.checkpoints import replace_text
+from vitrim.errors import ArtifactError, ConfigError
+
+STAGES = ("plan", "compress", "recover", "evaluate", "measure", "save", "report")
+LEFT_BY = {
+    "compress": ("stages/compressed",),
+    "recover": ("stages/recover", "stages/recovered"),
+    "evaluate": ("stages/samples.json",),
+    "report": ("report.html", "summary.json"),
+}
+"""What a stage leaves beside its own file; the artifact in OUT itself is replaced, never removed."""
+
+FREE = ("workers", "device", "checkpoint_seconds", "log_every", "eval_every", "tracker", "grad_checkpoint", "threads")
+"""Settings that may differ between a run and its resumption."""
+
+
+class Folder:
+    """OUT, seen as stages. Nothing is written before `begin`."""
+
+    def __init__(self, out: Path, *, resume: bool, force: bool) -> None:
+        self.out, self.resume = out, resume
+        self.stages = out / "stages"
+        if resume and force:
+            raise ConfigError("resume and force contradict each other; pass one: go on with the run, or start it anew.")
+        if out.exists() and not out.is_dir():
+            raise ConfigError(f"{str(out)!r} is a file; expected a folder, new or empty. Choose another name.")
+        begun = (self.stages / "config.json").is_file()
+        if resume and not begun:
+            raise ConfigError(
+                f"nothing to resume in {str(out)!r}; expected the folder of a run. To start one, leave resume out."
+            )
+        filled = out.is_dir() and any(out.iterdir())
+        if filled and not (resume or force):
+            raise ConfigError(
+                f"{str(out)!r} is not empty. Pass resume (--resume) to go on with it, force (--force) to replace it, or choose another folder."
+            )
+        if filled and force and not begun and not (out / "provenance.json").is_file():
+            raise ConfigError(
+                f"{str(out)!r} holds something that vitrim did not write; it is not replaced. Choose another folder."
+            )
+
+    def begin(self, config: Mapping[str, Any]) -> None:
+        """Make the folder and keep the resolved config; or, when resuming, compare with what is kept there."""
+        if self.resume:
+            self._compare(config)
+            self._forget(self.first_missing())
+            return
+        for name in ("summary.json", "report.html", "stages"):
+            _remove(self.out / name)
+        self.stages.mkdir(parents=True, exist_ok=True)
+        self._write("config", config)
+
+    def first_missing(self) -> int:
+        """Index of the first stage without a result; as many as there are stages if the run is whole."""
+        return next((i for i, stage in enumerate(STAGES) if not self._path(stage).is_file()), len(STAGES))
+
+    def stage(self, name: str, work: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], bool]:
+        """The stage's result, and whether it was done just now. A result is kept only once it is whole."""
+        if self._path(name).is_file():
+            return self._read(name), False
+        began = time.monotonic()
+        found = json.loads(json.dumps(work()))
+        found["seconds"] = round(time.monotonic() - began, 2)
+        self._write(name, found)
+        return found, True
+
+    @property
+    def partial_recovery(self) -> bool:
+        """Whether a recovery was begun that can go on from a checkpoint."""
+        return (self.stages / "recover").is_dir()
+
+    def _forget(self, first: int) -> None:
+        """Later stages stand on the missing one. What that one itself had begun stays: a recovery has checkpoints."""
+        for stage in STAGES[first + 1 :]:
+            _remove(self._path(stage))
+            for name in LEFT_BY.get(stage, ()):
+                _remove(self.out / name)
+
+    def _compare(self, config: Mapping[str, Any]) -> None:
+        before, now = flat(self._read("config")), flat(json.loads(json.dumps(config)))
+        for key in sorted({*before, *now}):
+            if before.get(key) != now.get(key) and key.rsplit(".", 1)[-1] not in FREE:
+                raise ConfigError(
+                    f"resume with another config: {key} was {before.get(key)!r} and is {now.get(key)!r}. "
+                    "Resume with the same settings, or start anew in another folder (or with force)."
+                )
+
+    def _path(self, stage: str) -> Path:
+        return self.stages / f"{stage}.json"
+
+    def _write(self, stage: str, value: Mapping[str, Any]) -> None:
+        replace_text(self._path(stage), json.dumps(value, indent=1, sort_keys=True) + "\n")
+
+    def _read(self, stage: str) -> dict[str, Any]:
+        try:
+            found = json.loads(self._path(stage).read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ArtifactError(f"{str(self._path(stage))!r} is damaged ({error}). Remove it and resume.") from error
+        if not isinstance(found, dict):
+            raise ArtifactError(f"{str(self._path(stage))!r} is damaged: no JSON object. Remove it and resume.")
+        return found
+
+
+@contextmanager
+def written_or_said(out: Path) -> Iterator[None]:
+    """A full or read-only disk in one sentence; what is whole stays, so that the run can be resumed."""
+    try:
+        yield
+    except OSError as error:
+        raise ArtifactError(
+            f"{str(out)!r} cannot be written: {error.strerror or error}. Free some space or mend the permissions, then resume."
+        ) from error
+
+
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dicts by dotted name."""
+    if isinstance(value, Mapping) and value:
+        return {
+            k: v for key, inner in value.items() for k, v in flat(inner, f"{prefix}.{key}" if prefix else key).items()
+        }
+    return {prefix: value}
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,133 @@
+"""Recovery: a compressed network trained for a while to answer as the dense one did."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from vitrim import data as rooms
+from vitrim.data import Images
+from vitrim.errors import ConfigError, DataError
+from vitrim.model import Vit
+from vitrim.objectives import Distilled, LabelFree, Supervised
+from vitrim.pipeline.configs import RecoverConfig
+from vitrim.result import Compressed
+from vitrim.tasks.classification import class_index, evaluate
+from vitrim.training import FitResult, Objective, Progress, fit
+
+
+def recover(
+    small: Vit | Compressed,
+    *,
+    teacher: Vit | None = None,
+    data: Any,
+    config: RecoverConfig | None = None,
+    out: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> Compressed:
+    """Train a compressed network; gives a new one, `small` and `teacher` are left as they were.
+
+    teacher: the dense model; only objective="supervised" does without.  data: whatever `vitrim.data.open` takes; its train
+    split is learned and its validation split scored.  out: folder for metrics.jsonl and checkpoints; resume: go on from there.
+    The result's history holds the lines of metrics.jsonl. Raises ConfigError, DataError, and what `vitrim.training.fit` raises.
+    """
+    config = config or RecoverConfig()
+    images, held = (rooms.open(data, split=split) for split in ("train", "validation"))
+    model = small.model if isinstance(small, Compressed) else small
+    fitted, objective = train_again(model, teacher, images, held, config, out=out, resume=resume, progress=progress)
+    method, variant = (small.method, small.variant) if isinstance(small, Compressed) else ("recover", objective)
+    report = dict(small.report) if isinstance(small, Compressed) else {}
+    spent = {"objective": objective, "steps": fitted.steps, "seconds": round(fitted.seconds, 1)}
+    return Compressed(
+        model=fitted.model, method=method, variant=variant, history=fitted.history, report={**report, "recovery": spent}
+    )
+
+
+def train_again(
+    model: Vit,
+    teacher: Vit | None,
+    images: Images,
+    held: Images,
+    config: RecoverConfig,
+    *,
+    out: str | os.PathLike[str] | None,
+    resume: bool,
+    progress: Progress | None,
+) -> tuple[FitResult, str]:
+    """Fit a copy of the model; gives the result and the objective's name as it was resolved. images: train; held: validation."""
+    name = objective_named(config, model, labelled=images.labelled)
+    objective = _objective(name, config, model, teacher, images)
+    # a label-free run never looks at labels, which may be of other classes than the model's
+    label_map = None if name == "label_free" else _label_map(model, images)
+    student = copy.deepcopy(model)
+    fitted = fit(
+        student,
+        objective,
+        images,
+        config,
+        out=Path(out) if out is not None else None,
+        resume=resume,
+        label_map=label_map,
+        validate=_validator(held, teacher, config),
+        progress=progress,
+    )
+    return fitted, name
+
+
+def objective_named(config: RecoverConfig, model: Vit, *, labelled: bool) -> str:
+    """What "auto" means here. Raises DataError where labels are needed and there are none."""
+    usable = labelled and bool(model.spec.outputs)
+    if config.objective == "auto":
+        return "distilled" if usable else "label_free"
+    if config.objective != "label_free" and not usable:
+        lacks = "the images have no labels" if model.spec.outputs else "the model has no classifier"
+        raise DataError(
+            f"objective={config.objective!r}: {lacks}. Use objective='label_free', or give labelled images."
+        )
+    return config.objective
+
+
+def _objective(name: str, config: RecoverConfig, model: Vit, teacher: Vit | None, images: Images) -> Objective:
+    labels = images.labels
+    several = labels is not None and labels.dim() > 1
+    if name == "supervised":
+        return Supervised(smoothing=config.smoothing, multi_label=several)
+    if teacher is None:
+        raise ConfigError(
+            f"objective={name!r} needs the dense model; pass teacher= (--teacher), or use objective='supervised'."
+        )
+    teacher = copy.deepcopy(teacher).eval()
+    if name == "distilled":
+        return Distilled(teacher, kind=config.distillation, alpha=config.alpha, tau=config.tau)
+    return LabelFree(teacher, taps=taps_for(model))
+
+
+def taps_for(model: Vit) -> tuple[str, ...]:
+    """The block outputs that label-free training matches: the last of each third, where tokens still stand as in the dense model."""
+    whole = [i for i, block in enumerate(model.spec.blocks) if not block.steps]
+    before = next((i for i, block in enumerate(model.spec.blocks) if block.steps), len(model.spec.blocks))
+    usable = [i for i in whole if i < before]
+    thirds = sorted({usable[(len(usable) * part) // 3 - 1] for part in (1, 2, 3) if (len(usable) * part) // 3})
+    return tuple(f"block:{i}" for i in thirds)
+
+
+def _label_map(model: Vit, images: Images) -> Any:
+    return class_index(model.config.labels, images.classes, classes=model.spec.classes)
+
+
+def _validator(held: Images, teacher: Vit | None, config: RecoverConfig) -> Callable[[Vit], Mapping[str, Any]]:
+    reference: dict[str, Any] = {}
+
+    def score(model: Vit) -> dict[str, float]:
+        if teacher is not None and not reference and model.spec.outputs:
+            reference.update(evaluate(teacher, held, batch_size=256, workers=config.workers))
+        against: Any = reference or teacher
+        found = evaluate(model, held, batch_size=256, workers=config.workers, reference=against)
+        wanted = ("top1", "loss", "map", "agreement", "cosine")
+        return {key: float(found[key]) for key in wanted if found.get(key) is not None}
+
+    return score

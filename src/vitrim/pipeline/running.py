@@ -1,0 +1,499 @@
+"""`run`: one call from a dense model to a folder with a smaller one and a report about it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import logging
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from vitrim import __version__, artifact, reporting, timing
+from vitrim import data as rooms
+from vitrim.budget import Budget
+from vitrim.checkpoints import replace_text
+from vitrim.counting import Cost, cost
+from vitrim.data import Images
+from vitrim.errors import ArtifactError, ConfigError, DataError, MeasureError
+from vitrim.methods import compress as compress_by
+from vitrim.methods import method_of
+from vitrim.methods import plan as plan_of
+from vitrim.model import Vit
+from vitrim.pipeline.configs import EvaluateConfig, MeasureConfig, RecoverConfig
+from vitrim.pipeline.folder import STAGES, Folder, written_or_said
+from vitrim.pipeline.judging import judge, refuse_chance
+from vitrim.pipeline.recovery import objective_named, train_again
+from vitrim.sources import load
+from vitrim.spec import ModelSpec, spec_hash
+from vitrim.tasks.classification import class_index
+from vitrim.training import Progress, plain
+
+LEAST_GAIN = 1.05
+"""An ideal speed-up below this does not pay: launches and memory traffic eat it."""
+
+log = logging.getLogger("vitrim.pipeline")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """What a run made. summary: the result as `vitrim.reporting` describes it, without the sample images.
+
+    redone: the stages that this call did itself; the others were found.
+    """
+
+    model: Vit
+    folder: Path
+    report: Path
+    summary: dict[str, Any]
+    redone: tuple[str, ...]
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.model.spec
+
+
+def run(
+    model: str | Path | Vit,
+    method_config: Any,
+    *,
+    data: Any,
+    out: str | Path,
+    recover: RecoverConfig | None = None,
+    measure: MeasureConfig | None = MeasureConfig(),  # noqa: B008  (frozen)
+    evaluate: EvaluateConfig = EvaluateConfig(),  # noqa: B008  (frozen)
+    resume: bool = False,
+    force: bool = False,
+    relative_to: Literal["given", "original"] = "given",
+    progress: Progress | None = None,
+) -> RunResult:
+    """Plan, compress, recover, evaluate, measure, save and report; `model` is left as it was.
+
+    model: a name or folder for `vitrim.load`, or a model.  data: whatever `vitrim.data.open` takes; trained on its train
+    split, judged on its validation split, never on test.  out: a new folder, which becomes the artifact.
+    recover, measure: None leaves that stage out.  relative_to: what the shares of a budget refer to: this model, or the first
+    one that it descends from.  resume: go on at the first stage that has no result.  force: replace the run in `out`.
+    A bad input, an unreachable budget or a dense model that guesses is refused before anything is written.
+    """
+    if relative_to not in ("given", "original"):
+        raise ConfigError(f"relative_to={relative_to!r}; expected 'given' or 'original'.")
+    method = method_of(method_config)
+    folder = Folder(Path(out), resume=resume, force=force)
+    work = _Work(
+        folder=folder,
+        name=_name_of(model),
+        dense=load(model) if isinstance(model, str | Path) else model,
+        method=method,
+        config=method_config,
+        data=data,
+        recovery=recover,
+        target=measure,
+        judging=evaluate,
+        relative_to=relative_to,
+        progress=progress,
+    )
+    work.check()
+    with written_or_said(folder.out):
+        return work.through_all_stages()
+
+
+@dataclass(kw_only=True)
+class _Work:
+    """The state of one `run`: what was asked, and what the stages found so far."""
+
+    folder: Folder
+    name: str
+    dense: Vit
+    method: str
+    config: Any
+    data: Any
+    recovery: RecoverConfig | None
+    target: MeasureConfig | None
+    judging: EvaluateConfig
+    relative_to: str
+    progress: Progress | None
+
+    def __post_init__(self) -> None:
+        self.found: dict[str, dict[str, Any]] = {}
+        self.redone: list[str] = []
+        self.warnings: list[str] = []
+        self.small: Vit | None = None
+        self.final: Vit | None = None
+
+    # ------------------------------------------------------------------------------------------- before anything is written
+
+    def check(self) -> None:
+        """Everything that can be refused before the first stage."""
+        if self.relative_to == "original":
+            self.config = self._relative_to_original()
+        self.planned = plan_of(self.method, self.dense.spec, self.config)
+        self.train, self.held = self._images()
+        if self.recovery is not None:
+            self.objective = objective_named(self.recovery, self.dense, labelled=self.train.labelled)
+            if len(self.train) < self.recovery.batch_size:
+                raise DataError(
+                    f"{self.train.name}: {len(self.train)} training images for batch_size={self.recovery.batch_size} of the recovery; "
+                    "expected at least one full batch. Lower batch_size or give more images."
+                )
+        self.dense_top1: float | None = None
+        if self.judging.check_dense and not self.folder.resume:
+            self.dense_top1 = refuse_chance(self.dense, self.held, self.judging)
+
+    def _images(self) -> tuple[Images, Images]:
+        """Train and validation; without labels where nothing needs them and they are of other classes."""
+        seed = self.judging.seed
+        train, held = (rooms.open(self.data, split=split, seed=seed) for split in ("train", "validation"))
+        needs_labels = bool(self.planned["needs"]["labels"]) or (
+            self.recovery is not None and self.recovery.objective in ("distilled", "supervised")
+        )
+        if not (train.labelled or held.labelled) or not self.dense.spec.outputs:
+            return train, held
+        try:
+            for images in (train, held):
+                class_index(self.dense.config.labels, images.classes, classes=self.dense.spec.classes)
+        except DataError as error:
+            if needs_labels:
+                raise
+            self._warn(f"Judged without labels, by agreement with the dense model: {error}")
+            return tuple(  # type: ignore[return-value]
+                rooms.open(self.data, split=split, seed=seed, labelled=False) for split in ("train", "validation")
+            )
+        return train, held
+
+    def _relative_to_original(self) -> Any:
+        """The method's config with its shares turned into absolute limits of the first ancestor."""
+        budget: Budget | None = getattr(self.config, "budget", None)
+        if budget is None or not self.dense.selection.steps:
+            return self.config  # a model that was never cut is its own original
+        original = self.dense.provenance.get("original")
+        if not original:
+            raise ConfigError(
+                "relative_to='original': the model does not say what it was cut from. Pass relative_to='given', or absolute limits "
+                "(max_macs, max_params)."
+            )
+        limits = budget.limits(cost(ModelSpec.from_dict(original["spec"])))
+        absolute = {
+            "max_macs": limits.get("macs"),
+            "max_params": limits.get("params"),
+            "max_memory_mb": limits["memory_bytes"] / 1e6 if "memory_bytes" in limits else None,
+            "max_file_mb": limits["file_bytes"] / 1e6 if "file_bytes" in limits else None,
+        }
+        return dataclasses.replace(self.config, budget=Budget(**absolute))  # type: ignore[arg-type]
+
+    # ---------------------------------------------------------------------------------------------------------- the stages
+
+    def through_all_stages(self) -> RunResult:
+        """Each stage whose result is not there yet, in order."""
+        self.folder.begin(self._asked())
+        stages: Mapping[str, Callable[[], dict[str, Any]]] = {
+            "plan": self._plan,
+            "compress": self._compress,
+            "recover": self._recover,
+            "evaluate": self._evaluate,
+            "measure": self._measure,
+            "save": self._save,
+            "report": self._report,
+        }
+        for index, stage in enumerate(STAGES):
+            if self.progress is not None:
+                self.progress("stages", index, len(STAGES), now=stage)
+            self.found[stage], done = self.folder.stage(stage, stages[stage])
+            if done:
+                self.redone.append(stage)
+        summary = self._result()
+        place = self.folder.out / reporting.SUMMARY
+        replace_text(place, reporting.as_text(summary))
+        if self.progress is not None:
+            self.progress("stages", len(STAGES), len(STAGES))
+        return RunResult(
+            model=artifact.load(self.folder.out),
+            folder=self.folder.out,
+            report=self.folder.out / "report.html",
+            summary=summary,
+            redone=tuple(self.redone),
+        )
+
+    def _plan(self) -> dict[str, Any]:
+        dense = cost(self.dense)
+        limits = self.config.budget.limits(dense) if getattr(self.config, "budget", None) is not None else {}
+        if "macs" in limits and dense.macs / limits["macs"] < LEAST_GAIN:
+            self._warn(
+                f"The budget asks for {limits['macs'] / dense.macs:.1%} of the MACs: at best {dense.macs / limits['macs']:.2f} times as "
+                "fast, which rarely shows in measured time."
+            )
+        return {
+            **self.planned,
+            "limits": limits,
+            "dense": dense.to_dict(),
+            "dense_top1": self.dense_top1,
+            "warnings": self.warnings,
+        }
+
+    def _compress(self) -> dict[str, Any]:
+        made = compress_by(self.dense, self.config, data=self.train, progress=self.progress)
+        before, after = cost(self.dense), cost(made.spec)
+        warnings = self._warnings_before_training(made.model, before, after)
+        made.save(self.folder.stages / "compressed", provenance=self._origin(), force=True)
+        self.small = made.model
+        return {
+            "method": made.method,
+            "variant": made.variant,
+            "spec": spec_hash(made.spec),
+            "cost": after.to_dict(),
+            "report": made.report,
+            "history": made.history,
+            "warnings": warnings,
+        }
+
+    def _warnings_before_training(self, small: Vit, before: Cost, after: Cost) -> list[str]:
+        """What would make a recovery pointless on the target; said before it begins."""
+        ideal = before.macs / after.macs
+        if ideal < LEAST_GAIN:
+            return [
+                self._warn(
+                    f"The cut can make it at most {ideal:.2f} times as fast (the ratio of MACs): on this target it will not pay."
+                )
+            ]
+        if self.target is None:
+            return []
+        batch = self.target.batch_sizes[0]
+        rows = timing.measure(
+            {"dense": self.dense, "compressed": small},
+            batch_sizes=(batch,),
+            runs=min(7, self.target.runs),
+            threads=self.target.threads,
+            device=self.target.device,
+            dtype=self.target.dtype,
+        )
+        (gain,) = timing.speedups(rows, "dense", {"dense": before.macs, "compressed": after.macs})
+        if gain["high"] >= LEAST_GAIN:
+            return []
+        return [
+            self._warn(
+                f"A first timing at batch {batch} on {rows[0]['device_name']} shows {gain['measured']:.2f} times the speed where the MACs "
+                f"promise {ideal:.2f}: on this target the cut may not pay."
+            )
+        ]
+
+    def _recover(self) -> dict[str, Any]:
+        if self.recovery is None:
+            return {"skipped": True}
+        fitted, objective = train_again(
+            self._small,
+            self.dense,
+            self.train,
+            self.held,
+            self.recovery,
+            out=self.folder.stages / "recover",
+            resume=self.folder.partial_recovery,
+            progress=self.progress,
+        )
+        artifact.save(fitted.model, self.folder.stages / "recovered", force=True)
+        self.final = fitted.model
+        lines = fitted.history
+        return {
+            "objective": objective,
+            "steps": fitted.steps,
+            "train_seconds": round(fitted.seconds, 2),
+            "curve": [{"step": line["step"], "loss": line["loss"]} for line in lines if line["kind"] == "train"],
+            "validation": [
+                {key: value for key, value in line.items() if key not in ("kind", "seconds")}
+                for line in lines
+                if line["kind"] == "validate"
+            ],
+        }
+
+    def _evaluate(self) -> dict[str, Any]:
+        models = {"dense": self.dense, "compressed": self._small}
+        if self.recovery is not None:
+            models["recovered"] = self._final
+        metrics, gap, shown = judge(models, self.held, self.judging, self.progress)
+        replace_text(self.folder.stages / "samples.json", reporting.as_text(shown))
+        return {"metrics": metrics, "difference": gap}
+
+    def _measure(self) -> dict[str, Any]:
+        if self.target is None:
+            return {"skipped": True}
+        here, notes = timing.runtimes_here()
+        asked, rows, said = self.target.runtimes or here, [], list(notes) if self.target.runtimes is None else []
+        for runtime in asked:
+            try:
+                rows += timing.measure(
+                    {"dense": self.dense, "compressed": self._final},
+                    batch_sizes=self.target.batch_sizes,
+                    threads=self.target.threads,
+                    runs=self.target.runs,
+                    runtime=runtime,
+                    device=self.target.device,
+                    dtype=self.target.dtype,
+                    progress=self.progress,
+                )
+            except MeasureError as error:
+                if self.target.runtimes is not None or runtime == "eager":
+                    raise
+                said.append(f"Compiled PyTorch was not timed: {error}")
+        macs = {"dense": cost(self.dense).macs, "compressed": cost(self._final).macs}
+        return {"rows": rows, "speedups": timing.speedups(rows, "dense", macs), "notes": said}
+
+    def _save(self) -> dict[str, Any]:
+        metrics = self.found["evaluate"]["metrics"]
+        compressed = self.found["compress"]
+        provenance = self._origin() | {
+            "method": self.method,
+            "variant": compressed["variant"],
+            "config": plain(self.config),
+            "data": self.held.fingerprint() | {"train": self.train.fingerprint()},
+            "seed": getattr(self.config, "seed", None),
+            "metrics": {"before": metrics["dense"], "after": metrics.get("recovered") or metrics["compressed"]},
+            "recovery": None if self.recovery is None else plain(self.recovery),
+        }
+        artifact.save(self._final, self.folder.out, provenance=provenance, force=True)
+        shutil.rmtree(self.folder.stages / "recover" / "checkpoints", ignore_errors=True)  # the recovered model is kept
+        return {"file_bytes": (self.folder.out / artifact.WEIGHTS).stat().st_size}
+
+    def _report(self) -> dict[str, Any]:
+        shown = reporting.read_samples(self.folder.out)
+        reporting.write({**self._result(), **shown}, self.folder.out / "report.html")
+        return {"file": "report.html"}
+
+    # ---------------------------------------------------------------------------------------------- models between stages
+
+    @property
+    def _small(self) -> Vit:
+        if self.small is None:
+            self.small = self._kept("compressed")
+        return self.small
+
+    @property
+    def _final(self) -> Vit:
+        if self.recovery is None:
+            return self._small
+        if self.final is None:
+            self.final = self._kept("recovered")
+        return self.final
+
+    def _kept(self, name: str) -> Vit:
+        try:
+            return artifact.load(self.folder.stages / name)
+        except ArtifactError as error:
+            stage = {"compressed": "compress", "recovered": "recover"}[name]
+            raise ArtifactError(
+                f"{error} To make it again, remove stages/{stage}.json from the run's folder and resume."
+            ) from error
+
+    # ------------------------------------------------------------------------------------------------------------- records
+
+    def _asked(self) -> dict[str, Any]:
+        """The resolved config: what a resumed run must agree with. No absolute path."""
+        return {
+            "schema": 1,
+            "vitrim": __version__,
+            "model": self.name,
+            "weights": self._weights,
+            "method": self.method,
+            "settings": plain(self.config),
+            "data": {"train": self.train.fingerprint(), "validation": self.held.fingerprint()},
+            "recover": None if self.recovery is None else plain(self.recovery),
+            "evaluate": plain(self.judging),
+            "measure": None if self.target is None else plain(self.target),
+            "relative_to": self.relative_to,
+        }
+
+    @cached_property
+    def _weights(self) -> str:
+        """Hash of the dense model's spec and weights: a folder can hold others under the same name."""
+        digest = hashlib.sha256(spec_hash(self.dense.spec).encode())
+        for name, tensor in sorted(self.dense.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(_bytes_of(tensor))
+        return digest.hexdigest()[:16]
+
+    def _origin(self) -> dict[str, Any]:
+        """Source and first ancestor, handed down from run to run."""
+        told = self.dense.provenance
+        first = told.get("original") or {"source": self.name, "spec": self.dense.spec.to_dict()}
+        return {"source": told.get("source") or self.name, "original": first}
+
+    def _result(self) -> dict[str, Any]:
+        """The result that `vitrim.reporting` describes, from what the stages found."""
+        found, compressed = self.found, self.found["compress"]
+        dense = cost(self.dense)
+        recovery = None if found["recover"].get("skipped") else found["recover"]
+        measured = None if found["measure"].get("skipped") else found["measure"]
+        metrics = {"recovered": None, **found["evaluate"]["metrics"]}
+        name = self.folder.out.resolve().name
+        judged = metrics["dense"]["count"]
+        return {
+            "schema": 1,
+            "name": name,
+            "model": self.name,
+            "method": {"name": compressed["method"], "variant": compressed["variant"]},
+            "data": {"name": self.held.name, "split": "validation", "count": judged},
+            "budget": self.config.budget.to_dict() if getattr(self.config, "budget", None) is not None else {},
+            "limits": found["plan"]["limits"],
+            "specs": {"dense": self.dense.spec.to_dict(), "compressed": self._final.spec.to_dict()},
+            "costs": {"dense": dense.to_dict(), "compressed": compressed["cost"]},
+            "file_bytes": {"dense": dense.file_bytes, "compressed": found["save"]["file_bytes"]},
+            "metrics": metrics,
+            "difference": found["evaluate"]["difference"],
+            "timing": None if measured is None else {key: measured[key] for key in ("rows", "speedups", "notes")},
+            "recovery": None
+            if recovery is None
+            else {key: recovery[key] for key in ("objective", "steps", "curve", "validation")}
+            | {"seconds": recovery["train_seconds"]},
+            "warnings": [*found["plan"]["warnings"], *compressed["warnings"]],
+            "seconds": {stage: found[stage]["seconds"] for stage in STAGES if stage in found},
+            "provenance": {
+                "source": self._origin()["source"],
+                "weights (hash)": self._weights,
+                "spec (hash)": spec_hash(self._final.spec),
+                "data": f"{self.train.name}: {len(self.train)} training, {len(self.held)} validation images",
+                "data (hash)": self.held.fingerprint()["sha256"][:16],
+                "seed": getattr(self.config, "seed", 0),
+                "vitrim": __version__,
+                "torch": str(torch.__version__),
+            },
+            "commands": _next_commands(
+                name, self.train.name if isinstance(self.data, str | Path) else "DATA", bool(self.dense.spec.outputs)
+            ),
+        }
+
+    def _warn(self, text: str) -> str:
+        log.warning(text)
+        self.warnings.append(text)
+        return text
+
+
+def _next_commands(name: str, data: str, classifies: bool) -> list[dict[str, str]]:
+    rows = [
+        {"does": "Use it in Python", "command": f'import vitrim\nmodel = vitrim.load("{name}")'},
+        {"does": "Look at the cost of each block", "command": f"vitrim cost {name}"},
+    ]
+    if classifies:
+        rows += [
+            {
+                "does": "Score it on images that no choice was made on",
+                "command": f"vitrim evaluate {name} --data {data} --split test",
+            },
+            {"does": "Try it on a picture of your own", "command": f"vitrim predict {name} cat.jpg"},
+        ]
+    return rows
+
+
+def _name_of(model: str | Path | Vit) -> str:
+    """What was asked for, without the folders that it lies in."""
+    if isinstance(model, Vit):
+        return str(model.provenance.get("source") or "a model in memory")
+    text = str(model)
+    return Path(text).resolve().name if Path(text).exists() else text
+
+
+def _bytes_of(tensor: Tensor) -> bytes:
+    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().tobytes()

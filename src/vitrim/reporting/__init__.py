@@ -1,0 +1,97 @@
+"""The report: one self-contained HTML page about one run, for people who would rather look than read.
+
+`write` takes a result, or a folder that a run left. A result is a dictionary of plain JSON values:
+
+    schema    1
+    name      of the run's folder
+    model     what was compressed, as the user named it, without a path
+    method    {name, variant}
+    data      {name, split, count}
+    budget    {limit: value}, as given
+    specs     {dense, compressed}: `ModelSpec.to_dict()`
+    costs     {dense, compressed}: `Cost.to_dict()`
+    file_bytes {dense, compressed}: of the weights on disk
+    metrics   {dense, compressed, recovered}: {top1, top5, loss, count, agreement}, shares in [0, 1]; any may be absent or None.
+              "compressed" is before recovery, "recovered" after it; None where there was no recovery
+    difference {points, low, high, count}: top-1 of the final model minus the dense one in percentage points with its paired
+              95 % interval; None without labels
+    timing    {rows, speedups, notes}: of `vitrim.timing`, models named "dense" and "compressed"; None if not measured
+    recovery  {objective, steps, seconds, curve: [{step, loss}], validation: [{step, top1}]}; None without one
+    samples   [{image: data URI, name, label, predictions: {dense, compressed, recovered: {label, probability}}}]
+    samples_note  how they were chosen
+    warnings  [sentence]
+    seconds   {stage: seconds}
+    provenance {key: text}
+    commands  [{command, does}]
+
+Every figure on the page is a `<data value= data-path=>` element: the value is the result's own, found by its path.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vitrim.errors import ArtifactError
+from vitrim.reporting.page import render
+
+SUMMARY = "summary.json"
+SAMPLES = "stages/samples.json"
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The result that a run left in its folder. Raises ArtifactError where there is none."""
+    place = folder / SUMMARY
+    if not place.is_file():
+        raise ArtifactError(
+            f"{str(folder)!r} has no {SUMMARY}; expected the folder of a finished `vitrim compress`. "
+            "If the run was stopped, finish it with --resume."
+        )
+    result = _object(place)
+    if result.get("schema") != 1:
+        raise ArtifactError(
+            f"{str(place)!r} has schema {result.get('schema')!r}; expected 1. Write it with this version of vitrim."
+        )
+    return {**result, **read_samples(folder)}
+
+
+def read_samples(folder: Path) -> dict[str, Any]:
+    """Samples and their note, which a run keeps apart since images are long; empty if there are none."""
+    place = folder / SAMPLES
+    return _object(place) if place.is_file() else {}
+
+
+def as_text(value: Mapping[str, Any]) -> str:
+    """JSON as the files of a run have it."""
+    return json.dumps(value, indent=1, sort_keys=True) + "\n"
+
+
+def _object(place: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(place.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"{str(place)!r} is damaged: {error}. Run `vitrim compress` again.") from error
+    if not isinstance(found, dict):
+        raise ArtifactError(f"{str(place)!r} is damaged: no JSON object. Run `vitrim compress` again.")
+    return found
+
+
+def write(source: Mapping[str, Any] | str | Path, out: str | Path) -> Path:
+    """Writes the page, in one step: a reader never finds half of it. Gives the path of the file.
+
+    source: a result, or a run's folder.
+    """
+    result = source if isinstance(source, Mapping) else read(Path(source))
+    page, place = render(result), Path(out)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    passing = place.with_name(f".{place.name}.{os.getpid()}.tmp")
+    try:
+        passing.write_text(page, encoding="utf-8")
+        passing.replace(place)
+    finally:
+        passing.unlink(missing_ok=True)
+    return place
+
+
+__all__ = ["SUMMARY", "as_text", "read", "read_samples", "write"]

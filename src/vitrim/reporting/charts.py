@@ -1,0 +1,199 @@
+"""Charts as inline SVG, written by hand: a few kB, and their colours follow the page's light or dark scheme.
+
+All are drawn for a width of 360 units, about a phone's, so that their text stays readable there.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from html import escape
+from typing import Any
+
+from vitrim.reporting.figures import count, percent, three
+
+WIDTH, LEFT, RIGHT = 360, 44, 10
+
+
+def svg(body: str, *, height: float, title: str, description: str, name: str) -> str:
+    """The frame, with a title and a description for those who do not see it. name: unique on the page."""
+    return (
+        f'<svg class="chart" viewBox="0 0 {WIDTH} {height:g}" role="img" aria-labelledby="{name}-title {name}-desc">'
+        f'<title id="{name}-title">{escape(title)}</title><desc id="{name}-desc">{escape(description)}</desc>{body}</svg>'
+    )
+
+
+PARTS = {
+    "macs": (("attention_macs", "attention"), ("mlp_macs", "mlp"), ("step_macs", "step")),
+    "params": (("attention_params", "attention"), ("mlp_params", "mlp")),
+}
+
+
+def block_costs(dense: Sequence[Any], compressed: Sequence[Any], *, what: str) -> str:
+    """Columns for each block: the dense model as an outline, the compressed one filled, attention under MLP.
+
+    dense, compressed: the `blocks` of two costs.  what: "macs" or "params".
+    """
+    ticks = nice_ticks(0, max([block[what] for block in (*dense, *compressed)] + [1]))
+    high, base = 26, 200
+    scale = (base - high) / ticks[-1]
+    word = {"macs": "MACs", "params": "parameters"}[what]
+    parts = [_text(0, 11, word, "start")] + [_level(base - tick * scale, short(tick)) for tick in ticks]
+    slot = (WIDTH - LEFT - RIGHT) / max(1, len(dense))
+    bar = min(34.0, slot * 0.72)
+    every = math.ceil(len(dense) / 16)
+    for index, before in enumerate(dense):
+        x = LEFT + slot * index + (slot - bar) / 2
+        tip = [f"block {index}: dense {count(before[what])}"]
+        shapes = _column(x, base, bar, before[what] * scale, "ghost")
+        if index < len(compressed):
+            after, y = compressed[index], float(base)
+            for part, kind in PARTS[what]:
+                shapes += _column(x, y, bar, after[part] * scale, kind)
+                y -= after[part] * scale
+            tip.append(f"now {count(after[what])}")
+        parts.append(f"<g><title>{escape(', '.join(tip))}</title>{shapes}</g>")
+        if index % every == 0:
+            parts.append(_text(x + bar / 2, base + 15, str(index), "middle"))
+    parts.append(_text(LEFT + (WIDTH - LEFT - RIGHT) / 2, base + 31, "block", "middle"))
+    total = sum(block[what] for block in compressed) / max(1, sum(block[what] for block in dense))
+    return svg(
+        "".join(parts),
+        height=236,
+        title=f"{word} of each block".capitalize() if what == "params" else f"{word} of each block",
+        description=f"Columns for {len(dense)} blocks; in all the blocks keep {percent(total)} of the dense model's {word}. "
+        "The figures are in the table below the charts.",
+        name=f"block-{what}",
+    )
+
+
+def _column(x: float, base: float, width: float, tall: float, kind: str) -> str:
+    if tall <= 0:
+        return ""
+    return f'<rect class="{kind}" x="{x:.1f}" y="{base - tall:.1f}" width="{width:.1f}" height="{tall:.1f}"/>'
+
+
+def speed(gains: Sequence[Any]) -> str:
+    """Measured speed-ups as bars with their quartiles, the ideal one as a mark."""
+    ticks = nice_ticks(0, max([gain["ideal"] for gain in gains] + [gain["high"] for gain in gains] + [1.0]))
+    scale = (WIDTH - 20) / ticks[-1]
+    parts, row, left = [], 44, 10
+    base = 8 + row * len(gains)
+    for tick in ticks:
+        x = left + tick * scale
+        parts.append(f'<line class="{"one" if tick == 1 else "grid"}" x1="{x:.1f}" y1="4" x2="{x:.1f}" y2="{base}"/>')
+        anchor = "end" if tick == ticks[-1] else "start" if tick == 0 else "middle"
+        parts.append(_text(x, base + 15, f"{tick:g}×", anchor))
+    for index, gain in enumerate(gains):
+        y = 8 + row * index
+        label = f"{runtime_name(gain['runtime'])}, batch {gain['batch']}"
+        low, high, ideal = (left + gain[key] * scale for key in ("low", "high", "ideal"))
+        length = gain["measured"] * scale
+        tip = f"{label}: measured {gain['measured']:.2f} times, ideal {gain['ideal']:.2f} times"
+        parts.append(
+            f"<g><title>{escape(tip)}</title>{_text(left, y + 11, label, 'start')}"
+            f'<rect class="attention" x="{left}" y="{y + 17}" width="{length:.1f}" height="16"/>'
+            f'<line class="whisker" x1="{low:.1f}" y1="{y + 25}" x2="{high:.1f}" y2="{y + 25}"/>'
+            f'<line class="whisker" x1="{low:.1f}" y1="{y + 21}" x2="{low:.1f}" y2="{y + 29}"/>'
+            f'<line class="whisker" x1="{high:.1f}" y1="{y + 21}" x2="{high:.1f}" y2="{y + 29}"/>'
+            f'<line class="ideal" x1="{ideal:.1f}" y1="{y + 13}" x2="{ideal:.1f}" y2="{y + 37}"/></g>'
+        )
+    described = "; ".join(
+        f"{runtime_name(gain['runtime'])} at batch {gain['batch']}: measured {gain['measured']:.2f} of ideal {gain['ideal']:.2f}"
+        for gain in gains
+    )
+    return svg(
+        "".join(parts),
+        height=base + 24,
+        title="Ideal and measured speed-up",
+        description=described + ".",
+        name="speed",
+    )
+
+
+def curve(
+    points: Sequence[tuple[float, float]],
+    *,
+    name: str,
+    title: str,
+    share: bool = False,
+    marks: bool = False,
+    references: Sequence[tuple[str, float]] = (),
+) -> str:
+    """A line over training steps. share: values in [0, 1], printed as percent. references: named horizontal lines."""
+    values = [value for _, value in points] + [value for _, value in references]
+    ticks = nice_ticks(min(values), max(values))
+    high, base = 12, 166
+    span = ticks[-1] - ticks[0]
+    last = max(step for step, _ in points) or 1
+
+    def at(step: float, value: float) -> tuple[float, float]:
+        across = LEFT + (WIDTH - LEFT - RIGHT) * step / last
+        return across, base - (value - ticks[0]) / span * (base - high)
+
+    form = percent_tick(ticks) if share else three
+    parts = [_level(at(0, tick)[1], form(tick)) for tick in ticks]
+    for place, (label, value) in enumerate(references):
+        y = at(0, value)[1]
+        parts.append(f'<line class="reference" x1="{LEFT}" y1="{y:.1f}" x2="{WIDTH - RIGHT}" y2="{y:.1f}"/>')
+        anchor, x = ("end", WIDTH - RIGHT) if place % 2 == 0 else ("start", LEFT + 4)
+        parts.append(_text(x, y - 4 if y > high + 14 else y + 13, label, anchor, "reference-name"))
+    if len(points) > 1:
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (at(*point) for point in points))
+        parts.append(f'<polyline class="line" points="{path}"/>')
+    if marks or len(points) == 1:
+        parts += [
+            f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="3.5"/>' for x, y in (at(*point) for point in points)
+        ]
+    parts.append(_text(LEFT, base + 16, "0", "middle"))
+    parts.append(_text(WIDTH - RIGHT, base + 16, f"step {last:g}", "end"))
+    first, end = points[0][1], points[-1][1]
+    described = f"From {form(first)} at step {points[0][0]:g} to {form(end)} at step {points[-1][0]:g}."
+    return svg("".join(parts), height=190, title=title, description=described, name=name)
+
+
+def short(value: float) -> str:
+    """A round number for an axis: 5_000_000 -> "5 M"."""
+    unit, scale = next(((u, s) for u, s in (("G", 1e9), ("M", 1e6), ("k", 1e3)) if value >= s), ("", 1.0))
+    return f"{value / scale:g} {unit}".strip()
+
+
+def smooth(points: Sequence[tuple[float, float]], *, most: int = 160) -> list[tuple[float, float]]:
+    """At most `most` points, each the mean of its neighbours: single batches hide the trend."""
+    if len(points) <= 12:
+        return list(points)
+    width = max(1, math.ceil(len(points) / most), len(points) // 30)
+    stride = math.ceil(len(points) / most)
+    means = []
+    for end in range(len(points), 0, -stride):
+        window = points[max(0, end - width) : end]
+        means.append((points[end - 1][0], sum(value for _, value in window) / len(window)))
+    return means[::-1]
+
+
+def nice_ticks(low: float, high: float, aim: int = 4) -> list[float]:
+    """Round numbers that enclose the range, about `aim` steps."""
+    if not high > low:
+        low, high = low - (abs(low) * 0.05 or 0.5), high + (abs(high) * 0.05 or 0.5)
+    raw = (high - low) / aim
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(size * power for size in (1, 2, 2.5, 5, 10) if size * power >= raw * 0.999)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(index * step, 12) for index in range(first, last + 1)]
+
+
+def percent_tick(ticks: Sequence[float]) -> Callable[[float], str]:
+    """Percent with as many digits as tell the ticks apart."""
+    digits = 0 if all(abs(100 * tick - round(100 * tick)) < 1e-9 for tick in ticks) else 1
+    return lambda value: f"{100 * value:.{digits}f} %"
+
+
+def runtime_name(runtime: str) -> str:
+    return {"eager": "PyTorch", "compile": "PyTorch compiled"}.get(runtime, runtime)
+
+
+def _level(y: float, label: str) -> str:
+    line = f'<line class="grid" x1="{LEFT}" y1="{y:.1f}" x2="{WIDTH - RIGHT}" y2="{y:.1f}"/>'
+    return line + _text(LEFT - 6, y + 4, label, "end")
+
+
+def _text(x: float, y: float, text: str, anchor: str, kind: str = "label") -> str:
+    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'

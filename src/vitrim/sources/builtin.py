@@ -1,0 +1,30 @@
+"""The trained models inside the package: artifacts under `assets/models/`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .. import artifact
+from ..errors import SourceError, did_you_mean
+from ..model import Vit
+
+MODELS = Path(__file__).parent.parent / "assets" / "models"
+
+
+def names(root: Path = MODELS) -> list[str]:
+    """Names of the built-in models, sorted."""
+    return (
+        sorted(folder.name for folder in root.iterdir() if (folder / "config.json").is_file()) if root.is_dir() else []
+    )
+
+
+def load(name: str, root: Path = MODELS) -> Vit:
+    """A built-in model by name. Raises SourceError with the names that there are."""
+    known = names(root)
+    if name not in known:
+        there = f"known: {', '.join(known)}" if known else "this installation has none; install vitrim again"
+        raise SourceError(f"no built-in model {name!r}{did_you_mean(name, known)}; {there}.")
+    return artifact.load(root / name)
+
+
+__all__ = ["MODELS", "load", "names"]

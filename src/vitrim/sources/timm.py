@@ -1,0 +1,312 @@
+"""timm: a plain pre-norm `VisionTransformer` -> spec and weights, and back where timm can say it.
+
+Source   timm's `vision_transformer.py` and `deit.py` (1.0.23 and later).
+Takes    a name, a module from memory, or a name with a local checkpoint.
+Gives    our model with the same numbers: float32, on the CPU, in eval mode.
+Refuses  by its name whatever the spec cannot say. Parts are recognised by their class, a changed forward of a subclass
+         by running both networks on a random image, and every number of the module must have found its place.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_model_data_config
+from timm.models import VisionTransformer, model_entrypoint
+from timm.models.vision_transformer import checkpoint_filter_fn
+from torch import Tensor, nn
+
+from ..errors import SourceError, did_you_mean
+from ..model import Vit
+from ..spec import Config, ModelSpec, Preprocess
+from . import checkpoints
+from .timm_back import to_module, to_timm
+from .timm_structure import ADVICE, family, refused, spec_of, weights_of
+
+NETWORK = ("huggingface_hub", "httpx", "httpcore", "requests", "urllib3", "safetensors")
+"""Packages whose errors mean that a download failed or broke off."""
+
+
+def from_module(
+    module: nn.Module,
+    *,
+    preprocess: Preprocess | None = None,
+    labels: tuple[str, ...] | None = None,
+    verify: bool = True,
+    provenance: dict[str, Any] | None = None,
+) -> Vit:
+    """Our model with a copy of a timm module's numbers; the module and the random state stay as they are.
+
+    preprocess: None takes what the module's own `pretrained_cfg` says, if it has one.
+    verify: run both on one random image and compare; False trusts the classes of the module's parts.
+    """
+    spec = spec_of(module)
+    config = Config(
+        spec=spec,
+        task="classification" if spec.outputs else "features",
+        preprocess=preprocess or _preprocess(module, spec),
+        labels=labels,
+    )
+    with torch.device("meta"):  # no memory and no random numbers for values that are replaced at once
+        model = Vit(config, provenance=provenance)
+    model.load_state_dict(weights_of(module, spec), strict=True, assign=True)
+    model.eval()
+    if verify:
+        _verify(module, model)
+    return model
+
+
+def load(
+    name: str,
+    *,
+    pretrained: bool = True,
+    checkpoint: str | Path | None = None,
+    classes: int | None = None,
+    verify: bool = True,
+) -> Vit:
+    """A timm model by name (`deit_small_patch16_224`, with or without a tag, or `hf-hub:USER/NAME`).
+
+    pretrained: the published weights, fetched by timm from the Hub; False: random ones.
+    checkpoint: a local file of weights instead; its classifier is kept whatever its size.
+    classes: None takes what the weights have; another number is refused unless the weights are random, but 0 drops the
+    classifier, which changes no other number.
+    """
+    _check_name(name)
+    if checkpoint is not None:
+        module = _with_checkpoint(name, Path(checkpoint), classes)
+        return from_module(module, verify=verify, provenance=_provenance(name, module, Path(checkpoint).name))
+    if not pretrained:
+        options: dict[str, Any] = {} if classes is None else {"num_classes": classes}
+        module = _create(name, **options)
+        return from_module(module, verify=verify, provenance=_provenance(name, module, None))
+    module = _create(name, pretrained=True)
+    if classes is not None and classes != getattr(module, "num_classes", None):
+        if classes:
+            raise SourceError(
+                f"classes={classes}: the weights of {name!r} have {module.num_classes} classes. Leave classes out and give the "
+                "model a new head (`vitrim train --new-head`), or pass pretrained=False."
+            )
+        module.reset_classifier(0)
+    return from_module(
+        module, labels=_labels(module), verify=verify, provenance=_provenance(name, module, "pretrained")
+    )
+
+
+# -------------------------------------------------------------------------------------------- the same network or not
+
+
+@torch.no_grad()
+def _verify(module: nn.Module, model: Vit, tolerance: float = 1e-4) -> None:
+    """Compare both on one random image in float32; a difference is named by the first block that shows it."""
+    spec = model.spec
+    x = torch.randn(1, spec.channels, *spec.image_px, generator=torch.Generator().manual_seed(0))
+    with _evaluated(module) as (theirs, device):
+        expected = _answer(theirs, x.to(device))
+        if _close(model(x), expected, tolerance):
+            return
+        streams: list[Tensor] = []
+        blocks = list(theirs.blocks)
+        hooks = [block.register_forward_hook(lambda _m, _i, out: streams.append(out.cpu())) for block in blocks]
+        if blocks:
+            hooks.append(blocks[0].register_forward_pre_hook(lambda _m, args: streams.append(args[0].cpu())))
+        try:
+            theirs(x.to(device))
+        finally:
+            for hook in hooks:
+                hook.remove()
+    ours = model(x, want=tuple(f"block:{i}" for i in range(len(spec.blocks))))
+    named = [
+        ("the embedding", model.embed(x).x),
+        *((f"block {i}", ours[f"block:{i}"]) for i in range(len(spec.blocks))),
+    ]
+    place = next(
+        (name for (name, ours_), theirs_ in zip(named, streams, strict=False) if not _close(ours_, theirs_, tolerance)),
+        "what follows the blocks (norm, pooling, classifier)"
+        if len(named) == len(streams)
+        else "how it runs its blocks",
+    )
+    raise SourceError(
+        f"{type(module).__name__} computes something else than timm's VisionTransformer: outputs differ, first in {place}. "
+        f"Its forward was changed, and the spec cannot say how. {ADVICE}"
+    )
+
+
+@contextmanager
+def _evaluated(module: nn.Module) -> Iterator[tuple[Any, torch.device]]:
+    """The module in eval mode and float32 (a copy if it is in another precision); its flags are put back."""
+    tensors = list(module.state_dict().values())
+    if any(t.is_floating_point() and t.dtype != torch.float32 for t in tensors):
+        module = copy.deepcopy(module).float()
+    flags = {part: part.training for part in module.modules()}
+    try:
+        module.eval()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of gradient checkpointing without gradients
+            yield module, tensors[0].device
+    finally:
+        for part, flag in flags.items():
+            part.training = flag
+
+
+def _answer(module: nn.Module, x: Tensor) -> Tensor:
+    """The module's output, finite, on the CPU. Raises SourceError where it gives none."""
+    name = type(module).__name__
+    try:
+        found = module(x)
+    except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as error:
+        raise SourceError(
+            f"{name} cannot be run on an image of shape {tuple(x.shape)} ({type(error).__name__}: {error}). Mend its forward, or "
+            "pass verify=False to trust its parts."
+        ) from error
+    if not isinstance(found, Tensor):
+        raise SourceError(
+            f"{name} gives a {type(found).__name__} instead of one tensor, which vitrim cannot take in. {ADVICE}"
+        )
+    if not found.isfinite().all():
+        raise SourceError(f"{name} gives NaN or infinity on a random image: its weights are damaged. Load them again.")
+    return found.cpu()
+
+
+def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    return a.shape == b.shape and bool((a - b).abs().max() <= tolerance * max(1.0, float(b.abs().max())))
+
+
+# ------------------------------------------------------------------------------------------------------ names and files
+
+
+def _check_name(name: str) -> None:
+    """Refuse an unknown name with its near miss, and a name of another family before it takes memory."""
+    if name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
+        return
+    base, _, tag = name.partition(".")
+    if not timm.is_model(base):
+        raise SourceError(
+            f"timm {timm.__version__} has no model {name!r}{did_you_mean(base, timm.list_models())}. "
+            "`timm.list_models('*vit*')` lists them."
+        )
+    known = [full.partition(".")[2] for full in timm.list_pretrained(f"{base}.*")]
+    if tag and tag not in known:
+        hint = f"known: {', '.join(known)}" if known else "it has none"
+        raise SourceError(f"timm's {base!r} has no weights tagged {tag!r}{did_you_mean(tag, known)}; {hint}.")
+    file = model_entrypoint(base).__module__.rsplit(".", 1)[-1]
+    if file not in ("vision_transformer", "deit"):
+        raise refused(family(file, base))
+
+
+def _create(name: str, *, pretrained: bool = False, **options: Any) -> Any:
+    """timm's module. Raises SourceError where something has to come from the Hub and does not."""
+    try:
+        return timm.create_model(name, pretrained=pretrained, **options)
+    except Exception as error:
+        what, why = ("weights" if pretrained else "description"), type(error).__name__
+        if pretrained and isinstance(error, RuntimeError) and "No pretrained weights" in str(error):
+            why = "timm knows of none"
+        elif not isinstance(error, OSError) and type(error).__module__.split(".")[0] not in NETWORK:
+            raise
+        raise SourceError(
+            f"the {what} of {name!r} are not on this machine and could not be fetched ({why}). Pass a local file "
+            "(--checkpoint PATH, checkpoint=), or take random weights (--no-pretrained, pretrained=False)."
+            if pretrained
+            else f"the {what} of {name!r} is not on this machine and could not be fetched ({why}). Check the name and the "
+            "network, or take a timm:NAME, whose architecture needs none."
+        ) from error
+
+
+def _with_checkpoint(name: str, path: Path, classes: int | None) -> nn.Module:
+    """A timm module filled from a local file. Raises SourceError listing keys that are missing, too many or misshapen."""
+    state = checkpoints.read(path)
+    with torch.device("meta"):
+        module = _create(name)
+    if not isinstance(module, VisionTransformer):
+        spec_of(module)  # says what it has that a plain one has not
+    _check_tables(module, state, path)
+    if set(state) != set(module.state_dict()):
+        state = _renamed(state, module)
+    found = state["head.weight"].shape[0] if "head.weight" in state else 0
+    if classes == 0:
+        state = {key: value for key, value in state.items() if not key.startswith(("head.", "head_dist."))}
+        found = 0
+    elif classes is not None and classes != found:
+        raise SourceError(
+            f"classes={classes}: the classifier in {path.name} has {found} classes. Leave classes out to keep it, or give the "
+            "model a new head (`vitrim train --new-head`)."
+        )
+    if found != module.num_classes:
+        with torch.device("meta"):
+            module.reset_classifier(found)
+    expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
+    checkpoints.check(path, {key: tuple(value.shape) for key, value in state.items()}, expected, f"timm's {name!r}")
+    module.load_state_dict({key: value.float() for key, value in state.items()}, strict=True, assign=True)
+    return module.eval()
+
+
+def _check_tables(module: VisionTransformer, state: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse a checkpoint of another image or patch size, which timm would resample without a word."""
+    for key in ("pos_embed", "patch_embed.proj.weight"):
+        if key not in state or getattr(module, key.partition(".")[0]) is None:
+            continue
+        expected, found = tuple(module.state_dict()[key].shape), tuple(state[key].shape)
+        if len(found) == len(expected) and found != expected:
+            raise SourceError(
+                f"{path.name}: {key} has shape {found}, but this model expects {expected}. Name the timm model of the "
+                "checkpoint's own width, image and patch size."
+            )
+
+
+def _renamed(state: Mapping[str, Tensor], module: VisionTransformer) -> dict[str, Tensor]:
+    """timm's own translation of published layouts (DeiT III, DINOv2, CLIP, JAX); unchanged where it knows none."""
+    try:
+        return dict(checkpoint_filter_fn(dict(state), module, adapt_layer_scale=True))
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+        return dict(state)  # the comparison of keys that follows says what does not fit
+
+
+def _preprocess(module: nn.Module, spec: ModelSpec) -> Preprocess | None:
+    """What timm's `pretrained_cfg` says; None for a module that carries none or is for other channels."""
+    if not getattr(module, "pretrained_cfg", None):
+        return None
+    cfg = resolve_model_data_config(module)
+    if len(cfg["mean"]) != spec.channels:
+        return None
+    return Preprocess(
+        mean=tuple(float(value) for value in cfg["mean"]),
+        std=tuple(float(value) for value in cfg["std"]),
+        size_px=spec.image_px,
+        crop=float(cfg["crop_pct"]),
+        crop_mode=cfg["crop_mode"],
+        interpolation=cfg["interpolation"],
+    )
+
+
+def _labels(module: nn.Module) -> tuple[str, ...] | None:
+    """Class names of published weights: the Hub's own list, or ImageNet's WordNet ids; None where timm does not know."""
+    cfg, classes = getattr(module, "pretrained_cfg", {}), getattr(module, "num_classes", 0)
+    if (names := cfg.get("label_names")) and len(names) == classes:
+        return tuple(str(name) for name in names)
+    subset = infer_imagenet_subset(module) if classes else None
+    if subset is None or len(known := ImageNetInfo(subset).label_names()) != classes:
+        return None
+    return tuple(known)
+
+
+def _provenance(name: str, module: nn.Module, weights: str | None) -> dict[str, Any]:
+    cfg = getattr(module, "pretrained_cfg", {})
+    hub = cfg.get("hf_hub_id") if weights == "pretrained" else None
+    licence = cfg.get("license") if weights == "pretrained" else None
+    return {
+        "source": name if ":" in name else f"timm:{name}",
+        "weights": weights or "random",
+        "timm": timm.__version__,
+        **({"base_model": hub} if hub else {}),
+        **({"license": licence} if licence else {}),
+    }
+
+
+__all__ = ["from_module", "load", "spec_of", "to_module", "to_timm", "weights_of"]

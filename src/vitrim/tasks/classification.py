@@ -1,0 +1,240 @@
+"""Classification: accuracy, loss and agreement of a classifier; likeness to a dense model for an encoder without one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitrim import data
+from vitrim.errors import DataError
+from vitrim.spec import Config, Preprocess
+
+NEIGHBOURS = 5
+_CHUNK = 512  # rows of the similarity matrix held at once
+
+Metrics = dict[str, Any]
+Metric = Callable[[Tensor, Tensor], Mapping[str, float]]
+
+
+class Progress(Protocol):
+    def __call__(self, stage: str, done: int, total: int, **facts: Any) -> None:
+        """Told after each batch."""
+
+
+def evaluate(
+    model: nn.Module,
+    images: Any,
+    *,
+    split: str = "validation",
+    batch_size: int = 64,
+    device: torch.device | str | None = None,
+    amp: str = "no",
+    workers: int | None = 0,
+    limit: int | None = None,
+    seed: int = 0,
+    preprocess: Preprocess | None = None,
+    labels: Sequence[str] | None = None,
+    reference: nn.Module | Mapping[str, Any] | Sequence[int] | Tensor | None = None,
+    metric: Metric | None = None,
+    progress: Progress | None = None,
+) -> Metrics:
+    """Score a model on images, one pass, in evaluation mode; the model is left as it was found.
+
+    images: Images, or whatever `vitrim.data.open` takes (then `split` is read).
+    device: None means where the model is.  amp: "no", "bf16" or "fp16".  limit: as many images, drawn by seed.
+    preprocess, labels: None means the model's own (`model.config`).
+    reference: another model, the metrics of one, or its predictions: what agreement is measured with.
+    metric: further figures from all logits [n, classes] and targets, merged into the result.
+
+    A classifier gives top1 and top5 (shares; None without labels), loss, count, skipped (broken images), predictions (model
+    indices), correct (by image; None without labels), and agreement where a reference is given. Targets of several labels
+    each give map (mean average precision) and loss in their place. An encoder gives cosine and knn_agreement with the
+    reference, which must then be a model: the mean share of an image's 5 nearest neighbours that both agree on.
+    DataError for classes that do not match, a missing preprocessing, or a reference of other images.
+    """
+    chosen = data.open(images, split=split, limit=limit, seed=seed)
+    config = getattr(model, "config", None)
+    own = config if isinstance(config, Config) else None
+    how = preprocess or (own.preprocess if own else None)
+    if how is None:
+        raise DataError(
+            "the model carries no preprocessing; pass preprocess= (mean, std, size) that it was trained with."
+        )
+    encoder = own is not None and not own.spec.outputs
+    names = labels if labels is not None else (own.labels if own else None)
+    classes = own.spec.classes if own is not None and not encoder else None
+    other = reference if isinstance(reference, nn.Module) else None
+    if encoder and reference is not None and other is None:
+        raise DataError("an encoder without a classifier is compared with a model; pass the dense model as reference=.")
+    index = None if encoder else class_index(names, chosen.classes, classes=classes)
+
+    at = torch.device(device) if device is not None else _device(model)
+    view = data.evaluation(how)
+    passes = [model] if other is None else [model, other]
+    outputs: list[list[Tensor]] = [[] for _ in passes]
+    targets: list[Tensor] = []
+    done = 0
+    with _ready(passes, at), torch.no_grad(), _autocast(at, amp):
+        for x, y in data.batches(chosen, view, batch_size, workers=workers, device=at):
+            for kept, each in zip(outputs, passes, strict=True):
+                kept.append(_features(each(x)).float().cpu() if encoder else each(x).float().cpu())
+            if y is not None and not encoder:
+                targets.append(_mapped(y.cpu(), index, outputs[0][-1].shape[-1]))
+            done += len(x)
+            if progress is not None:
+                progress("evaluate", done, len(chosen))
+    if not done:
+        raise DataError(f"{chosen.name}: none of {len(chosen)} images could be read.")
+    facts: Metrics = {"count": done, "skipped": len(chosen.broken)}
+    ours = torch.cat(outputs[0])
+    theirs = torch.cat(outputs[1]) if other is not None else None
+    if encoder:
+        return facts | ({} if theirs is None else likeness(ours, theirs))
+    wanted = torch.cat(targets) if targets else None
+    facts |= scores(ours, wanted)
+    if metric is not None and wanted is not None:
+        facts |= dict(metric(ours, wanted))
+    if reference is not None:
+        facts["agreement"] = _agreement(facts["predictions"], theirs if theirs is not None else reference)
+    return facts
+
+
+def class_index(
+    model_labels: Sequence[str] | None, data_classes: Sequence[str] | None, *, classes: int | None
+) -> Tensor | None:
+    """int64 [data classes] of the model's indices; None where the data's labels are the model's indices already.
+
+    That is so for tensors, which have no names, and for a model without names that has as many classes as the data.
+    """
+    if data_classes is None:
+        return None
+    if model_labels is not None:
+        return data.match_labels(model_labels, data_classes)
+    if classes is not None and classes != len(data_classes):
+        raise DataError(
+            f"the model has {classes} classes without names, the data {len(data_classes)}: {', '.join(data_classes[:8])}"
+            f"{', ...' if len(data_classes) > 8 else ''}. Name the model's labels, or train a head for these classes: "
+            "vitrim train --new-head."
+        )
+    return None
+
+
+def scores(logits: Tensor, targets: Tensor | None) -> Metrics:
+    """Figures of a classifier.  logits: n C; targets: int64 n, float n C of 0 and 1, or None."""
+    predictions = logits.argmax(dim=1)
+    facts: Metrics = {"predictions": predictions.tolist()}
+    if targets is None:
+        return facts | {"top1": None, "top5": None, "loss": None, "correct": None}
+    if targets.ndim == 2:
+        loss = F.binary_cross_entropy_with_logits(logits.double(), targets.double())
+        return facts | {"map": mean_average_precision(logits, targets), "loss": loss.item()}
+    correct = predictions == targets
+    among = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
+    return facts | {
+        "top1": correct.double().mean().item(),
+        "top5": among.any(dim=1).double().mean().item(),
+        "loss": F.cross_entropy(logits.double(), targets).item(),
+        "correct": correct.tolist(),
+    }
+
+
+def mean_average_precision(logits: Tensor, targets: Tensor) -> float:
+    """Mean over the classes that occur of the average precision.  logits, targets: n C."""
+    order = logits.argsort(dim=0, descending=True, stable=True)
+    hits = targets.double().gather(0, order)
+    places = torch.arange(1, len(hits) + 1, dtype=torch.float64)[:, None]
+    precision = hits.cumsum(dim=0) / places
+    present = hits.sum(dim=0) > 0
+    average = (precision * hits).sum(dim=0)[present] / hits.sum(dim=0)[present]
+    return average.mean().item() if len(average) else 0.0
+
+
+def likeness(features: Tensor, dense: Tensor) -> Metrics:
+    """Mean cosine similarity by image, and the share of nearest neighbours in common.  n D each, D may differ for the latter."""
+    facts: Metrics = {}
+    if features.shape == dense.shape:
+        facts["cosine"] = F.cosine_similarity(features.double(), dense.double(), dim=1).mean().item()
+    if len(features) > NEIGHBOURS:
+        ours, theirs = nearest(features), nearest(dense)
+        shared = (ours[:, :, None] == theirs[:, None, :]).any(dim=2)
+        facts["knn_agreement"] = shared.double().mean().item()
+    return facts
+
+
+def nearest(features: Tensor, k: int = NEIGHBOURS) -> Tensor:
+    """int64 [n,k]: each image's nearest others by cosine.  features: n D."""
+    unit = F.normalize(features.double(), dim=1)
+    found = []
+    for start in range(0, len(unit), _CHUNK):
+        near = unit[start : start + _CHUNK] @ unit.T
+        near[torch.arange(len(near)), torch.arange(start, start + len(near))] = -2.0  # not itself
+        found.append(near.topk(k, dim=1).indices)
+    return torch.cat(found)
+
+
+def _agreement(predictions: list[int], reference: Any) -> float:
+    if isinstance(reference, Tensor) and reference.ndim == 2:
+        reference = reference.argmax(dim=1)
+    values = reference["predictions"] if isinstance(reference, Mapping) else reference
+    listed = values.tolist() if isinstance(values, Tensor) else list(values)
+    if len(listed) != len(predictions):
+        raise DataError(
+            f"the reference has predictions for {len(listed)} images, this model for {len(predictions)}; "
+            "expected the same images. Evaluate both with the same data, split and limit."
+        )
+    return sum(a == b for a, b in zip(predictions, listed, strict=True)) / len(predictions)
+
+
+def _mapped(targets: Tensor, index: Tensor | None, classes: int) -> Tensor:
+    if targets.ndim == 2:
+        if index is None and targets.shape[1] == classes:
+            return targets
+        if index is None:
+            raise DataError(f"targets of {targets.shape[1]} labels for a model of {classes} classes; expected as many.")
+        wide = targets.new_zeros((len(targets), classes))
+        wide[:, index] = targets
+        return wide
+    mapped = targets if index is None else index[targets]
+    if int(mapped.max()) >= classes:
+        raise DataError(
+            f"label {int(mapped.max())} for a model of {classes} classes; expected labels from 0 to {classes - 1}. "
+            "For other classes train a head: vitrim train --new-head."
+        )
+    return mapped
+
+
+def _features(y: Tensor) -> Tensor:  # B D, or B N D -> B D
+    return y.mean(dim=1) if y.ndim == 3 else y
+
+
+def _device(model: nn.Module) -> torch.device:
+    first = next(model.parameters(), None)
+    return torch.device("cpu") if first is None else first.device
+
+
+@contextmanager
+def _ready(models: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
+    """Evaluation mode on the device; mode (of every part) and device are put back."""
+    before = [(model, _device(model), [(part, part.training) for part in model.modules()]) for model in models]
+    try:
+        for model in models:
+            model.eval().to(device)
+        yield
+    finally:
+        for model, home, modes in before:
+            model.to(home)
+            for part, mode in modes:
+                part.training = mode
+
+
+def _autocast(device: torch.device, amp: str) -> torch.autocast:
+    kinds = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if amp not in kinds:
+        raise DataError(f"amp={amp!r}; expected 'no', 'bf16' or 'fp16'.")
+    dtype = torch.bfloat16 if amp == "no" else kinds[amp]
+    return torch.autocast(device.type, dtype=dtype, enabled=amp != "no")

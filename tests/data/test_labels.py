@@ -1,0 +1,35 @@
+"""Classes are matched by name."""
+
+from __future__ import annotations
+
+import pytest
+
+from vitrim import data
+from vitrim.errors import DataError
+
+
+def test_classes_are_matched_by_name_and_not_by_position():
+    assert data.match_labels(["cat", "dog", "ant"], ["ant", "cat"]).tolist() == [2, 0]
+    assert data.match_labels(["Sign symbol", "tench, Tinca tinca"], ["tench", "sign_symbol"]).tolist() == [1, 0]
+
+
+def test_wordnet_folders_match_a_model_with_imagenets_names():
+    from timm.data import ImageNetInfo
+
+    info = ImageNetInfo()
+    data_classes = sorted(info.label_names())[::-1]
+    for names in (info.label_descriptions(), info.label_descriptions(detailed=True), info.label_names()):
+        assert data.match_labels(names, data_classes).tolist() == list(range(1000))[::-1]
+    assert data.match_labels(info.label_descriptions(), ["n01443537", "n01440764"]).tolist() == [1, 0]
+
+
+def test_a_mismatch_names_both_lists_and_the_way_out():
+    with pytest.raises(
+        DataError, match=r"'fox'.*Model: 'cat', 'dog' \(2 in all\)\. Data: 'cat', 'fox'.*train --new-head"
+    ):
+        data.match_labels(["cat", "dog"], ["cat", "fox"])
+
+
+def test_an_ambiguous_first_name_is_no_match():
+    with pytest.raises(DataError, match="are not the model's"):
+        data.match_labels(["crane, bird", "crane, machine"], ["crane"])

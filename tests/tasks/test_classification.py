@@ -1,0 +1,195 @@
+"""Scores of classifiers and encoders."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from tests.data.pictures import SMALL, class_folder, jpeg
+from vitrim import data
+from vitrim.errors import DataError
+from vitrim.model import Vit, build
+from vitrim.spec import Attention, Block, Config, ConvStem, Mlp, ModelSpec, Output, Pool, Position
+from vitrim.tasks.classification import evaluate, likeness, mean_average_precision, nearest, scores
+
+CIFAR = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+def tiny(classes: int = 10, *, labels: tuple[str, ...] | None = CIFAR, seed: int = 0) -> Vit:
+    attention = Attention(
+        heads=2, qk_dim=8, v_dim=8, scale=8**-0.5, q_bias=True, k_bias=True, v_bias=True, out_bias=True
+    )
+    spec = ModelSpec(
+        image_px=(32, 32),
+        patch_px=(16, 16),
+        channels=3,
+        stem=ConvStem(bias=True),
+        width=16,
+        prefix=("cls",),
+        position=Position(kind="learned", grid=(2, 2), prefix_rows=True),
+        blocks=(Block(attention=attention, mlp=Mlp(kind="gelu", hidden=16)),),
+        pool=Pool(kind="cls"),
+        outputs=(Output(name="classifier", reads=("pool",), classes=classes),) if classes else (),
+    )
+    torch.manual_seed(seed)
+    model = build(Config(spec=spec, task="classification" if classes else "features", preprocess=SMALL, labels=labels))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    return model
+
+
+class Oracle(nn.Module):
+    """Looks the label up by the image."""
+
+    def __init__(self, images: data.Images, offset: int = 0) -> None:
+        super().__init__()
+        view = data.evaluation(SMALL)
+        self.known = {view(images[i][0]).numpy().tobytes(): int(images.labels[i]) for i in range(len(images))}
+        self.offset = offset
+        self.config = Config(spec=tiny().spec, preprocess=SMALL, labels=CIFAR)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wanted = torch.tensor([self.known[image.numpy().tobytes()] for image in x])
+        return 10.0 * nn.functional.one_hot((wanted + self.offset) % 10, 10).float()
+
+
+def test_a_perfect_model_scores_one_and_a_wrong_one_nothing():
+    images = data.open("sample", split="validation", limit=30)
+    right, wrong = evaluate(Oracle(images), images), evaluate(Oracle(images, 1), images)
+    assert (right["top1"], right["top5"], right["count"]) == (1.0, 1.0, 30)
+    assert right["loss"] < 0.01
+    assert all(right["correct"])
+    assert wrong["top1"] == 0.0
+    assert right["predictions"] == images.labels.tolist()
+
+
+def test_figures_agree_with_plain_torch_and_between_ways_of_running():
+    model, images = tiny(), data.open("sample", split="validation", limit=50)
+    facts = evaluate(model, images, batch_size=16)
+    x = torch.stack([data.evaluation(SMALL)(images[i][0]) for i in range(50)])
+    with torch.no_grad():
+        logits = model(x)
+    assert facts["predictions"] == logits.argmax(1).tolist()
+    assert facts["loss"] == pytest.approx(nn.functional.cross_entropy(logits, images.labels).item(), rel=1e-5)
+    assert facts["top1"] == pytest.approx((logits.argmax(1) == images.labels).double().mean().item())
+    assert evaluate(model, images, batch_size=7, workers=2)["predictions"] == facts["predictions"]
+    assert evaluate(model, "sample", limit=50)["predictions"] == facts["predictions"]
+    assert evaluate(model, images, amp="bf16")["loss"] == pytest.approx(facts["loss"], rel=0.05)
+
+
+def test_the_model_is_left_as_it_was_found():
+    model = tiny()
+    model.train()
+    model.blocks[0].eval()
+    evaluate(model, "sample", limit=10)
+    assert model.training
+    assert not model.blocks[0].training
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+def test_labels_are_matched_by_name():
+    images = data.open("sample", split="validation", limit=40)
+    model = tiny()
+    turned = tiny(labels=CIFAR[::-1])
+    with torch.no_grad():
+        turned.heads["classifier"].weight.copy_(model.heads["classifier"].weight.flip(0))
+        turned.heads["classifier"].bias.copy_(model.heads["classifier"].bias.flip(0))
+    assert evaluate(turned, images)["correct"] == evaluate(model, images)["correct"]
+
+
+def test_other_classes_are_refused(tmp_path):
+    class_folder(tmp_path, {"fox": 10, "cat": 10})
+    with pytest.raises(DataError, match=r"'fox'.*--new-head"):
+        evaluate(tiny(), tmp_path)
+    with pytest.raises(DataError, match=r"3 classes without names, the data 10: airplane.*--new-head"):
+        evaluate(tiny(3, labels=None), "sample", limit=10)
+    with pytest.raises(DataError, match="label 12 for a model of 10 classes"):
+        evaluate(tiny(), (torch.zeros(20, 3, 32, 32), torch.full((20,), 12)))
+    with pytest.raises(DataError, match="pass preprocess="):
+        evaluate(nn.Flatten(), "sample", limit=10)
+
+
+def test_agreement_with_a_model_its_metrics_or_its_predictions():
+    images = data.open("sample", split="validation", limit=40)
+    first, second = tiny(seed=0), tiny(seed=1)
+    other = evaluate(second, images)
+    expected = (
+        sum(a == b for a, b in zip(evaluate(first, images)["predictions"], other["predictions"], strict=True)) / 40
+    )
+    for reference in (second, other, other["predictions"], torch.tensor(other["predictions"])):
+        assert evaluate(first, images, reference=reference)["agreement"] == expected
+    assert evaluate(first, images, reference=first)["agreement"] == 1.0
+    with pytest.raises(DataError, match="predictions for 40 images, this model for 20"):
+        evaluate(first, images.take(20), reference=other)
+
+
+def test_unlabelled_images_give_predictions_and_agreement(tmp_path):
+    class_folder(tmp_path, {"photos": 20})
+    facts = evaluate(tiny(), tmp_path, split="all", reference=tiny())
+    assert (facts["top1"], facts["loss"], facts["count"], facts["agreement"]) == (None, None, 20, 1.0)
+
+
+def test_encoders_are_compared_with_the_dense_model():
+    images = data.open("sample", split="validation", limit=40)
+    dense, other = tiny(0, labels=None), tiny(0, labels=None, seed=1)
+    assert evaluate(dense, images, reference=dense) == {
+        "count": 40,
+        "skipped": 0,
+        "cosine": pytest.approx(1.0),
+        "knn_agreement": 1.0,
+    }
+    facts = evaluate(other, images, reference=dense)
+    assert facts["cosine"] < 0.99
+    assert facts["knn_agreement"] < 1.0
+    with pytest.raises(DataError, match="compared with a model"):
+        evaluate(dense, images, reference=[0] * 40)
+
+
+def test_neighbours_are_the_nearest_others():
+    angles = torch.tensor([0.0, 0.1, 0.2, 2.0, 2.1, 2.2])
+    points = torch.stack([angles.cos(), angles.sin()], dim=1)
+    assert [sorted(row) for row in nearest(points, 2).tolist()] == [[1, 2], [0, 2], [0, 1], [4, 5], [3, 5], [3, 4]]
+    assert likeness(points, points * 3.0) == {"cosine": pytest.approx(1.0), "knn_agreement": 1.0}
+
+
+def test_several_labels_give_mean_average_precision():
+    logits = torch.tensor([[3.0, 1.0], [2.0, 2.0], [1.0, 3.0]])
+    targets = torch.tensor([[1.0, 0.0], [0.0, 0.0], [1.0, 1.0]])
+    assert mean_average_precision(logits, targets) == pytest.approx(((1 + 2 / 3) / 2 + 1) / 2)
+    facts = scores(logits, targets)
+    assert set(facts) == {"map", "loss", "predictions"}
+    pixels = torch.rand(20, 3, 32, 32)
+    whole = evaluate(tiny(), (pixels, (torch.rand(20, 10) > 0.5).float()), split="all", metric=_share)
+    assert 0 < whole["map"] <= 1
+    assert 0 <= whole["share"] <= 1
+
+
+def _share(logits: torch.Tensor, targets: torch.Tensor) -> dict[str, float]:
+    return {"share": ((logits > 0) == (targets > 0)).double().mean().item()}
+
+
+def test_broken_images_are_counted(tmp_path):
+    class_folder(tmp_path, {"cat": 10, "dog": 10})
+    (tmp_path / "cat" / "0.jpg").write_bytes(jpeg(0)[:100])
+    images = data.open(tmp_path, split="all", on_broken="skip")
+    facts = evaluate(tiny(), images)
+    assert (facts["count"], facts["skipped"], len(facts["correct"])) == (19, 1, 19)
+
+
+def test_progress_is_told_after_each_batch_and_amp_is_checked():
+    told: list[tuple[str, int, int]] = []
+    evaluate(
+        tiny(), "sample", limit=20, batch_size=8, progress=lambda stage, done, total: told.append((stage, done, total))
+    )
+    assert told == [("evaluate", 8, 20), ("evaluate", 16, 20), ("evaluate", 20, 20)]
+    with pytest.raises(DataError, match="amp='half'"):
+        evaluate(tiny(), "sample", limit=10, amp="half")
+
+
+def test_another_input_size_is_the_preprocessings_business():
+    small = replace(SMALL, size_px=(16, 16))
+    assert data.evaluation(small)(data.open("sample", limit=1)[0][0]).shape == (3, 16, 16)
