@@ -144,6 +144,8 @@ def _spread(scale: Tensor) -> Tensor:
 class Half(nn.Module):
     """What both halves of a block share: LayerScale and the gate."""
 
+    gamma: nn.Parameter | None
+
     def __init__(self, width: int, spec: AttentionSpec | MlpSpec) -> None:
         super().__init__()
         if spec.layer_scale:
@@ -163,6 +165,10 @@ class Half(nn.Module):
 
 class Attention(Half):
     """Multi-head attention with free query/key and value widths and an explicit scale."""
+
+    q_bias: nn.Parameter | None
+    k_bias: nn.Parameter | None
+    v_bias: nn.Parameter | None
 
     def __init__(self, width: int, spec: AttentionSpec, eps: float) -> None:
         super().__init__(width, spec)
@@ -269,6 +275,8 @@ class Mlp(Half):
 
 class TokenStep(nn.Module):
     """One token step of a block; holds the channel gate of a learned merge."""
+
+    gate: nn.Parameter | None
 
     def __init__(self, step: Step, width: int, *, length: int) -> None:
         super().__init__()
@@ -466,6 +474,8 @@ class Vit(nn.Module):
         spec = config.spec
         if not isinstance(spec.stem, ConvStem):
             raise SpecError("stem: tokens-to-token stems can be costed, not built yet; use a model with a conv stem.")
+        self.position: nn.Parameter | None
+        self.prefix: nn.Parameter | None
         self.config = config
         self.selection = selection or Selection()
         self.provenance: dict[str, Any] = dict(provenance or {})
@@ -504,13 +514,15 @@ class Vit(nn.Module):
     @property
     def pad_heads(self) -> bool | None:
         """Whether heads of unequal widths are padded; settable."""
-        return next((b.attention.pad for b in self.blocks if b.spec.attention is not None), None)  # type: ignore[union-attr]
+        return next((attention.pad for attention in self._attentions()), None)
 
     @pad_heads.setter
     def pad_heads(self, value: bool | None) -> None:
-        for block in self.blocks:
-            if block.spec.attention is not None:  # type: ignore[union-attr]
-                block.attention.pad = value  # type: ignore[union-attr]
+        for attention in self._attentions():
+            attention.pad = value
+
+    def _attentions(self) -> list[Attention]:
+        return [module for module in self.modules() if isinstance(module, Attention)]
 
     def embed(self, x: Tensor) -> Stream:
         """Images to the stream that enters the first block.  x: B C h w."""

@@ -81,7 +81,7 @@ class TrainConfig:
     """Alpha of cutmix; 0: none. With both, each batch takes one of them."""
     mix_share: float = Field(default=1.0, ge=0, le=1)
     """Share of the batches that are mixed at all."""
-    augment: Augment = Augment()  # noqa: RUF009  (frozen)
+    augment: Augment = Augment()
     """What happens to a single image."""
     seed: int = Field(default=0, ge=0)
     workers: int = Field(default=0, ge=0)
@@ -133,13 +133,17 @@ def read_config(kind: type[C], values: Mapping[str, Any], *, where: str = "confi
     known = [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
     for key in values:
         if key not in known:
-            raise ConfigError(f"{where}: unknown key {key!r}{did_you_mean(str(key), known)}. Known: {', '.join(known)}.")
+            raise ConfigError(
+                f"{where}: unknown key {key!r}{did_you_mean(str(key), known)}. Known: {', '.join(known)}."
+            )
     try:
         return kind(**values)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"]) or where
-        raise ConfigError(f"{where}: {place}={first['input']!r}: {first['msg'].removeprefix('Value error, ')}") from None
+        raise ConfigError(
+            f"{where}: {place}={first['input']!r}: {first['msg'].removeprefix('Value error, ')}"
+        ) from None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -336,7 +340,13 @@ class _Run:
             self._load(tensors, values, found.name)
         self.accelerator.wait_for_everyone()
         if self.main:
-            out.mkdir(parents=True, exist_ok=True)
+            try:
+                out.mkdir(parents=True, exist_ok=True)
+                (out / "metrics.jsonl").touch()  # says from the first moment that a training lives here
+            except OSError as error:
+                raise TrainingError(
+                    f"{out.name}/ cannot be written ({error.strerror}); expected a folder of your own. Choose another."
+                ) from error
             self.history = _cut_back(out / "metrics.jsonl", self.done)
         self.last_saved = time.monotonic()
 
@@ -416,7 +426,9 @@ class _Run:
                 low = min(config.min_lr, group["top_lr"])
                 group["lr"] = low + (group["top_lr"] - low) * height
         self.wrapped.train()
-        total = torch.zeros((), device=accelerator.device, dtype=torch.float64 if accelerator.device.type != "mps" else None)
+        total = torch.zeros(
+            (), device=accelerator.device, dtype=torch.float64 if accelerator.device.type != "mps" else None
+        )
         for m, (x, y) in enumerate(micros):
             step = dataclasses.replace(base, micro=m)
             last = m == len(micros) - 1
@@ -435,8 +447,10 @@ class _Run:
         mean = float(accelerator.reduce(total, reduction="mean"))
         if not math.isfinite(mean):
             self._stop(f"the loss became {mean}")
+        accelerator.unscale_gradients()
         self.objective.after_backward(base)
-        norm = float(accelerator.clip_grad_norm_(self.parameters, config.clip if config.clip is not None else math.inf))
+        limit = config.clip if config.clip is not None else math.inf
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
         if not math.isfinite(norm) and config.amp != "fp16":  # the scaler of fp16 skips such steps itself
             self._stop(f"the gradient became {norm}")
         self.optimizer.step()
@@ -469,11 +483,15 @@ class _Run:
             return Batch(images=x, labels=y)
         # numbering the images as if each were a class makes timm say who was mixed with whom: B B
         x, shares = self.mixer(x, torch.arange(len(x), device=device))
-        if y is None:
+        classes = self.bare.spec.classes
+        if y is None or classes is None:
             return Batch(images=x, labels=None)
         if y.dim() == 1:
-            classes = self.bare.spec.classes
-            assert classes is not None  # `Supervised` refused the model otherwise
+            if int(y.max()) >= classes:
+                raise DataError(
+                    f"label {int(y.max())} for a model of {classes} classes; expected less, to mix labels. "
+                    "Set mixup=0 and cutmix=0, or match the classes (label_map)."
+                )
             y = nn.functional.one_hot(y, classes)
         return Batch(images=x, labels=shares.to(x.dtype) @ y.to(x.dtype))
 
@@ -565,7 +583,9 @@ class _Run:
             for key, tensor in parts["ema"].items():
                 self.ema[key].copy_(tensor)
         groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": {int(k): v for k, v in parts["optimizer"].items()}, "param_groups": groups})
+        self.optimizer.load_state_dict(
+            {"state": {int(k): v for k, v in parts["optimizer"].items()}, "param_groups": groups}
+        )
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(parts["scaler"])
         self.objective.load_state_dict(parts["objective"])
@@ -618,7 +638,7 @@ class _Run:
         parts = math.ceil(tried / fits) * self.config.accumulate
         return TrainingError(
             f"out of memory on {device} with {tried} images at a time; {fits} would fit. "
-            f"Set accumulate={parts} to keep batch_size={self.config.batch_size}, or grad_checkpoint=True, then resume."
+            f"Set accumulate={parts} to keep batch_size={self.config.batch_size}, or grad_checkpoint=True."
         )
 
 
@@ -714,8 +734,6 @@ def _flat(config: Any) -> dict[str, Any]:
 
 def _cut_back(path: Path, step: int) -> list[dict[str, Any]]:
     """Lines up to the step. What a killed run wrote after its checkpoint leaves the file: it will come again."""
-    if not path.exists():
-        return []
     lines = []
     for text in path.read_text(encoding="utf-8").splitlines():
         try:

@@ -101,7 +101,8 @@ def cut(model: Vit, keeps: Sequence[Keep | None], *, method: str, variant: str =
     parent = spec_hash(model.spec)
     model = fold_layer_scale(model)
     state = dict(model.state_dict())
-    blocks, chosen = [], []
+    blocks: list[Block] = []
+    chosen: list[dict[str, Any] | None] = []
     for i, (block, keep) in enumerate(zip(model.spec.blocks, keeps, strict=True)):
         if keep is None:
             blocks.append(block)
@@ -176,7 +177,8 @@ def factorise(
     if len(factors) != len(model.spec.blocks):
         raise SpecError(f"{len(factors)} entries for {len(model.spec.blocks)} blocks; expected one for each.")
     state = dict(model.state_dict())
-    blocks, chosen = [], []
+    blocks: list[Block] = []
+    chosen: list[dict[str, Any] | None] = []
     for i, (block, new) in enumerate(zip(model.spec.blocks, factors, strict=True)):
         entry: dict[str, Any] = {}
         if new is not None and (new.q is not None or new.v is not None):
@@ -306,7 +308,8 @@ def _new_mlp(state: dict[str, Tensor], i: int, m: Mlp, new: Factors) -> Mlp:
         state.pop(f"{here}.{name}.bias", None)
         if bias is not None:
             state[f"{here}.{name}.bias"] = bias.to(like)
-        m = replace(m, **{f"{name}_rank": first.shape[1], f"{name}_bias": bias is not None})
+        changes: dict[str, Any] = {f"{name}_rank": first.shape[1], f"{name}_bias": bias is not None}
+        m = replace(m, **changes)
     return m
 
 

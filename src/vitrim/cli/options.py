@@ -59,6 +59,10 @@ class Named(click.ParamType):
         self.names = names
         self.name = "|".join(names)
 
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        """The names as they are typed; click would print them in capitals."""
+        return self.name
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         if value not in self.names:
             hint = did_you_mean(str(value), self.names) or "."

@@ -152,7 +152,7 @@ def compress(
     quiet: bool,
     **flags: Any,
 ) -> None:
-    """Cut MODEL to a budget, recover it, compare, time, save and report: the whole job.
+    """Cut MODEL to a budget, recover it, and report: the whole job.
 
     vitrim compress --model timm:deit_small_patch16_224 --keep-macs 0.5 --data photos/ --out small/
     """
@@ -226,11 +226,11 @@ def run_with(
     from vitrim.pipeline import EvaluateConfig, MeasureConfig, RecoverConfig, run
     from vitrim.training import read_config
 
-    place = None if machine["device"] is None else options.device_named(machine["device"])
+    place = options.device_named(machine["device"])
     how = options.given({"workers": machine["workers"], "amp": machine["amp"], "device": place})
     learn = None
     if recovery is not None:
-        kind = {"device": place.split(":")[0]} if place else {}
+        kind = {"device": place.split(":")[0]}  # the training loop takes the first of them
         learn = read_config(
             RecoverConfig, {**recovery, **how, **options.given({"seed": machine["seed"]}), **kind}, where="recover"
         )
@@ -328,7 +328,7 @@ def recover(
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads; all by default.")
 @options.OUTPUT
 def demo(out: Path, force: bool, threads: int | None, as_json: bool, quiet: bool) -> None:
-    """Show the main job on built-in images and a built-in model, in about two minutes.
+    """Show the main job on built-in images, in about two minutes.
 
     Compress to half the operations, recover for a minute, compare, time, save, and report.
     """

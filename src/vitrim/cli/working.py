@@ -270,7 +270,9 @@ def train(
     quiet: bool,
     **settings: Any,
 ) -> None:
-    """Train on labelled images: from scratch, on from MODEL's weights, or with a new head.
+    """Train on labelled images: from scratch, or from MODEL.
+
+    --new-head gives it a classifier for the classes of the data.
 
     vitrim train --model timm:deit_tiny_patch16_224 --new-head --data flowers/ --out runs/teacher
     """

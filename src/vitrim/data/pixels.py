@@ -97,7 +97,9 @@ def erase(x: Tensor, rows: np.ndarray, *, seed: int, epoch: int, share: float) -
     tall = np.where(uniform(seed, epoch, rows, _ERASE) < share, tall, 0)
     top = np.floor(uniform(seed, epoch, rows, _TOP) * (height - tall + 1))
     left = np.floor(uniform(seed, epoch, rows, _LEFT) * (width - wide + 1))
-    edges = torch.from_numpy(np.stack([top, top + tall, left, left + wide])).to(x.device)[:, :, None]  # 4 B 1
+    edges = torch.from_numpy(np.stack([top, top + tall, left, left + wide]).astype(np.int64)).to(x.device)[
+        :, :, None
+    ]  # 4 B 1
     along = torch.arange(height, device=x.device)
     across = torch.arange(width, device=x.device)
     in_rows = (along >= edges[0]) & (along < edges[1])  # B h

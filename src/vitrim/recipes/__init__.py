@@ -11,7 +11,9 @@ from ..errors import ConfigError, did_you_mean
 
 def names() -> list[str]:
     """Names of the packaged recipes, sorted."""
-    return sorted(entry.name.removesuffix(".json") for entry in files(__package__).iterdir() if entry.name.endswith(".json"))
+    return sorted(
+        entry.name.removesuffix(".json") for entry in files(__package__).iterdir() if entry.name.endswith(".json")
+    )
 
 
 def read(name: str) -> dict[str, Any]:
