@@ -279,7 +279,7 @@ def test_a_folder_without_a_whole_run_is_refused(tmp_path: Path, content: str | 
     assert not (tmp_path / "report.html").exists()
 
 
-@pytest.mark.parametrize(("low", "high"), [(0, 1), (0.6512, 0.6533), (3, 3), (0, 0), (-5, 17_563_828_224)])
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (0.6512, 0.6533), (3, 3), (0, 0), (-5, 17)])
 def test_ticks_enclose_their_range(low: float, high: float) -> None:
     ticks = charts.nice_ticks(low, high)
     assert ticks[0] <= low <= high <= ticks[-1]

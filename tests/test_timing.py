@@ -99,7 +99,7 @@ def test_a_missing_compiler_is_said_in_one_sentence(monkeypatch: pytest.MonkeyPa
     runtimes, (sentence,) = timing.runtimes_here()
     assert runtimes == ("eager",)
     assert "C++ compiler" in sentence
-    assert sentence.count(".") == 1
+    assert sentence.count(". ") == 0
     with pytest.raises(MeasureError, match="needs a C\\+\\+ compiler"):
         measured(runtime="compile")
 

@@ -333,7 +333,7 @@ def test_plain_svd_needs_no_images_and_whitening_does():
     ids=str,
 )
 def test_each_setting_changes_something(change):
-    model, x = make(vit(width=32, heads=2, head_dim=16, hidden=32, image=24)), images(vit(image=24), 6)
+    model, x = make(vit(width=32, heads=2, head_dim=16, hidden=64, image=24)), images(vit(image=24), 6)
     usual, other = (
         compress(model, settings_for(Budget(keep_macs=0.6), **{"align": 1, **fields}), data=x).model.state_dict()
         for fields in ({}, change)

@@ -22,8 +22,13 @@ LINE_SECONDS = 5.0
 """Between two lines where there is no terminal."""
 
 
+HIDDEN = ("seconds_left", "epoch", "phase", "lr", "grad_norm")
+"""Facts that stand in metrics.jsonl and would only crowd the line."""
+
+
 def facts_text(facts: dict[str, Any]) -> str:
-    """Facts in a few characters: {"loss": 0.51234} -> "loss 0.512"."""
+    """Facts in a few characters: {"loss": 0.51234} -> "loss 0.5123"."""
+    facts = {key: value for key, value in facts.items() if key not in HIDDEN}
     return "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in facts.items() if v is not None)
 
 

@@ -47,6 +47,7 @@ class ParquetSource:
         paths = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
         splits = {file: split_of_path(file.relative_to(self.root).as_posix()) or "train" for file in paths}
         self.paths = sorted(paths, key=lambda file: (SPLITS.index(splits[file]), file.as_posix()))
+        self.relative = [file.relative_to(self.root).as_posix() for file in self.paths]
         self.opened = [_open(file) for file in self.paths]
         self.columns = _columns(self.opened[0].schema_arrow, self.paths[0].name)
         for file, opened in zip(self.paths[1:], self.opened[1:], strict=True):
@@ -106,7 +107,7 @@ class ParquetSource:
 
     def key(self, row: int) -> str:
         file = self._file_of(row)
-        return f"{self.paths[file].relative_to(self.root).as_posix()} row {row - int(self.starts[file])}"
+        return f"{self.relative[file]} row {row - int(self.starts[file])}"
 
     def read(self, row: int) -> Image.Image:
         cell = self._cell(row)
@@ -117,7 +118,7 @@ class ParquetSource:
         return decode(data or b"", key=named)
 
     def files(self) -> list[tuple[str, int]]:
-        return [(file.relative_to(self.root).as_posix(), file.stat().st_size) for file in self.paths]
+        return [(name, file.stat().st_size) for name, file in zip(self.relative, self.paths, strict=True)]
 
     def column(self, name: str) -> np.ndarray:
         """A column of numbers of all rows; DataError if the files lack it."""

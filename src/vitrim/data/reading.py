@@ -10,6 +10,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from vitrim.data.draws import seeded
 from vitrim.data.images import Images
+from vitrim.data.transforms import Evaluation, View
 from vitrim.errors import DataError
 
 Transform = Callable[[Image.Image], Tensor]
@@ -50,7 +52,9 @@ class _Reader(Dataset[Read]):
         except DataError as error:
             return position, None, str(error)
         try:
-            with seeded(self.seed, self.epoch, row):
+            # the project's own plain views draw nothing, and seeding takes as long as decoding a small image
+            plain = isinstance(self.transform, View | Evaluation)
+            with nullcontext() if plain else seeded(self.seed, self.epoch, row):
                 return position, self.transform(image), ""
         except Exception as error:  # a caller's transform may raise anything; a worker must not
             return position, None, f"{source.key(row)}: the transform failed ({type(error).__name__}: {error})."

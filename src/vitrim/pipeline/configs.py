@@ -26,6 +26,8 @@ class RecoverConfig(TrainConfig):
     """Weight of the teacher against the labels."""
     tau: float = Field(default=2.0, gt=0)
     """Temperature of soft distillation."""
+    features: tuple[int, ...] = ()
+    """Blocks whose outputs are matched too, with objective distilled."""
 
 
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=pydantic.ConfigDict(extra="forbid"))

@@ -36,7 +36,8 @@ def recover(
     The result's history holds the lines of metrics.jsonl. Raises ConfigError, DataError, and what `vitrim.training.fit` raises.
     """
     config = config or RecoverConfig()
-    images, held = (rooms.open(data, split=split) for split in ("train", "validation"))
+    labelled = False if config.objective == "label_free" else None
+    images, held = (rooms.open(data, split=split, labelled=labelled) for split in ("train", "validation"))
     model = small.model if isinstance(small, Compressed) else small
     fitted, objective = train_again(model, teacher, images, held, config, out=out, resume=resume, progress=progress)
     method, variant = (small.method, small.variant) if isinstance(small, Compressed) else ("recover", objective)
@@ -100,9 +101,16 @@ def _objective(name: str, config: RecoverConfig, model: Vit, teacher: Vit | None
         raise ConfigError(
             f"objective={name!r} needs the dense model; pass teacher= (--teacher), or use objective='supervised'."
         )
-    teacher = copy.deepcopy(teacher).eval()
     if name == "distilled":
-        return Distilled(teacher, kind=config.distillation, alpha=config.alpha, tau=config.tau)
+        return Distilled(
+            teacher,
+            kind=config.distillation,
+            alpha=config.alpha,
+            tau=config.tau,
+            features=config.features,
+            smoothing=config.smoothing,
+            multi_label=several,
+        )
     return LabelFree(teacher, taps=taps_for(model))
 
 

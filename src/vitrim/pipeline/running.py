@@ -240,7 +240,6 @@ class _Work:
         before, after = cost(self.dense), cost(made.spec)
         warnings = self._warnings_before_training(made.model, before, after)
         made.save(self.folder.stages / "compressed", provenance=self._origin(), force=True)
-        self.small = made.model
         return {
             "method": made.method,
             "variant": made.variant,
@@ -295,7 +294,6 @@ class _Work:
             progress=self.progress,
         )
         artifact.save(fitted.model, self.folder.stages / "recovered", force=True)
-        self.final = fitted.model
         lines = fitted.history
         return {
             "objective": objective,
@@ -363,6 +361,8 @@ class _Work:
         return {"file": "report.html"}
 
     # ---------------------------------------------------------------------------------------------- models between stages
+    # Always read back from their folders, never handed on in memory: the layout of a tensor changes the last bits of its
+    # products, and a resumed run must end as an undisturbed one.
 
     @property
     def _small(self) -> Vit:

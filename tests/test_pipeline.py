@@ -1,0 +1,358 @@
+"""The main job: what each stage leaves, how a run goes on, and what is refused before anything is written."""
+
+import copy
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import vitrim
+from vitrim import artifact, counting, pipeline
+from vitrim.budget import Budget
+from vitrim.errors import ArtifactError, BudgetError, ConfigError, DataError
+from vitrim.methods.comcat import ComcatConfig
+from vitrim.model import Vit, build
+from vitrim.pipeline import EvaluateConfig, MeasureConfig, RecoverConfig, judging
+from vitrim.pipeline.folder import STAGES
+from vitrim.spec import Attention, Block, Config, Mlp, ModelSpec, Output, Position, Preprocess
+
+COMCAT = ComcatConfig(budget=Budget(keep_macs=0.6), images=16, probe_images=4, align=2)
+RECOVER = RecoverConfig(steps=3, batch_size=8, eval_every=2, log_every=1)
+MEASURE = MeasureConfig(batch_sizes=(1,), runs=2, runtimes=("eager",))
+JUDGE = EvaluateConfig(samples=4, check_dense=False)
+
+
+def tiny(seed: int = 0, *, outputs: bool = True) -> Vit:
+    block = Block(attention=Attention(heads=2, qk_dim=8, v_dim=8, scale=8**-0.5), mlp=Mlp(hidden=32))
+    spec = ModelSpec(
+        image_px=(8, 8),
+        patch_px=(4, 4),
+        width=16,
+        position=Position(grid=(2, 2)),
+        blocks=(block, block),
+        outputs=(Output(classes=3),) if outputs else (),
+    )
+    how = Preprocess(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), size_px=(8, 8))
+    config = Config(
+        spec=spec,
+        preprocess=how,
+        labels=("cat", "dog", "owl") if outputs else None,
+        task="classification" if outputs else "features",
+    )
+    torch.manual_seed(seed)
+    model = build(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def pictures(count: int = 40, *, labelled: bool = True) -> Any:
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(0, 256, (count, 3, 8, 8), generator=generator, dtype=torch.uint8)
+    return (images, torch.arange(count) % 3) if labelled else images
+
+
+def job(out: Path, **changes: Any) -> pipeline.RunResult:
+    settings: dict[str, Any] = {
+        "data": pictures(),
+        "recover": RECOVER,
+        "measure": MEASURE,
+        "evaluate": JUDGE,
+    }
+    model, config = changes.pop("model", None) or tiny(), changes.pop("config", COMCAT)
+    return pipeline.run(model, config, out=out, **{**settings, **changes})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quiet() -> Any:
+    """The tiny network is never faster; the warnings of it have tests of their own."""
+    logging.getLogger("vitrim.pipeline").setLevel(logging.ERROR)
+    yield
+    logging.getLogger("vitrim.pipeline").setLevel(logging.NOTSET)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> pipeline.RunResult:
+    return job(tmp_path_factory.mktemp("run") / "small")
+
+
+@pytest.fixture
+def again(whole: pipeline.RunResult, tmp_path: Path) -> Path:
+    """A copy of the finished run's folder."""
+    import shutil
+
+    return Path(shutil.copytree(whole.folder, tmp_path / "small"))
+
+
+def figures_of(result: pipeline.RunResult) -> dict[str, Any]:
+    """What does not depend on the clock."""
+    return {
+        key: result.summary[key]
+        for key in ("specs", "costs", "metrics", "difference", "file_bytes", "data", "provenance")
+    }
+
+
+def test_the_folder_is_an_artifact_with_a_report(whole: pipeline.RunResult) -> None:
+    names = {path.name for path in whole.folder.iterdir()}
+    assert names == {*artifact.FILES, "report.html", "summary.json", "stages"}
+    loaded = vitrim.load(str(whole.folder))
+    assert loaded.spec == whole.spec
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), whole.model.parameters(), strict=True))
+    assert whole.redone == STAGES
+
+
+def test_the_result_meets_the_budget(whole: pipeline.RunResult) -> None:
+    assert counting.cost(whole.spec).macs <= 0.6 * counting.cost(tiny().spec).macs
+
+
+def test_before_and_after_are_scored_on_the_validation_split(whole: pipeline.RunResult) -> None:
+    metrics = whole.summary["metrics"]
+    assert set(metrics) == {"dense", "compressed", "recovered"}
+    assert {facts["count"] for facts in metrics.values()} == {4}  # a tenth of 40
+    assert whole.summary["data"]["split"] == "validation"
+    told = vitrim.load(str(whole.folder)).provenance
+    assert told["metrics"]["before"]["top1"] == metrics["dense"]["top1"]
+    assert told["metrics"]["after"]["top1"] == metrics["recovered"]["top1"]
+
+
+def test_the_summary_is_what_was_returned_and_the_report_shows_it(whole: pipeline.RunResult) -> None:
+    assert json.loads((whole.folder / "summary.json").read_text()) == json.loads(json.dumps(whole.summary))
+    page = whole.report.read_text()
+    assert f'value="{whole.summary["metrics"]["recovered"]["loss"]!r}" data-path="metrics/recovered/loss"' in page
+    assert page.count("<img ") == 4
+
+
+def test_nothing_written_holds_a_path_of_this_machine(whole: pipeline.RunResult) -> None:
+    for path in whole.folder.rglob("*"):
+        if path.suffix in (".json", ".html", ".md", ".jsonl"):
+            assert str(whole.folder.parent) not in path.read_text(encoding="utf-8"), path.name
+
+
+def test_the_callers_model_and_random_state_are_left_as_they_were(tmp_path: Path) -> None:
+    model = tiny().train()
+    before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    job(tmp_path / "small", model=model)
+    assert model.training
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_goes_on_at_the_first_missing_stage(stage: str, again: Path, whole: pipeline.RunResult) -> None:
+    (again / "stages" / f"{stage}.json").unlink()
+    result = job(again, resume=True)
+    assert result.redone == STAGES[STAGES.index(stage) :]
+    assert figures_of(result) == figures_of(whole)
+    for ours, theirs in zip(result.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_resuming_a_whole_run_does_nothing_again(again: Path, whole: pipeline.RunResult) -> None:
+    result = job(again, resume=True)
+    assert result.redone == ()
+    assert result.summary == whole.summary
+
+
+def test_a_run_killed_inside_the_recovery_ends_as_an_undisturbed_one(tmp_path: Path, whole: pipeline.RunResult) -> None:
+    def die(stage: str, done: int, total: int, **facts: Any) -> None:
+        if stage == "train" and done == 2:
+            raise KeyboardInterrupt
+
+    changes = {"recover": replace(RECOVER, checkpoint_seconds=0)}
+    with pytest.raises(KeyboardInterrupt):
+        job(tmp_path / "small", progress=die, **changes)
+    assert not (tmp_path / "small" / "config.json").exists()
+    result = job(tmp_path / "small", resume=True, **changes)
+    assert result.redone == STAGES[2:]
+    assert figures_of(result)["metrics"] == figures_of(whole)["metrics"]
+
+
+def test_without_recovery_and_measuring_these_stages_are_left_out(tmp_path: Path) -> None:
+    result = job(tmp_path / "small", recover=None, measure=None)
+    assert (result.summary["recovery"], result.summary["timing"], result.summary["metrics"]["recovered"]) == (None,) * 3
+    assert result.report.is_file()
+
+
+def test_unlabelled_photos_are_judged_by_agreement(tmp_path: Path) -> None:
+    result = job(tmp_path / "small", data=pictures(labelled=False))
+    metrics = result.summary["metrics"]["recovered"]
+    assert metrics["top1"] is None
+    assert 0 <= metrics["agreement"] <= 1
+    assert result.summary["recovery"]["objective"] == "label_free"
+    assert result.summary["difference"] is None
+
+
+def test_an_encoder_is_judged_by_its_features(tmp_path: Path) -> None:
+    result = job(tmp_path / "small", model=tiny(outputs=False), data=pictures(labelled=False))
+    assert -1 <= result.summary["metrics"]["recovered"]["cosine"] <= 1
+    assert result.summary["recovery"]["objective"] == "label_free"
+
+
+def test_a_second_cut_can_refer_to_the_first_model(whole: pipeline.RunResult, tmp_path: Path) -> None:
+    dense = counting.cost(tiny().spec).macs
+    half = replace(COMCAT, budget=Budget(keep_macs=0.45))
+    settings: dict[str, Any] = {"config": half, "recover": None, "measure": None}
+    result = job(tmp_path / "b", model=whole.model, relative_to="original", **settings)
+    assert 0.9 * 0.45 * dense < counting.cost(result.spec).macs <= 0.45 * dense
+    assert artifact.load(result.folder).provenance["original"]["spec"] == tiny().spec.to_dict()
+    assert len(result.model.selection.steps) == 2
+
+
+# --------------------------------------------------------------------------------------- refusals: nothing is written
+
+
+def test_an_existing_folder_is_refused_without_force_or_resume(again: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in again.rglob("*")}
+    with pytest.raises(ConfigError, match=r"not empty.*--resume.*--force"):
+        job(again)
+    assert before == {path: path.stat().st_mtime_ns for path in again.rglob("*")}
+
+
+def test_force_replaces_a_run_and_leaves_other_files(again: Path) -> None:
+    (again / "notes.txt").write_text("mine")
+    result = job(again, force=True, recover=None, measure=None)
+    assert result.redone == STAGES
+    assert (again / "notes.txt").read_text() == "mine"
+    assert not (again / "stages" / "recovered").exists()
+
+
+def test_force_does_not_replace_what_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(ConfigError, match="did not write"):
+        job(tmp_path, force=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"config": replace(COMCAT, budget=Budget(keep_macs=0.7))}, "settings.budget.keep_macs was 0.6 and is 0.7"),
+        ({"recover": replace(RECOVER, lr=0.1)}, "recover.lr"),
+        ({"data": pictures(50)}, "data.train"),
+        ({"model": tiny(seed=1)}, "weights"),
+        ({"recover": None}, "recover"),
+    ],
+)
+def test_resuming_with_another_config_says_which_key_differs(again: Path, changes: dict[str, Any], key: str) -> None:
+    with pytest.raises(ConfigError, match=key):
+        job(again, resume=True, **changes)
+    assert (again / "summary.json").is_file()
+
+
+def test_resuming_with_other_workers_is_allowed(again: Path) -> None:
+    assert job(again, resume=True, recover=replace(RECOVER, workers=1, log_every=2)).redone == ()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "said"),
+    [
+        ({"config": replace(COMCAT, budget=Budget(keep_macs=0.001))}, BudgetError, "out of reach"),
+        ({"resume": True}, ConfigError, "nothing to resume"),
+        ({"resume": True, "force": True}, ConfigError, "contradict"),
+        ({"config": Budget(keep_macs=0.5)}, ConfigError, "no method's config"),
+        ({"relative_to": "parent"}, ConfigError, "relative_to"),
+        ({"recover": replace(RECOVER, batch_size=64)}, DataError, "at least one full batch"),
+        (
+            {"recover": replace(RECOVER, objective="supervised"), "data": pictures(labelled=False)},
+            DataError,
+            "no labels",
+        ),
+        ({"evaluate": EvaluateConfig(), "data": pictures(600)}, DataError, r"chance is 33.3 %.*mean=\(0.5, 0.5, 0.5\)"),
+        ({"data": "no/such/place"}, DataError, "no such file"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_written(
+    tmp_path: Path, changes: dict[str, Any], error: type[Exception], said: str
+) -> None:
+    with pytest.raises(error, match=said):
+        job(tmp_path / "small", **changes)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_out_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "small").write_text("mine")
+    with pytest.raises(ConfigError, match="is a file"):
+        job(tmp_path / "small")
+
+
+@pytest.mark.parametrize("name", ["plan", "config"])
+def test_a_damaged_stage_file_is_named(again: Path, name: str) -> None:
+    (again / "stages" / f"{name}.json").write_text("{")
+    with pytest.raises(ArtifactError, match=rf"{name}\.json.*damaged"):
+        job(again, resume=True)
+
+
+# ------------------------------------------------------------------------------------------------------------ warnings
+
+
+def test_a_plan_that_cannot_pay_is_said_before_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    said_at: list[int] = []
+
+    def look(stage: str, done: int, total: int, **facts: Any) -> None:
+        if stage == "train" and done == 1:
+            said_at.append(len(caplog.records))
+
+    with caplog.at_level(logging.WARNING, logger="vitrim.pipeline"):
+        result = job(tmp_path / "small", config=replace(COMCAT, budget=Budget(keep_macs=0.98)), progress=look)
+    assert any("at best 1.02 times" in text for text in result.summary["warnings"])
+    assert said_at
+    assert said_at[0] >= 1
+
+
+# ------------------------------------------------------------------------------------------------------------- figures
+
+
+def test_the_difference_is_in_points_with_an_interval_around_it() -> None:
+    before = [True] * 80 + [False] * 20
+    after = [True] * 70 + [False] * 10 + [True] * 5 + [False] * 15
+    found = judging.difference(before, after)
+    assert found is not None
+    assert found["points"] == pytest.approx(-5)
+    assert found["low"] < -5 < found["high"]
+    assert judging.difference(before, before) == {"points": 0, "low": 0, "high": 0, "count": 100}
+    assert judging.difference(None, after) is None
+
+
+def test_a_trained_model_passes_the_check_and_unlabelled_images_need_none() -> None:
+    from vitrim import data
+
+    images, labels = pictures(120)
+    model = tiny()
+    how = model.config.preprocess
+    assert how is not None
+    with torch.no_grad():
+        labels = model((images / 255 - 0.5) / 0.25).argmax(-1)
+    if len(np.unique(labels.numpy())) < 2:
+        pytest.skip("this random network says one class")
+    held = data.open((images, labels), split="all")
+    assert judging.refuse_chance(model, held, EvaluateConfig()) == 1.0
+    assert judging.refuse_chance(model, data.open(images, split="all"), EvaluateConfig()) is None
+
+
+def test_recover_leaves_its_inputs_and_gives_a_trained_copy() -> None:
+    model, teacher = tiny(1), tiny(0)
+    before = copy.deepcopy(model.state_dict())
+    made = pipeline.recover(model, teacher=teacher, data=pictures(), config=RECOVER)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert any(not torch.equal(before[name], tensor) for name, tensor in made.model.state_dict().items())
+    assert [line["step"] for line in made.history if line["kind"] == "train"] == [1, 2, 3]
+    assert made.variant == "distilled"
+
+
+def test_recovering_without_a_teacher_says_what_to_pass() -> None:
+    with pytest.raises(ConfigError, match="teacher="):
+        pipeline.recover(tiny(), data=pictures(), config=RECOVER)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"), [({"batch_sizes": ()}, "batch_sizes"), ({"runtimes": ()}, "measure=None")]
+)
+def test_a_measurement_of_nothing_is_refused(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        MeasureConfig(**settings)
