@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from tests.specs import make, vit
 from vitrim import artifact
 from vitrim.cli import main, options
-from vitrim.spec import Config, ModelSpec, Preprocess, Prefix
+from vitrim.spec import Config, ModelSpec, Prefix, Preprocess
 
 CLASSES = ("cat", "dog", "owl")
 SPEC = vit(classes=3)
@@ -223,7 +223,7 @@ CASES = [
     Bad("checkpoint of text", "evaluate timm:test_vit --checkpoint mine.pth --data photos", ("mine.pth",), before=text_checkpoint),
     Bad("checkpoint of another", "evaluate timm:test_vit --checkpoint mine.safetensors --data photos", ("mine.safetensors", "missing"), before=foreign_checkpoint),
     # saved folders
-    Bad("newer schema", "cost model", ("99", "expected"), before=newer_schema),
+    Bad("newer schema", "cost model", ("schema 99", "reads up to 1", "newer vitrim"), before=newer_schema),
     Bad("newer schema, loaded", "evaluate model --data photos", ("99",), before=newer_schema),
     Bad("misspelt field", "cost model", ("unknown field 'qk_dims'", "did you mean 'qk_dim'?"), before=misspelt_field),
     Bad("config that is no JSON", "cost model", ("is not JSON",), before=not_json),
@@ -318,7 +318,9 @@ def test_the_methods_named_without_torch_are_those_that_there_are() -> None:
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_read_only_place_is_refused_before_any_work(stage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_read_only_place_is_refused_before_any_work(
+    stage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     copied(stage, tmp_path)
     read_only(tmp_path)
     monkeypatch.chdir(tmp_path)
@@ -352,7 +354,9 @@ def test_a_full_disk_is_told_in_one_sentence(stage: Path, tmp_path: Path, monkey
     assert done.stderr.strip().startswith("Error: cannot read or write 'new': No space left on device.")
 
 
-def test_an_image_of_another_size_is_resized_as_the_model_says(stage: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_image_of_another_size_is_resized_as_the_model_says(
+    stage: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     copied(stage, tmp_path)
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (40, 23)).save("wide.png")
@@ -362,7 +366,9 @@ def test_an_image_of_another_size_is_resized_as_the_model_says(stage: Path, monk
     assert {answer["label"] for answer in found} == set(CLASSES)
 
 
-def test_a_model_of_another_size_is_refused_by_the_network(stage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_of_another_size_is_refused_by_the_network(
+    stage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     copied(stage, tmp_path)
     monkeypatch.chdir(tmp_path)
     change_config(tmp_path, lambda values: values["spec"].update(image_px=[17, 16]))
@@ -382,7 +388,9 @@ def test_a_classifier_is_asked_for_where_names_are_wanted(tmp_path: Path, monkey
     assert "--new-head" in done.stderr
 
 
-def test_a_prefix_step_that_the_task_forbids_is_told(stage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prefix_step_that_the_task_forbids_is_told(
+    stage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     copied(stage, tmp_path)
     monkeypatch.chdir(tmp_path)
 
