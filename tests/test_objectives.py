@@ -241,7 +241,7 @@ def test_a_new_head_fits_the_classes_and_keeps_the_rest() -> None:
 
 
 def test_too_few_classes_and_no_classifier_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="4 classes, the model 2.*--new-head"):
+    with pytest.raises(DataError, match=r"4 classes, the model 2.*--new-head"):
         train(tiny(dataclasses.replace(SPEC, outputs=(Output(classes=2),))), pair(), settings(), out=tmp_path / "run")
     with pytest.raises(ConfigError, match="no classifier"):
         train(tiny(dataclasses.replace(SPEC, outputs=())), pair(), settings(), out=tmp_path / "run")

@@ -132,6 +132,7 @@ def refuse_chance(model: Vit, images: Images, config: EvaluateConfig) -> float |
 
 def data_uri(picture: Image.Image) -> str:
     """Small pictures as they are (PNG), large ones scaled down (JPEG)."""
+    settings: dict[str, Any]
     if max(picture.size) <= 64:
         kind, settings = "png", {"optimize": True}
     else:

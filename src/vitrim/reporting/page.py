@@ -123,15 +123,14 @@ def tiles(result: Result) -> str:
         found.append(tile(words, figure(result, f"metrics/{final_state(result)}/{name}", percent), of))
     found.append(pair("Operations (MACs)", "costs/*/macs", count))
     found.append(pair("Parameters", "costs/*/params", count))
-    rows = lookup(result, "timing/rows") or ()
-    now, was = (_row_index(rows, model) for model in ("compressed", "dense"))
-    if now is not None and was is not None:
-        row = rows[now]
+    rows: Sequence[Any] = lookup(result, "timing/rows") or []
+    small, dense = _row_index(rows, "compressed"), _row_index(rows, "dense")
+    if small is not None and dense is not None:
         found.append(
             tile(
-                f"Latency, batch {row['batch']}",
-                figure(result, f"timing/rows/{now}/median_ms", ms),
-                f"dense {figure(result, f'timing/rows/{was}/median_ms', ms)}",
+                f"Latency, batch {rows[small]['batch']}",
+                figure(result, f"timing/rows/{small}/median_ms", ms),
+                f"dense {figure(result, f'timing/rows/{dense}/median_ms', ms)}",
             )
         )
     return f'<div class="tiles">{"".join(found)}</div>'
