@@ -35,7 +35,7 @@ def configured(spec: Any = SPEC, seed: int = 0) -> Vit:
 
 def scored(objective: Any, model: Vit, labels: Tensor | None = LABELS) -> float:
     objective.param_groups(model)
-    return float(objective.loss(model, Batch(images=EXAMPLES, labels=labels), STEP))
+    return float(objective.loss(model, Batch(images=EXAMPLES, labels=labels), STEP).detach())
 
 
 # ---------------------------------------------------------------------------------------------------------------- labels

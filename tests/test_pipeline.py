@@ -20,6 +20,7 @@ from vitrim.model import Vit, build
 from vitrim.pipeline import EvaluateConfig, MeasureConfig, RecoverConfig, judging
 from vitrim.pipeline.folder import STAGES
 from vitrim.spec import Attention, Block, Config, Mlp, ModelSpec, Output, Position, Preprocess
+from vitrim.training import read_config
 
 COMCAT = ComcatConfig(budget=Budget(keep_macs=0.6), images=16, probe_images=4, align=2)
 RECOVER = RecoverConfig(steps=3, batch_size=8, eval_every=2, log_every=1)
@@ -263,7 +264,7 @@ def test_resuming_with_other_workers_is_allowed(again: Path) -> None:
             DataError,
             "no labels",
         ),
-        ({"evaluate": EvaluateConfig(), "data": pictures(600)}, DataError, r"chance is 33.3 %.*mean=\(0.5, 0.5, 0.5\)"),
+        ({"evaluate": EvaluateConfig(), "data": pictures(1200)}, DataError, r"chance is 33.3 %.*mean=\(0.5, 0.5, 0.5\)"),
         ({"data": "no/such/place"}, DataError, "no such file"),
     ],
 )
@@ -355,4 +356,4 @@ def test_recovering_without_a_teacher_says_what_to_pass() -> None:
 )
 def test_a_measurement_of_nothing_is_refused(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        MeasureConfig(**settings)
+        read_config(MeasureConfig, settings)

@@ -59,7 +59,7 @@ def patch(moment, at):
     checkpoints.write = mortal
 
 def live(out, moment, at):
-    config = settings(steps=13, log_every=1, ema_decay=0.9, checkpoint_seconds=0 if moment != "between" else 3600,
+    config = settings(steps=9, log_every=1, ema_decay=0.9, checkpoint_seconds=0 if moment != "between" else 3600,
                       mixup=0.4, cutmix=1.0, eval_every=4, augment=Augment(crop="pad", pad=2))
     if moment not in ("step", "between"):
         patch(moment, at)
@@ -87,14 +87,12 @@ END = ("step", None)
 RUNS: dict[str, list[tuple[str, int | None]]] = {
     "undisturbed": [END],
     "in the middle of an epoch": [("step", 7), END],
-    "at the first step": [("step", 0), END],
     "with no checkpoint yet": [("between", 6), END],
     "tensors written": [("tensors written", 6), END],
     "before the rename": [("before the rename", 6), END],
     "before the old one goes": [("before the old one goes", 6), END],
     "while the old one goes": [("while the old one goes", 6), END],
-    "twice in a row": [("step", 4), ("before the rename", 5), END],
-    "twice at one place": [("step", 9), ("step", 9), END],
+    "twice in a row": [("step", 4), ("step", 4), ("before the rename", 5), END],
 }
 
 
@@ -108,7 +106,7 @@ def lives(tmp_path_factory: pytest.TempPathFactory) -> Path:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=250,
+        timeout=280,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
@@ -136,10 +134,10 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 def test_killed_and_resumed_equals_never_killed(lives: Path, name: str) -> None:
     whole, values = state(lives / "undisturbed")
     again, others = state(lives / name)
-    assert values["step"] == 13
+    assert values["step"] == 9
     assert others == values
     assert {part.split("/")[0] for part in whole} == {"model", "ema", "optimizer", "objective"}
     assert again.keys() == whole.keys()
     assert all(torch.equal(again[key], whole[key]) for key in whole)
     assert lines(lives / name) == lines(lives / "undisturbed")
-    assert [p.name for p in (lives / name / "checkpoints").iterdir()] == ["step-00000013"]
+    assert [p.name for p in (lives / name / "checkpoints").iterdir()] == ["step-00000009"]

@@ -217,7 +217,7 @@ def load_model(name: str, *, checkpoint: Path | None = None, no_pretrained: bool
 
 def check_place(folder: Path) -> None:
     """Refuses a folder that the process may not write; the nearest one that exists is asked."""
-    nearest = folder.absolute()
+    nearest = folder
     while not nearest.exists():
         nearest = nearest.parent
     if not nearest.is_dir():
