@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -76,7 +79,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def change_config(root: Path, change: Callable[[dict], None]) -> None:  # type: ignore[type-arg]
+def change_config(root: Path, change: Callable[[dict[str, Any]], None]) -> None:
     path = root / "model" / "config.json"
     values = json.loads(path.read_text())
     change(values)
@@ -88,7 +91,7 @@ def newer_schema(root: Path) -> None:
 
 
 def misspelt_field(root: Path) -> None:
-    def change(values: dict) -> None:  # type: ignore[type-arg]
+    def change(values: dict[str, Any]) -> None:
         attention = values["spec"]["blocks"][0]["attention"]
         attention["qk_dims"] = attention.pop("qk_dim")
 
@@ -285,8 +288,6 @@ def contents(root: Path) -> dict[str, bytes | None]:
 
 
 def copied(stage: Path, root: Path) -> None:
-    import shutil
-
     shutil.copytree(stage, root, dirs_exist_ok=True)
 
 
@@ -294,8 +295,6 @@ def copied(stage: Path, root: Path) -> None:
 def test_bad_input_is_told_in_one_sentence_and_writes_nothing(
     case: Bad, stage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import shlex
-
     copied(stage, tmp_path)
     if case.before is not None:
         case.before(tmp_path)
@@ -393,17 +392,15 @@ def test_a_classifier_is_asked_for_where_names_are_wanted(tmp_path: Path, monkey
     assert "--new-head" in done.stderr
 
 
-def test_a_prefix_step_that_the_task_forbids_is_told(
+def test_a_step_in_a_place_where_it_cannot_be_is_told(
     stage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copied(stage, tmp_path)
     monkeypatch.chdir(tmp_path)
-
-    def change(values: dict) -> None:  # type: ignore[type-arg]
-        step = {"at": "start"} | ({"kind": "prefix"} if "kind" in str(Prefix()) else {"prefix": True})
-        values["spec"]["blocks"][0]["steps"] = [step]
-
-    change_config(tmp_path, change)
+    first, last = SPEC.blocks
+    good = replace(SPEC, blocks=(first, replace(last, steps=(Prefix(),))))
+    blocks = good.to_dict()["blocks"]
+    change_config(tmp_path, lambda values: values["spec"].update(blocks=blocks[::-1]))
     done = CliRunner().invoke(main, ["cost", "model"])
     assert done.exit_code == 1
-    assert "block 0" in done.stderr or "blocks" in done.stderr
+    assert "block 0" in done.stderr

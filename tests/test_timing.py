@@ -107,3 +107,13 @@ def test_a_missing_compiler_is_said_in_one_sentence(monkeypatch: pytest.MonkeyPa
 def test_both_runtimes_are_named_where_a_compiler_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "find_compiler", lambda: "/usr/bin/g++")
     assert timing.runtimes_here() == (("eager", "compile"), ())
+
+
+def test_a_compiler_that_fails_is_said_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise torch._dynamo.exc.TorchDynamoException("no Python.h\nand a long tail")
+
+    monkeypatch.setattr(timing, "find_compiler", lambda: "/usr/bin/g++")
+    monkeypatch.setattr(timing, "_call", lambda model, runtime: broken)
+    with pytest.raises(MeasureError, match=r"torch.compile failed on this machine \(no Python.h\)"):
+        measured(runtime="compile")

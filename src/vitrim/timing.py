@@ -257,6 +257,11 @@ def _warm(call: Callable[[Tensor], Any], images: Tensor, where: torch.device, wa
             raise MeasureError(
                 f"{name}: batch {len(images)} does not fit into the memory of {where}. Measure a smaller batch."
             ) from error
+        if isinstance(error, torch._dynamo.exc.TorchDynamoException):
+            reason = str(error).strip().splitlines()[0]
+            raise MeasureError(
+                f"{name}: torch.compile failed on this machine ({reason}). Measure with runtime 'eager'."
+            ) from error
         raise
     return max(1, min(200, round(LEAST_SAMPLE_S / max(seconds, 1e-6))))
 
