@@ -180,6 +180,8 @@ def test_an_unknown_tracker_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="tensorbored"):
         fit(tiny(), Supervised(), pictures(), settings(tracker="tensorbored"), out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+    with pytest.raises(TrainingError, match="needs a folder"):
+        trained(tracker="tensorboard")
 
 
 def test_a_device_that_is_not_there_is_refused() -> None:
@@ -296,6 +298,8 @@ def test_out_of_memory_names_the_batch_that_would_fit() -> None:
     with pytest.raises(TrainingError, match=r"8 images at a time; 2 would fit\. Set accumulate=4 to keep batch_size=8"):
         trained(objective=Hungry(3))
     assert trained(objective=Hungry(3), accumulate=4).steps == 6
+    with pytest.raises(TrainingError, match=r"15 images at a time; 3 would fit\. Set accumulate=5"):
+        trained(objective=Hungry(4), batch_size=15)
     with pytest.raises(TrainingError, match="one image does not fit either"):
         trained(objective=Hungry(0))
 
@@ -486,7 +490,7 @@ def test_two_processes_train_what_one_trains(tmp_path: Path) -> None:
         assert (two["weights"] - weights(one.model)).abs().max() < 1e-6
         assert (two["scale"] - objective.scale.detach()).abs().max() < 1e-6
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
-        assert [json.loads(line)["step"] for line in lines] == [5, 5, 5] or len(lines) == 2
+        assert [json.loads(line)["step"] for line in lines] == [5, 5]
 
 
 class Quiet(Searching):

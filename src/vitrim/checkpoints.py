@@ -7,7 +7,6 @@ removed. Whatever moment a process is killed at, the newest folder with a final 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .errors import TrainingError
+from .files import sync_file, sync_folder
 
 SCHEMA = 1
 _NAME = re.compile(r"step-(\d{8,})")
@@ -42,10 +42,11 @@ def write(folder: Path, step: int, tensors: Mapping[str, Tensor], values: Mappin
         save_file({k: t.detach().to("cpu", copy=True).contiguous() for k, t in tensors.items()}, partial / _TENSORS)
         text = json.dumps({"schema": SCHEMA, "step": step, **values}, sort_keys=True)
         (partial / _VALUES).write_text(text, encoding="utf-8")
-        for path in (partial / _TENSORS, partial / _VALUES, partial):
-            flush(path)
+        sync_file(partial / _TENSORS)
+        sync_file(partial / _VALUES)
+        sync_folder(partial)
         partial.rename(final)
-        flush(folder)
+        sync_folder(folder)
         for old in _found(folder):
             if old != final:
                 _clear(old)
@@ -88,22 +89,13 @@ def sweep(folder: Path) -> None:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def flush(path: Path) -> None:
-    """Have the system put a file or a folder on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def replace_text(path: Path, text: str) -> None:
     """Write a file so that it has either its old or its new content, even after a crash."""
     partial = path.with_name(f"partial-{path.name}")
     partial.write_text(text, encoding="utf-8")
-    flush(partial)
+    sync_file(partial)
     partial.replace(path)
-    flush(path.parent)
+    sync_folder(path.parent)
 
 
 def pack(prefix: str, values: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:

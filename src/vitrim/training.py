@@ -36,6 +36,7 @@ from .data import Augment, Images, batches
 from .data.draws import mix, seeded
 from .data.transforms import training as training_transform
 from .errors import ConfigError, DataError, TrainingError, did_you_mean
+from .files import sync_file
 from .model import Vit
 from .spec import spec_hash
 
@@ -277,6 +278,7 @@ class _Run:
         self.done = 0
         self.seconds = 0.0
         self.history: list[dict[str, Any]] = []
+        self.data = images.fingerprint()["sha256"]
         self.label_map: Tensor | None = None
         self.mixer = (
             Mixup(
@@ -367,9 +369,9 @@ class _Run:
     def loop(self, validate: Callable[[Vit], Mapping[str, Any]] | None) -> None:
         """Steps to the end, with logs, validations and checkpoints between them."""
         config = self.config
+        began = time.monotonic()
         while self.done < self.total:
             for micros in self._steps_of_epoch():
-                began = time.monotonic()
                 facts = self._step(micros)
                 self.done += 1
                 took = time.monotonic() - began
@@ -387,6 +389,9 @@ class _Run:
                     self._save()
                 if last:
                     return
+                began = (
+                    time.monotonic()
+                )  # the next step's images are part of its time; validations and checkpoints are not
 
     def _steps_of_epoch(self) -> Iterator[list[tuple[Tensor, Tensor | None]]]:
         """Micro-batches of this process, for each step that is left of the epoch."""
@@ -549,7 +554,7 @@ class _Run:
         if self.main:
             metrics = self.out / "metrics.jsonl"
             if metrics.exists():
-                checkpoints.flush(metrics)  # a checkpoint never knows of lines that the disk does not
+                sync_file(metrics)  # a checkpoint never knows of lines that the disk does not
             optimizer = self.optimizer.state_dict()
             parts = {
                 "model": self.bare.state_dict(),
@@ -595,8 +600,7 @@ class _Run:
         """What must agree for a checkpoint to be this run's: everything that changes the numbers."""
         free = ("workers", "device", "eval_every", "log_every", "checkpoint_seconds", "tracker", "grad_checkpoint")
         config = {k: v for k, v in _flat(self.config).items() if k not in free}
-        data = self.images.fingerprint()
-        return {**config, "total steps": self.total, "spec": spec_hash(self.bare.spec), "data": data.get("sha256")}
+        return {**config, "total steps": self.total, "spec": spec_hash(self.bare.spec), "data": self.data}
 
     def _stop(self, why: str) -> None:
         """End a run that went astray. Weights and checkpoint are those of the last good step."""
@@ -635,7 +639,7 @@ class _Run:
                 f"out of memory on {device} with {tried} images at a time, and one image does not fit either. "
                 "Set grad_checkpoint=True, use amp='bf16', or train a smaller model."
             )
-        parts = math.ceil(tried / fits) * self.config.accumulate
+        parts = next(n for n in range(math.ceil(tried / fits), tried + 1) if tried % n == 0) * self.config.accumulate
         return TrainingError(
             f"out of memory on {device} with {tried} images at a time; {fits} would fit. "
             f"Set accumulate={parts} to keep batch_size={self.config.batch_size}, or grad_checkpoint=True."
@@ -661,12 +665,14 @@ def _accelerator(config: TrainConfig, out: Path | None) -> accelerate.Accelerato
         raise TrainingError(f"device={config.device!r}: torch finds none here. Use device='cpu' or 'auto'.")
     if config.amp == "fp16" and (config.device == "cpu" or not torch.cuda.is_available()):
         raise TrainingError("amp='fp16' needs a GPU. On a CPU use amp='bf16' or amp='no'.")
+    if config.tracker is not None and out is None:
+        raise TrainingError(f"tracker={config.tracker!r} needs a folder for its files; pass out= (--out).")
     try:
         return accelerate.Accelerator(
             cpu=config.device == "cpu",
             mixed_precision=config.amp,
             log_with=config.tracker,
-            project_dir=out if out is not None else ".",
+            project_dir=out,
             kwargs_handlers=[accelerate.DistributedDataParallelKwargs(find_unused_parameters=True)],
         )
     except ValueError as error:

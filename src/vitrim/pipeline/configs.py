@@ -16,7 +16,9 @@ class RecoverConfig(TrainConfig):
     """How a compressed network learns again what it lost: `TrainConfig` with gentler defaults, and what to learn from."""
 
     epochs: float = Field(default=10.0, gt=0)
-    lr: float = Field(default=5e-4, gt=0)
+    lr: float = Field(default=1e-4, gt=0)
+    """A cut by closed forms starts near its goal, and a higher rate first takes it away from there."""
+    min_lr: float = Field(default=1e-6, ge=0)
     objective: Literal["auto", "distilled", "supervised", "label_free"] = "auto"
     """distilled: labels and the dense model's answers. label_free: the dense model's tokens, no labels. auto: distilled
     where there are labels and a classifier, else label_free."""

@@ -313,7 +313,20 @@ class _Work:
             models["recovered"] = self._final
         metrics, gap, shown = judge(models, self.held, self.judging, self.progress)
         replace_text(self.folder.stages / "samples.json", reporting.as_text(shown))
-        return {"metrics": metrics, "difference": gap}
+        return {"metrics": metrics, "difference": gap, "warnings": self._lost_in_recovery(metrics)}
+
+    def _lost_in_recovery(self, metrics: Mapping[str, Any]) -> list[str]:
+        cut, final = metrics["compressed"], metrics.get("recovered")
+        key = "top1" if cut.get("top1") is not None else "agreement"
+        if final is None or cut.get(key) is None or final[key] >= cut[key]:
+            return []
+        what = {"top1": "accuracy", "agreement": "agreement with the dense model"}[key]
+        return [
+            self._warn(
+                f"The recovery lowered the {what} from {cut[key]:.1%} to {final[key]:.1%}. Train longer or with a lower lr, or leave "
+                "the recovery out."
+            )
+        ]
 
     def _measure(self) -> dict[str, Any]:
         if self.target is None:
@@ -418,7 +431,8 @@ class _Work:
         """Source and first ancestor, handed down from run to run."""
         told = self.dense.provenance
         first = told.get("original") or {"source": self.name, "spec": self.dense.spec.to_dict()}
-        return {"source": told.get("source") or self.name, "original": first}
+        named = self.name if ":" in self.name else None  # a name that others can load says more than where that came from
+        return {"source": named or told.get("source") or self.name, "original": first}
 
     def _result(self) -> dict[str, Any]:
         """The result that `vitrim.reporting` describes, from what the stages found."""
@@ -447,7 +461,7 @@ class _Work:
             if recovery is None
             else {key: recovery[key] for key in ("objective", "steps", "curve", "validation")}
             | {"seconds": recovery["train_seconds"]},
-            "warnings": [*found["plan"]["warnings"], *compressed["warnings"]],
+            "warnings": [*found["plan"]["warnings"], *compressed["warnings"], *found["evaluate"]["warnings"]],
             "seconds": {stage: found[stage]["seconds"] for stage in STAGES if stage in found},
             "provenance": {
                 "source": self._origin()["source"],
