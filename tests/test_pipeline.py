@@ -264,7 +264,11 @@ def test_resuming_with_other_workers_is_allowed(again: Path) -> None:
             DataError,
             "no labels",
         ),
-        ({"evaluate": EvaluateConfig(), "data": pictures(1200)}, DataError, r"chance is 33.3 %.*mean=\(0.5, 0.5, 0.5\)"),
+        (
+            {"evaluate": EvaluateConfig(), "data": pictures(1200)},
+            DataError,
+            r"chance is 33.3 %.*mean=\(0.5, 0.5, 0.5\)",
+        ),
         ({"data": "no/such/place"}, DataError, "no such file"),
     ],
 )
@@ -304,6 +308,15 @@ def test_a_plan_that_cannot_pay_is_said_before_training(tmp_path: Path, caplog: 
     assert any("at best 1.02 times" in text for text in result.summary["warnings"])
     assert said_at
     assert said_at[0] >= 1
+
+
+def test_a_recovery_that_did_harm_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="vitrim.pipeline"):
+        wild = replace(RECOVER, objective="label_free", optimizer="sgd", lr=50.0, clip=None, steps=4, warmup=0.0)
+        result = job(tmp_path / "small", recover=wild, measure=None, data=pictures(400))
+    metrics = result.summary["metrics"]
+    assert metrics["recovered"]["agreement"] < metrics["compressed"]["agreement"]
+    assert any("recovery lowered the" in text for text in result.summary["warnings"])
 
 
 # ------------------------------------------------------------------------------------------------------------- figures

@@ -268,14 +268,20 @@ def _warm(call: Callable[[Tensor], Any], images: Tensor, where: torch.device, wa
 
 def _sample(call: Callable[[Tensor], Any], images: Tensor, where: torch.device, calls: int) -> tuple[float, float]:
     """Wall and process CPU seconds of one call, the mean of `calls`."""
-    if where.type == "cuda":
-        torch.cuda.synchronize(where)
+    _synchronise(where)
     cpu, wall = time.process_time(), time.perf_counter()
     for _ in range(calls):
         call(images)
+    _synchronise(where)
+    return (time.perf_counter() - wall) / calls, (time.process_time() - cpu) / calls
+
+
+def _synchronise(where: torch.device) -> None:
+    """Waits for an accelerator, which answers a call before it has done it."""
     if where.type == "cuda":
         torch.cuda.synchronize(where)
-    return (time.perf_counter() - wall) / calls, (time.process_time() - cpu) / calls
+    elif where.type == "mps":
+        torch.mps.synchronize()
 
 
 def _load() -> float | None:

@@ -32,6 +32,7 @@ def data_for(data: str | None, model: str) -> str:
 
 @click.command()
 @click.argument("model")
+@click.option("--against", metavar="MODEL", help="Also how much it agrees with this one; the score of an encoder.")
 @DATA
 @click.option("--split", type=options.Named(*SPLITS), default="validation", show_default=True, help="Part of the data.")
 @click.option("--batch", type=click.IntRange(min=1), default=64, show_default=True, help="Images at a time.")
@@ -45,6 +46,7 @@ def data_for(data: str | None, model: str) -> str:
 @options.OUTPUT
 def evaluate(
     model: str,
+    against: str | None,
     data: str | None,
     split: str,
     batch: int,
@@ -60,7 +62,7 @@ def evaluate(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Score MODEL on labelled images: top-1, top-5, loss.
+    """Score MODEL on labelled images: top-1, top-5, loss. An encoder is scored against another model, without labels.
 
     vitrim evaluate small/ --data photos/ --split test
     """
@@ -68,27 +70,49 @@ def evaluate(
     options.use_threads(threads)
     where = options.device_named(device)
     network = options.load_model(model, checkpoint=checkpoint, no_pretrained=no_pretrained)
+    reference = None if against is None else options.load_model(against, checkpoint=None, no_pretrained=False)
+    if not network.spec.outputs and reference is None:
+        raise ConfigError(
+            f"{model} has no classifier to score. Pass --against DENSE to compare its features with a model's."
+        )
     from vitrim import data as rooms
     from vitrim.tasks.classification import evaluate as score
 
     # The seed draws `limit`; the validation tenth of the data is the same whatever the seed.
-    images = rooms.open(source, split=split, labelled=True, on_broken="skip" if skip_broken else "raise")
+    images = rooms.open(
+        source, split=split, labelled=None if against else True, on_broken="skip" if skip_broken else "raise"
+    )
     if limit is not None:
         images = images.take(limit, seed or 0)
     with progress_on_stderr(quiet) as progress:
         metrics = score(
-            network, images, batch_size=batch, device=where, amp=amp or "no", workers=workers or 0, progress=progress
+            network,
+            images,
+            batch_size=batch,
+            device=where,
+            amp=amp or "no",
+            workers=workers or 0,
+            reference=reference,
+            progress=progress,
         )
     for key, reason in images.broken.items():
         tables.note(f"skipped {key}: {reason}")
-    kept = {name: metrics[name] for name in ("top1", "top5", "loss", "count")}
+    names = ("top1", "top5", "loss", "map", "agreement", "cosine", "knn_agreement", "count")
+    kept = {name: metrics[name] for name in names if metrics.get(name) is not None}
     if as_json:
         tables.show_json({"model": model, "data": images.fingerprint(), "split": split, **kept})
     else:
         tables.say(f"{model} on {kept['count']} images of {images.name} ({split})")
-        tables.say(f"top-1  {tables.percent_text(kept['top1'])}")
-        tables.say(f"top-5  {tables.percent_text(kept['top5'])}")
-        tables.say(f"loss   {kept['loss']:.4f}")
+        titles = {
+            "top1": "top-1",
+            "top5": "top-5",
+            "map": "mean average precision",
+            "knn_agreement": "neighbours agree",
+        }
+        for name in names[:-1]:
+            if name in kept:
+                value = f"{kept[name]:.4f}" if name in ("loss", "cosine") else tables.percent_text(kept[name])
+                tables.say(f"{titles.get(name, name)}  {value}")
 
 
 @click.command()

@@ -431,7 +431,9 @@ class _Work:
         """Source and first ancestor, handed down from run to run."""
         told = self.dense.provenance
         first = told.get("original") or {"source": self.name, "spec": self.dense.spec.to_dict()}
-        named = self.name if ":" in self.name else None  # a name that others can load says more than where that came from
+        named = (
+            self.name if ":" in self.name else None
+        )  # a name that others can load says more than where that came from
         return {"source": named or told.get("source") or self.name, "original": first}
 
     def _result(self) -> dict[str, Any]:

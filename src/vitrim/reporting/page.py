@@ -79,7 +79,9 @@ def headline(result: Result) -> str:
     parts = [f"{percent(share)} of the operations"]
     gain = lookup(result, "timing/speedups/0")
     if gain:
-        here = "no faster here" if gain["low"] <= 1 else f"{times(gain['measured']).replace('×', ' times')} as fast"
+        fast = times(gain["measured"]).replace("×", " times")
+        here = "no speed-up seen" if gain["low"] <= 1 else f"{fast} as fast"
+        here += f" at batch {gain['batch']}"
         parts.append(here)
     parts.append(loss_words(result))
     return escape(", ".join(part for part in parts if part))
