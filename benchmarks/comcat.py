@@ -59,10 +59,8 @@ def rows(name: str, data: str, keeps: tuple[float, ...], *, full: bool) -> list[
             **protocol.conditions(),
         }
         found.append({**row, **facts})
-        protocol.say(
-            f"{row['row']:>20} keep {row.get('keep', 1):.2f} seed {row.get('seed', 0)}: "
-            f"{row['before']:.2f} -> {row.get('after', float('nan')):.2f}"
-        )
+        shown = " -> ".join("-" if row.get(key) is None else f"{row[key]:.2f}" for key in ("before", "after"))
+        protocol.say(f"{row['row']:>20} keep {row.get('keep', 1):.2f} seed {row.get('seed', 0)}: {shown}")
 
     add({"row": "dense", "before": base, **protocol.described(dense, dense)})
     for seed in seeds:
@@ -101,7 +99,7 @@ def rows(name: str, data: str, keeps: tuple[float, ...], *, full: bool) -> list[
                             "row": f"comcat {variant}",
                             "keep": keep,
                             "seed": seed,
-                            "before": float("nan"),
+                            "before": None,
                             "refused": str(error),
                         }
                     )
