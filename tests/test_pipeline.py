@@ -19,7 +19,7 @@ from vitrim.methods.comcat import ComcatConfig
 from vitrim.model import Vit, build
 from vitrim.pipeline import EvaluateConfig, MeasureConfig, RecoverConfig, judging
 from vitrim.pipeline.folder import STAGES
-from vitrim.spec import Attention, Block, Config, Mlp, ModelSpec, Output, Position, Preprocess
+from vitrim.spec import Attention, Block, Config, Mlp, ModelSpec, Output, Position, Prefix, Preprocess
 from vitrim.training import read_config
 
 COMCAT = ComcatConfig(budget=Budget(keep_macs=0.6), images=16, probe_images=4, align=2)
@@ -112,6 +112,22 @@ def test_the_result_meets_the_budget(whole: pipeline.RunResult) -> None:
     assert counting.cost(whole.spec).macs <= 0.6 * counting.cost(tiny().spec).macs
 
 
+def test_the_last_block_lets_only_the_read_tokens_through(whole: pipeline.RunResult, tmp_path: Path) -> None:
+    assert [step["method"] for step in whole.model.selection.to_dict()["steps"]] == ["exact_tail", "comcat"]
+    assert isinstance(whole.spec.blocks[-1].steps[-1], Prefix)
+    kept = job(tmp_path / "kept", exact_tail=False, recover=None, measure=None)
+    assert [step["method"] for step in kept.model.selection.to_dict()["steps"]] == ["comcat"]
+    assert not kept.spec.blocks[-1].steps
+    page = (whole.folder / "report.html").read_text(encoding="utf-8")
+    assert "changes no output" in page
+    assert "changes no output" not in (tmp_path / "kept" / "report.html").read_text(encoding="utf-8")
+
+
+def test_shares_refer_to_the_model_as_it_was_passed_in(whole: pipeline.RunResult) -> None:
+    assert whole.summary["budget"] == {"keep_macs": 0.6}
+    assert whole.summary["limits"]["macs"] == int(0.6 * counting.cost(tiny().spec).macs)
+
+
 def test_before_and_after_are_scored_on_the_validation_split(whole: pipeline.RunResult) -> None:
     metrics = whole.summary["metrics"]
     assert set(metrics) == {"dense", "compressed", "recovered"}
@@ -202,7 +218,7 @@ def test_a_second_cut_can_refer_to_the_first_model(whole: pipeline.RunResult, tm
     result = job(tmp_path / "b", model=whole.model, relative_to="original", **settings)
     assert 0.9 * 0.45 * dense < counting.cost(result.spec).macs <= 0.45 * dense
     assert artifact.load(result.folder).provenance["original"]["spec"] == tiny().spec.to_dict()
-    assert len(result.model.selection.steps) == 2
+    assert [step.method for step in result.model.selection.steps] == ["exact_tail", "comcat", "comcat"]
 
 
 # --------------------------------------------------------------------------------------- refusals: nothing is written

@@ -82,6 +82,16 @@ class Budget:
             )
             raise BudgetError(f"budget out of reach: {said}. Choose a limit in that range, or another method.")
 
+    def absolute(self, reference: Cost) -> Budget:
+        """The same bounds without shares, of which `reference` was the whole."""
+        limits = self.limits(reference)
+        return Budget(
+            max_macs=limits.get("macs"),
+            max_params=limits.get("params"),
+            max_memory_mb=limits["memory_bytes"] / 1e6 if "memory_bytes" in limits else None,
+            max_file_mb=limits["file_bytes"] / 1e6 if "file_bytes" in limits else None,
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """The limits that are set."""
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}

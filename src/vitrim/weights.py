@@ -203,12 +203,16 @@ def exact_tail(model: Vit) -> Vit:
     Raises SpecError where the network reads more than prefix tokens, or has the step already.
     """
     spec = model.spec
+    step = SelectionStep(method="exact_tail", parent=spec_hash(spec), blocks=(None,) * len(spec.blocks))
+    return with_spec(model, with_exact_tail(spec), model.state_dict(), step)
+
+
+def with_exact_tail(spec: ModelSpec) -> ModelSpec:
+    """The spec after `exact_tail`. Raises SpecError as it does."""
     if not spec.blocks:
         raise SpecError("exact tail: the model has no blocks.")
     last = spec.blocks[-1]
-    new = replace(spec, blocks=(*spec.blocks[:-1], replace(last, steps=(*last.steps, Prefix()))))
-    step = SelectionStep(method="exact_tail", parent=spec_hash(spec), blocks=(None,) * len(spec.blocks))
-    return with_spec(model, new, model.state_dict(), step)
+    return replace(spec, blocks=(*spec.blocks[:-1], replace(last, steps=(*last.steps, Prefix()))))
 
 
 def allows_exact_tail(spec: ModelSpec) -> bool:
@@ -377,5 +381,6 @@ __all__ = [
     "factorise",
     "fold_layer_scale",
     "masked_twin",
+    "with_exact_tail",
     "with_spec",
 ]

@@ -111,6 +111,7 @@ def planned(name: str, spec: ModelSpec, budget: Budget, variant: str | None) -> 
     from vitrim.counting import cost as count
     from vitrim.methods import configure
     from vitrim.methods import plan as plan_of
+    from vitrim.weights import allows_exact_tail, with_exact_tail
 
     given = {} if variant is None else {"variant": variant}
     row: dict[str, Any] = {
@@ -119,6 +120,8 @@ def planned(name: str, spec: ModelSpec, budget: Budget, variant: str | None) -> 
         "limits": budget.limits(count(spec)),
         "refused": None,
     }
+    if allows_exact_tail(spec):  # as `compress` does; shares refer to the model as it is
+        budget, spec = budget.absolute(count(spec)), with_exact_tail(spec)
     try:
         return row | plan_of(name, spec, configure(name, {"budget": budget, **given}))
     except BudgetError as error:

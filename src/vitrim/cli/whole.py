@@ -117,6 +117,9 @@ def report(folder: Path, out: Path | None, as_json: bool, quiet: bool) -> None:
     type=options.Named("given", "original"),
     help="Shares of MODEL (default), or of what it was first cut from.",
 )
+@click.option(
+    "--no-exact-tail", is_flag=True, help="Keep all tokens in the last block, though the classifier reads one."
+)
 @DATA
 @click.option("--out", type=click.Path(path_type=Path), required=True, metavar="FOLDER", help="What it becomes.")
 @click.option("--recover-epochs", type=options.POSITIVE, help="Length of the recovery; 10 by default.")
@@ -138,6 +141,7 @@ def compress(
     method: str | None,
     variant: str | None,
     relative_to: str | None,
+    no_exact_tail: bool,
     data: str | None,
     out: Path,
     recover_epochs: float | None,
@@ -162,7 +166,9 @@ def compress(
         raise click.UsageError("--resume and --force contradict each other: go on with the run, or replace it.")
     values = options.read_json(config)
     options.check_keys(
-        values, (*SECTIONS, "model", "method", "relative_to", *RECORDED), place=f"--config {str(config)!r}"
+        values,
+        (*SECTIONS, "model", "method", "relative_to", "exact_tail", *RECORDED),
+        place=f"--config {str(config)!r}",
     )
     name, method = model or values.get("model"), method or values.get("method") or "comcat"
     if name is None:
@@ -201,6 +207,7 @@ def compress(
         resume=resume,
         force=force,
         relative_to=relative_to or values.get("relative_to") or "given",
+        exact_tail=not no_exact_tail and values.get("exact_tail", True) is True,
     )
     if as_json:
         tables.show_json(result.summary)

@@ -27,10 +27,11 @@ SHOWN_PX = 192
 
 def judge(
     models: Mapping[str, Vit], images: Images, config: EvaluateConfig, progress: Progress | None
-) -> tuple[dict[str, Any], dict[str, Any] | None, dict[str, Any]]:
-    """Metrics by model, the final model's difference from the dense one, and samples to show.
+) -> tuple[dict[str, Any], dict[str, Any] | None, dict[str, Any] | None, dict[str, Any]]:
+    """Metrics by model, the final model's difference from the dense one, what the recovery changed, samples to show.
 
-    models: "dense" first, the final one last.
+    models: "dense" first, the final one last. The recovery's change is in top-1, or in agreement without labels; None
+    without a recovery or a classifier.
     """
     chosen = images if config.limit is None or config.limit >= len(images) else images.take(config.limit, config.seed)
     found: dict[str, dict[str, Any]] = {}
@@ -54,7 +55,17 @@ def judge(
     last = list(models)[-1]
     gap = difference(found["dense"].get("correct"), found[last].get("correct"), seed=config.seed)
     shown = samples(models, found, chosen, config) if dense.spec.outputs and config.samples else {"samples": []}
-    return metrics, gap, shown
+    gained = None
+    if "recovered" in models and dense.spec.outputs:
+        gained = difference(*(_right(found[name], found["dense"]) for name in ("compressed", last)), seed=config.seed)
+    return metrics, gap, gained, shown
+
+
+def _right(facts: Mapping[str, Any], dense: Mapping[str, Any]) -> list[bool]:
+    """Which images were classified rightly, or without labels as the dense model does."""
+    if facts.get("correct"):
+        return list(facts["correct"])
+    return [a == b for a, b in zip(facts["predictions"], dense["predictions"], strict=True)]
 
 
 def difference(before: Sequence[bool] | None, after: Sequence[bool] | None, *, seed: int = 0) -> dict[str, Any] | None:

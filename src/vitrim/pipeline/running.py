@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from vitrim import __version__, artifact, reporting, timing
+from vitrim import __version__, artifact, reporting, timing, weights
 from vitrim import data as rooms
 from vitrim.budget import Budget
 from vitrim.checkpoints import replace_text
@@ -71,6 +71,7 @@ def run(
     resume: bool = False,
     force: bool = False,
     relative_to: Literal["given", "original"] = "given",
+    exact_tail: bool = True,
     progress: Progress | None = None,
 ) -> RunResult:
     """Plan, compress, recover, evaluate, measure, save and report; `model` is left as it was.
@@ -78,7 +79,9 @@ def run(
     model: a name or folder for `vitrim.load`, or a model.  data: whatever `vitrim.data.open` takes; trained on its train
     split, judged on its validation split, never on test.  out: a new folder, which becomes the artifact.
     recover, measure: None leaves that stage out.  relative_to: what the shares of a budget refer to: this model, or the first
-    one that it descends from.  resume: go on at the first stage that has no result.  force: replace the run in `out`.
+    one that it descends from.  exact_tail: let only the prefix tokens through the last block where the classifier reads no
+    other: the same outputs for fewer operations, which the method may then spend elsewhere.
+    resume: go on at the first stage that has no result.  force: replace the run in `out`.
     A bad input, an unreachable budget or a dense model that guesses is refused before anything is written.
     """
     if relative_to not in ("given", "original"):
@@ -96,6 +99,7 @@ def run(
         target=measure,
         judging=evaluate,
         relative_to=relative_to,
+        tail=exact_tail,
         progress=progress,
     )
     work.check()
@@ -117,9 +121,13 @@ class _Work:
     target: MeasureConfig | None
     judging: EvaluateConfig
     relative_to: str
+    tail: bool
     progress: Progress | None
 
     def __post_init__(self) -> None:
+        self.tail = self.tail and weights.allows_exact_tail(self.dense.spec)
+        self.given = weights.exact_tail(self.dense) if self.tail else self.dense
+        self.asked = self.config
         self.found: dict[str, dict[str, Any]] = {}
         self.redone: list[str] = []
         self.warnings: list[str] = []
@@ -132,7 +140,9 @@ class _Work:
         """Everything that can be refused before the first stage."""
         if self.relative_to == "original":
             self.config = self._relative_to_original()
-        self.planned = plan_of(self.method, self.dense.spec, self.config)
+        elif self.tail:
+            self.config = self._limited_by(cost(self.dense))  # shares refer to the model as it was passed in
+        self.planned = plan_of(self.method, self.given.spec, self.config)
         self.train, self.held = self._images()
         if self.recovery is not None:
             self.objective = objective_named(self.recovery, self.dense, labelled=self.train.labelled)
@@ -177,14 +187,14 @@ class _Work:
                 "relative_to='original': the model does not say what it was cut from. Pass relative_to='given', or absolute limits "
                 "(max_macs, max_params)."
             )
-        limits = budget.limits(cost(ModelSpec.from_dict(original["spec"])))
-        absolute = {
-            "max_macs": limits.get("macs"),
-            "max_params": limits.get("params"),
-            "max_memory_mb": limits["memory_bytes"] / 1e6 if "memory_bytes" in limits else None,
-            "max_file_mb": limits["file_bytes"] / 1e6 if "file_bytes" in limits else None,
-        }
-        return dataclasses.replace(self.config, budget=Budget(**absolute))  # type: ignore[arg-type]
+        return self._limited_by(cost(ModelSpec.from_dict(original["spec"])))
+
+    def _limited_by(self, reference: Cost) -> Any:
+        """The method's config with its shares turned into absolute limits of the reference."""
+        budget: Budget | None = getattr(self.config, "budget", None)
+        if budget is None:
+            return self.config
+        return dataclasses.replace(self.config, budget=budget.absolute(reference))
 
     # ---------------------------------------------------------------------------------------------------------- the stages
 
@@ -236,7 +246,7 @@ class _Work:
         }
 
     def _compress(self) -> dict[str, Any]:
-        made = compress_by(self.dense, self.config, data=self.train, progress=self.progress)
+        made = compress_by(self.given, self.config, data=self.train, progress=self.progress)
         before, after = cost(self.dense), cost(made.spec)
         warnings = self._warnings_before_training(made.model, before, after)
         made.save(self.folder.stages / "compressed", provenance=self._origin(), force=True)
@@ -311,15 +321,16 @@ class _Work:
         models = {"dense": self.dense, "compressed": self._small}
         if self.recovery is not None:
             models["recovered"] = self._final
-        metrics, gap, shown = judge(models, self.held, self.judging, self.progress)
+        metrics, gap, gained, shown = judge(models, self.held, self.judging, self.progress)
         replace_text(self.folder.stages / "samples.json", reporting.as_text(shown))
-        return {"metrics": metrics, "difference": gap, "warnings": self._lost_in_recovery(metrics)}
+        return {"metrics": metrics, "difference": gap, "warnings": self._lost_in_recovery(metrics, gained)}
 
-    def _lost_in_recovery(self, metrics: Mapping[str, Any]) -> list[str]:
+    def _lost_in_recovery(self, metrics: Mapping[str, Any], gained: Mapping[str, Any] | None) -> list[str]:
+        """Said only where the paired interval excludes no change: on few images the figures differ by chance."""
         cut, final = metrics["compressed"], metrics.get("recovered")
-        key = "top1" if cut.get("top1") is not None else "agreement"
-        if final is None or cut.get(key) is None or final[key] >= cut[key]:
+        if final is None or gained is None or gained["high"] >= 0:
             return []
+        key = "top1" if cut.get("top1") is not None else "agreement"
         what = {"top1": "accuracy", "agreement": "agreement with the dense model"}[key]
         return [
             self._warn(
@@ -358,7 +369,7 @@ class _Work:
         provenance = self._origin() | {
             "method": self.method,
             "variant": compressed["variant"],
-            "config": plain(self.config),
+            "config": plain(self.asked) | {"exact_tail": self.tail},
             "data": self.held.fingerprint() | {"train": self.train.fingerprint()},
             "seed": getattr(self.config, "seed", None),
             "metrics": {"before": metrics["dense"], "after": metrics.get("recovered") or metrics["compressed"]},
@@ -410,12 +421,13 @@ class _Work:
             "model": self.name,
             "weights": self._weights,
             "method": self.method,
-            "settings": plain(self.config),
+            "settings": plain(self.asked),
             "data": {"train": self.train.fingerprint(), "validation": self.held.fingerprint()},
             "recover": None if self.recovery is None else plain(self.recovery),
             "evaluate": plain(self.judging),
             "measure": None if self.target is None else plain(self.target),
             "relative_to": self.relative_to,
+            "exact_tail": self.tail,
         }
 
     @cached_property
@@ -451,7 +463,7 @@ class _Work:
             "model": self.name,
             "method": {"name": compressed["method"], "variant": compressed["variant"]},
             "data": {"name": self.held.name, "split": "validation", "count": judged},
-            "budget": self.config.budget.to_dict() if getattr(self.config, "budget", None) is not None else {},
+            "budget": self.asked.budget.to_dict() if getattr(self.asked, "budget", None) is not None else {},
             "limits": found["plan"]["limits"],
             "specs": {"dense": self.dense.spec.to_dict(), "compressed": self._final.spec.to_dict()},
             "costs": {"dense": dense.to_dict(), "compressed": compressed["cost"]},

@@ -232,7 +232,7 @@ def kept(result: Result) -> str:
     return (
         "<section>\n<h2>What was cut</h2>\n"
         "<p>Each bar is what a block kept of the dense model; q/k and v dims are per head. A grey bar was left whole, "
-        "a hatched one is gone.</p>\n"
+        f"a hatched one is gone.{_tail_words(result)}</p>\n"
         f'<div class="card scroll" tabindex="0" role="region" aria-label="table"><table class="{"kept many" if len(titles) > 5 else "kept"}">\n<thead><tr><th scope="col">block</th>{columns}</tr></thead>\n'
         f"<tbody>\n{_lines(rows)}\n</tbody>\n</table></div>\n</section>"
     )
@@ -265,8 +265,16 @@ def _bar(amount: str, value: float, of: float) -> str:
 
 
 def _tokens_cut(result: Result) -> bool:
-    blocks = lookup(result, "costs/compressed/blocks") or ()
-    return any(block["tokens_out"] != block["tokens_in"] for block in blocks)
+    blocks = lookup(result, "specs/compressed/blocks") or ()
+    return any(step.get("keep") for block in blocks for step in block["steps"])
+
+
+def _tail_words(result: Result) -> str:
+    """Said where the last block lets only the prefix tokens through and the dense one did not."""
+    dense, small = (lookup(result, f"specs/{name}/blocks") or () for name in ("dense", "compressed"))
+    if not small or len(dense[-1]["steps"]) == len(small[-1]["steps"]) or "keep" in small[-1]["steps"][-1]:
+        return ""
+    return " In the last block only the tokens that the classifier reads go on, which changes no output."
 
 
 def block_cost(result: Result) -> str:
