@@ -52,15 +52,26 @@ class Factors:
     fc2: tuple[Tensor, Tensor, Tensor | None] | None = None
 
 
-def with_spec(model: Vit, spec: ModelSpec, state: Mapping[str, Tensor], step: SelectionStep | None = None) -> Vit:
-    """A new model of `spec` with these weights (copied), and `model`'s config, provenance and selection, plus `step`."""
+def with_spec(
+    model: Vit,
+    spec: ModelSpec,
+    state: Mapping[str, Tensor],
+    step: SelectionStep | None = None,
+    *,
+    share: bool = False,
+) -> Vit:
+    """A new model of `spec` with these weights (copied), and `model`'s config, provenance and selection, plus `step`.
+
+    share: the weights themselves instead of copies: a trial that is looked at and dropped needs no second model's memory.
+    """
     with torch.device("meta"):
         new = Vit(
             replace(model.config, spec=spec),
             selection=model.selection if step is None else model.selection.then(step),
             provenance=model.provenance,
         )
-    new.load_state_dict({name: value.detach().clone() for name, value in state.items()}, strict=True, assign=True)
+    own = {name: value.detach() if share else value.detach().clone() for name, value in state.items()}
+    new.load_state_dict(own, strict=True, assign=True)
     new.pad_heads = model.pad_heads
     return new.train(model.training)
 
@@ -168,11 +179,18 @@ def masked_twin(model: Vit, keeps: Sequence[Keep | None]) -> Soft:
 
 
 def factorise(
-    model: Vit, factors: Sequence[Factors | None], *, method: str, variant: str = "", refit: bool = False
+    model: Vit,
+    factors: Sequence[Factors | None],
+    *,
+    method: str,
+    variant: str = "",
+    refit: bool = False,
+    share: bool = False,
 ) -> Vit:
     """Replace products of weights by the factors given, one entry for each block.
 
     The caller folds LayerScale first where a factor replaces the last linear of a half. New heads keep the old scale.
+    share: as in `with_spec`.
     """
     if len(factors) != len(model.spec.blocks):
         raise SpecError(f"{len(factors)} entries for {len(model.spec.blocks)} blocks; expected one for each.")
@@ -194,7 +212,7 @@ def factorise(
     step = SelectionStep(
         method=method, variant=variant, parent=spec_hash(model.spec), refit=refit, blocks=tuple(chosen)
     )
-    return with_spec(model, replace(model.spec, blocks=tuple(blocks)), state, step)
+    return with_spec(model, replace(model.spec, blocks=tuple(blocks)), state, step, share=share)
 
 
 def exact_tail(model: Vit) -> Vit:

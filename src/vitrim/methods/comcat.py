@@ -438,13 +438,20 @@ def _replacement(
     return weights.Factors(**new)
 
 
-def _apply(model: Vit, factors: Mapping[Key, cf.Factors], ranks: Mapping[Key, int | None], *, variant: str) -> Vit:
+def _apply(
+    model: Vit,
+    factors: Mapping[Key, cf.Factors],
+    ranks: Mapping[Key, int | None],
+    *,
+    variant: str,
+    share: bool = False,
+) -> Vit:
     entries: list[weights.Factors | None] = []
     for i in range(len(model.blocks)):
         here = {key.part: rank for key, rank in ranks.items() if key.block == i and rank is not None}
         own = {key.part: value for key, value in factors.items() if key.block == i}
         entries.append(_replacement(model, i, own, here) if here else None)
-    return weights.factorise(model, entries, method="comcat", variant=variant)
+    return weights.factorise(model, entries, method="comcat", variant=variant, share=share)
 
 
 # ------------------------------------------------------------------------------------------------------------- the method
@@ -576,7 +583,7 @@ def _probe(
     found: dict[Key, float] = {}
     for done, (key, energy) in enumerate(energies.items(), start=1):
         rank = max(1, factors[key].left.shape[-1] // 2)
-        after = _outputs(_apply(model, factors, {key: rank}, variant=""), batches)
+        after = _outputs(_apply(model, factors, {key: rank}, variant="", share=True), batches)
         tail = sum(energy[rank:])
         found[key] = _divergence(before, after, classifies=bool(model.spec.outputs)) / max(
             tail, cf.TINY * sum(energy), 1e-300

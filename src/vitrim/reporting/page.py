@@ -271,8 +271,9 @@ def _tokens_cut(result: Result) -> bool:
 
 def _tail_words(result: Result) -> str:
     """Said where the last block lets only the prefix tokens through and the dense one did not."""
-    dense, small = (lookup(result, f"specs/{name}/blocks") or () for name in ("dense", "compressed"))
-    if not small or len(dense[-1]["steps"]) == len(small[-1]["steps"]) or "keep" in small[-1]["steps"][-1]:
+    dense, small = (lookup(result, f"specs/{name}/blocks") or [] for name in ("dense", "compressed"))
+    ends = [any(step["kind"] == "prefix" for step in blocks[-1]["steps"]) for blocks in (dense, small) if blocks]
+    if ends != [False, True]:
         return ""
     return " In the last block only the tokens that the classifier reads go on, which changes no output."
 
