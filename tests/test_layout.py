@@ -18,8 +18,10 @@ ORDER = (
     "spec",
     "counting",
     "budget",
+    "freezing",
     "architectures",
     "tokens",
+    "stems",
     "model",
     "weights",
     "closed_form",
@@ -42,8 +44,8 @@ ORDER = (
 )
 """From the foundations to the command; a room may import those before it, and itself."""
 
-RUNTIME = ("errors", "spec", "tokens", "model", "artifact")
-TORCHLESS = ("errors", "spec", "counting", "budget", "architectures")
+RUNTIME = ("errors", "spec", "tokens", "stems", "model", "artifact")
+TORCHLESS = ("errors", "spec", "counting", "budget", "freezing", "architectures")
 NO_TORCH_AT_THE_TOP = ("cli", "doctor")
 
 

@@ -41,6 +41,7 @@ from .spec import (
 from .spec import (
     Mlp as MlpSpec,
 )
+from .stems import ConvPatches
 
 Rows = Sequence[Tensor | None]
 """One tensor, or None, for each block."""
@@ -420,20 +421,6 @@ def _head_norm(spec: AttentionSpec, eps: float) -> nn.Module:
     if spec.qk_norm == "none":
         return nn.Identity()
     return nn.LayerNorm(spec.qk_dim, eps=eps) if spec.qk_norm == "layer" else nn.RMSNorm(spec.qk_dim, eps=eps)
-
-
-class ConvPatches(nn.Module):
-    """Patches by one strided convolution."""
-
-    def __init__(self, spec: ModelSpec) -> None:
-        super().__init__()
-        assert isinstance(spec.stem, ConvStem)
-        self.proj = nn.Conv2d(
-            spec.channels, spec.width, kernel_size=spec.patch_px, stride=spec.patch_px, bias=spec.stem.bias
-        )
-
-    def forward(self, x: Tensor) -> Tensor:  # B C h w -> B patches D
-        return self.proj(x).flatten(2).transpose(1, 2)
 
 
 class MapPool(nn.Module):

@@ -9,10 +9,7 @@ Refuses  by its name whatever the spec cannot say. Parts are recognised by their
 
 from __future__ import annotations
 
-import copy
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +23,7 @@ from torch import Tensor, nn
 from ..errors import SourceError, did_you_mean
 from ..model import Vit
 from ..spec import Config, ModelSpec, Preprocess
-from . import checkpoints
+from . import checkpoints, parity
 from .timm_back import to_module, to_timm
 from .timm_structure import ADVICE, family, refused, spec_of, weights_of
 
@@ -59,7 +56,9 @@ def from_module(
     model.load_state_dict(weights_of(module, spec), strict=True, assign=True)
     model.eval()
     if verify:
-        _verify(module, model)
+        parity.verify(
+            module, model, blocks=lambda theirs: theirs.blocks, what="timm's VisionTransformer", advice=ADVICE
+        )
     return model
 
 
@@ -97,85 +96,6 @@ def load(
     return from_module(
         module, labels=_labels(module), verify=verify, provenance=_provenance(name, module, "pretrained")
     )
-
-
-# -------------------------------------------------------------------------------------------- the same network or not
-
-
-@torch.no_grad()
-def _verify(module: nn.Module, model: Vit, tolerance: float = 1e-4) -> None:
-    """Compare both on one random image in float32; a difference is named by the first block that shows it."""
-    spec = model.spec
-    x = torch.randn(1, spec.channels, *spec.image_px, generator=torch.Generator().manual_seed(0))
-    with _evaluated(module) as (theirs, device):
-        expected = _answer(theirs, x.to(device))
-        if _close(model(x), expected, tolerance):
-            return
-        streams: list[Tensor] = []
-        blocks = list(theirs.blocks)
-        hooks = [block.register_forward_hook(lambda _m, _i, out: streams.append(out.cpu())) for block in blocks]
-        if blocks:
-            hooks.append(blocks[0].register_forward_pre_hook(lambda _m, args: streams.append(args[0].cpu())))
-        try:
-            theirs(x.to(device))
-        finally:
-            for hook in hooks:
-                hook.remove()
-    ours = model(x, want=tuple(f"block:{i}" for i in range(len(spec.blocks))))
-    named = [
-        ("the embedding", model.embed(x).x),
-        *((f"block {i}", ours[f"block:{i}"]) for i in range(len(spec.blocks))),
-    ]
-    place = next(
-        (name for (name, ours_), theirs_ in zip(named, streams, strict=False) if not _close(ours_, theirs_, tolerance)),
-        "what follows the blocks (norm, pooling, classifier)"
-        if len(named) == len(streams)
-        else "how it runs its blocks",
-    )
-    raise SourceError(
-        f"{type(module).__name__} computes something else than timm's VisionTransformer: outputs differ, first in {place}. "
-        f"Its forward was changed, and the spec cannot say how. {ADVICE}"
-    )
-
-
-@contextmanager
-def _evaluated(module: nn.Module) -> Iterator[tuple[Any, torch.device]]:
-    """The module in eval mode and float32 (a copy if it is in another precision); its flags are put back."""
-    tensors = list(module.state_dict().values())
-    if any(t.is_floating_point() and t.dtype != torch.float32 for t in tensors):
-        module = copy.deepcopy(module).float()
-    flags = {part: part.training for part in module.modules()}
-    try:
-        module.eval()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of gradient checkpointing without gradients
-            yield module, tensors[0].device
-    finally:
-        for part, flag in flags.items():
-            part.training = flag
-
-
-def _answer(module: nn.Module, x: Tensor) -> Tensor:
-    """The module's output, finite, on the CPU. Raises SourceError where it gives none."""
-    name = type(module).__name__
-    try:
-        found = module(x)
-    except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as error:
-        raise SourceError(
-            f"{name} cannot be run on an image of shape {tuple(x.shape)} ({type(error).__name__}: {error}). Mend its forward, or "
-            "pass verify=False to trust its parts."
-        ) from error
-    if not isinstance(found, Tensor):
-        raise SourceError(
-            f"{name} gives a {type(found).__name__} instead of one tensor, which vitrim cannot take in. {ADVICE}"
-        )
-    if not found.isfinite().all():
-        raise SourceError(f"{name} gives NaN or infinity on a random image: its weights are damaged. Load them again.")
-    return found.cpu()
-
-
-def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
-    return a.shape == b.shape and bool((a - b).abs().max() <= tolerance * max(1.0, float(b.abs().max())))
 
 
 # ------------------------------------------------------------------------------------------------------ names and files
