@@ -224,7 +224,7 @@ CASES = [
     Bad("unknown built-in", "cost builtin:cifar10-vit-nano", ("no built-in model 'cifar10-vit-nano'",)),
     Bad("a file as model", "cost one.txt", ("is a file", "expected")),
     Bad("hub without network", "evaluate hub:someone/nothing --data photos", ("someone/nothing",)),
-    Bad("checkpoint of no shape", "evaluate model --checkpoint x.pth --data photos", ("needs timm:NAME",)),
+    Bad("checkpoint of no shape", "evaluate model --checkpoint x.pth --data photos", ("needs a name such as timm:NAME",)),
     Bad("checkpoint and none", "evaluate timm:vit_tiny_patch16_224 --checkpoint x.pth --no-pretrained --data photos", ("contradict",), 2),
     Bad("checkpoint missing", "evaluate timm:test_vit --checkpoint gone.pth --data photos", ("gone.pth", "is not there", ".safetensors")),
     Bad("checkpoint of text", "evaluate timm:test_vit --checkpoint mine.pth --data photos", ("mine.pth",), before=text_checkpoint),

@@ -100,6 +100,7 @@ def test_every_verb_has_help_with_an_example_or_a_sentence() -> None:
         "predict",
         "measure",
         "report",
+        "export",
         "push",
         "doctor",
         "demo",

@@ -192,8 +192,11 @@ def _block(spec: ModelSpec, index: int, tokens: BlockTokens) -> BlockCost:
 def _t2t_stages(spec: ModelSpec) -> list[tuple[int, int]]:
     """Tokens and their width in the two transformer stages of a tokens-to-token stem."""
     assert not isinstance(spec.stem, ConvStem)
-    h, w = spec.image_px
-    return [((h // 4) * (w // 4), spec.channels * 49), ((h // 8) * (w // 8), spec.stem.token_dim * 9)]
+    (h, w), (first, second, _), (one, two, _) = spec.image_px, spec.stem.strides, spec.stem.kernels
+    return [
+        ((h // first) * (w // first), spec.channels * one**2),
+        ((h // (first * second)) * (w // (first * second)), spec.stem.token_dim * two**2),
+    ]
 
 
 def _stem(spec: ModelSpec) -> tuple[int, int]:
@@ -203,8 +206,8 @@ def _stem(spec: ModelSpec) -> tuple[int, int]:
     if isinstance(spec.stem, ConvStem):
         weights = spec.channels * math.prod(spec.patch_px) * spec.width
         return rows * cols * weights, weights + spec.width * spec.stem.bias + rest
-    e = spec.stem.token_dim
-    macs_, params_ = rows * cols * 9 * e * spec.width, 9 * e * spec.width + spec.width + rest
+    e, last = spec.stem.token_dim, spec.stem.token_dim * spec.stem.kernels[2] ** 2
+    macs_, params_ = rows * cols * last * spec.width, last * spec.width + spec.width + rest
     for tokens, d in _t2t_stages(spec):
         macs_ += tokens * (3 * d * e + 3 * e * e)
         params_ += 3 * d * e + 3 * e * e + 3 * e + 2 * d + 2 * e

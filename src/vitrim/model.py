@@ -41,7 +41,7 @@ from .spec import (
 from .spec import (
     Mlp as MlpSpec,
 )
-from .stems import ConvPatches
+from .stems import ConvPatches, TokensToTokens
 
 Rows = Sequence[Tensor | None]
 """One tensor, or None, for each block."""
@@ -459,15 +459,13 @@ class Vit(nn.Module):
     ) -> None:
         super().__init__()
         spec = config.spec
-        if not isinstance(spec.stem, ConvStem):
-            raise SpecError("stem: tokens-to-token stems can be costed, not built yet; use a model with a conv stem.")
         self.position: nn.Parameter | None
         self.prefix: nn.Parameter | None
         self.config = config
         self.selection = selection or Selection()
         self.provenance: dict[str, Any] = dict(provenance or {})
         self.grad_checkpoint = False
-        self.stem = ConvPatches(spec)
+        self.stem = ConvPatches(spec) if isinstance(spec.stem, ConvStem) else TokensToTokens(spec)
         self.register_parameter(
             "prefix", nn.Parameter(torch.empty(len(spec.prefix), spec.width)) if spec.prefix else None
         )
@@ -681,6 +679,8 @@ def initialise(model: Vit) -> None:
                 parameter.fill_(1e-4)
             elif name.endswith("stem.proj.weight"):
                 nn.init.trunc_normal_(parameter, std=math.sqrt(1.0 / parameter[0].numel()))
+            elif last == "features":  # as T2T-ViT draws them: rows at right angles, of length sqrt(their number)
+                nn.init.orthogonal_(parameter).mul_(math.sqrt(parameter.shape[0]))
             elif parameter.dim() > 1 or last == "latent":
                 nn.init.trunc_normal_(parameter, std=0.02)
             else:

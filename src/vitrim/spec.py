@@ -34,17 +34,25 @@ class ConvStem:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class T2TTransformer:
-    """Tokens-to-token stem with two full-attention stages. Costed; not built yet."""
+    """Tokens-to-token stem: three soft splits (overlapping unfolds), a full-attention stage after each of the first two.
+
+    token_dim: width of the tokens that a stage leaves. kernels, strides: of the soft splits, in pixels or tokens; the
+    strides multiply to the patch.
+    """
 
     token_dim: int = 64
+    kernels: tuple[int, int, int] = (7, 3, 3)
+    strides: tuple[int, int, int] = (4, 2, 2)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class T2TPerformer:
-    """Tokens-to-token stem with two random-feature stages. Costed; not built yet."""
+    """The tokens-to-token stem with linear attention by random features. features: how many of them."""
 
     token_dim: int = 64
     features: int = 32
+    kernels: tuple[int, int, int] = (7, 3, 3)
+    strides: tuple[int, int, int] = (4, 2, 2)
 
 
 Stem = ConvStem | T2TTransformer | T2TPerformer
@@ -428,9 +436,7 @@ def _check(spec: ModelSpec) -> None:
             f"spec: image_px={spec.image_px!r} is not a multiple of patch_px={spec.patch_px!r}; choose an image size that is."
         )
     if not isinstance(spec.stem, ConvStem):
-        if spec.patch_px != (16, 16):
-            raise SpecError(f"spec: patch_px={spec.patch_px!r} with a tokens-to-token stem; expected (16, 16).")
-        _positive("stem", token_dim=spec.stem.token_dim, features=getattr(spec.stem, "features", None))
+        _check_splits(spec.stem, spec.patch_px)
     if len(set(spec.prefix) - {"reg"}) != len([t for t in spec.prefix if t != "reg"]):
         raise SpecError(f"spec: prefix={spec.prefix!r}; expected at most one 'cls' and one 'dist'.")
     for i, block in enumerate(spec.blocks):
@@ -445,6 +451,21 @@ def _check(spec: ModelSpec) -> None:
             _check_step(spec, i, j, step)
     _check_outputs(spec)
     token_walk(spec)
+
+
+def _check_splits(stem: T2TTransformer | T2TPerformer, patch_px: tuple[int, int]) -> None:
+    _positive("stem", token_dim=stem.token_dim, features=getattr(stem, "features", None))
+    for kernel, stride in zip(stem.kernels, stem.strides, strict=True):
+        _positive("stem", kernel=kernel, stride=stride)
+        if kernel % 2 == 0 or kernel < stride:
+            raise SpecError(
+                f"stem: kernels={stem.kernels!r} with strides={stem.strides!r}; expected odd kernels, none below its stride."
+            )
+    side = math.prod(stem.strides)
+    if patch_px != (side, side):
+        raise SpecError(
+            f"spec: patch_px={patch_px!r} with a tokens-to-token stem of strides {stem.strides!r}; expected {(side, side)!r}."
+        )
 
 
 def _check_step(spec: ModelSpec, i: int, j: int, step: Step) -> None:

@@ -5,7 +5,7 @@ A cut by `Keep`s equals the masked network of `masked_twin` (law 3). Factors rep
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -81,15 +81,18 @@ def copy(model: Vit) -> Vit:
     return with_spec(model, model.spec, model.state_dict())
 
 
-def fold_layer_scale(model: Vit) -> Vit:
-    """LayerScale multiplied into the last linear of its half; exact. A model without any is copied."""
+def fold_layer_scale(model: Vit, *, skip: Collection[tuple[int, str]] = ()) -> Vit:
+    """LayerScale multiplied into the last linear of its half; exact. A model without any is copied.
+
+    skip: halves (block, "attention" or "mlp") that stay as they are.
+    """
     state = dict(model.state_dict())
     blocks = []
     for i, block in enumerate(model.spec.blocks):
-        if block.attention is not None and block.attention.layer_scale:
+        if block.attention is not None and block.attention.layer_scale and (i, "attention") not in skip:
             _scale_rows(state, f"blocks.{i}.attention.gamma", f"blocks.{i}.attention.out")
             block = replace(block, attention=replace(block.attention, layer_scale=False))
-        if block.mlp is not None and block.mlp.layer_scale:
+        if block.mlp is not None and block.mlp.layer_scale and (i, "mlp") not in skip:
             _scale_rows(state, f"blocks.{i}.mlp.gamma", f"blocks.{i}.mlp.fc2")
             block = replace(block, mlp=replace(block.mlp, layer_scale=False))
         blocks.append(block)

@@ -45,7 +45,8 @@ class Verbs(click.Group):
 def main() -> None:
     """Compress Vision Transformers to a budget, recover them, and hand over ordinary networks.
 
-    MODEL is timm:NAME, builtin:NAME, hf-hub:NAME, a folder that vitrim saved, or USER/NAME on the Hugging Face Hub.
+    MODEL is timm:NAME, hf:NAME (transformers), torchvision:NAME, t2t:NAME, hf-hub:NAME, builtin:NAME, a folder that vitrim
+    saved, or USER/NAME on the Hugging Face Hub.
     DATA is an image folder, a Parquet file or folder of shards, hf:NAME, or sample (built in).
 
     First steps: vitrim demo; vitrim cost timm:deit_small_patch16_224.
@@ -62,6 +63,7 @@ for _verb in (
     working.predict,
     working.measure,
     whole.report,
+    looking.export,
     looking.push,
     looking.doctor,
     whole.demo,

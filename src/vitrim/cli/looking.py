@@ -1,4 +1,4 @@
-"""Verbs that look at a model or hand it over, and train nothing: cost, plan, report, push, doctor."""
+"""Verbs that look at a model or hand it over, and train nothing: cost, plan, export, push, doctor."""
 
 from __future__ import annotations
 
@@ -9,22 +9,24 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vitrim.cli import options, tables
-from vitrim.errors import ArtifactError, BudgetError
+from vitrim.errors import ArtifactError, BudgetError, ConfigError
 
 if TYPE_CHECKING:
     from vitrim.budget import Budget
     from vitrim.spec import ModelSpec
 
+TABLES = ("timm", "torchvision", "t2t")
+"""Families whose named models stand in tables, so that nothing else is imported for them."""
 BUILT_IN = Path(__file__).parents[1] / "assets" / "models"
 
 
 def spec_named(name: str) -> ModelSpec:
     """The spec of a model by name or folder; torch is imported only where no table and no file says it."""
     family, _, rest = name.partition(":")
-    if family == "timm":
+    if family in TABLES:
         from vitrim import architectures
 
-        known = architectures.spec(rest)
+        known = architectures.spec(rest, family=family)
         if known is not None:
             return known
     folder = BUILT_IN / rest if family == "builtin" else Path(name)
@@ -81,8 +83,17 @@ def cost(model: str, against: str | None, as_json: bool, quiet: bool) -> None:
 @click.option("--method", metavar="NAME[,NAME...]", help="Only these methods; all that exist by default.")
 @click.option("--variant", type=options.Named("whitened", "svd"), help="Of comcat: whitened (default) or svd.")
 @options.BUDGET
+@click.option("--freeze", metavar="PARTS", help="Parts to keep as they are: blocks.0-2,blocks.11.attention.")
 @options.OUTPUT
-def plan(model: str, method: str | None, variant: str | None, as_json: bool, quiet: bool, **limits: Any) -> None:
+def plan(
+    model: str,
+    method: str | None,
+    variant: str | None,
+    freeze: str | None,
+    as_json: bool,
+    quiet: bool,
+    **limits: Any,
+) -> None:
     """Say what each method would reach, cost and need; train nothing.
 
     vitrim plan --model timm:deit_small_patch16_224 --keep-macs 0.9,0.7,0.5
@@ -92,7 +103,8 @@ def plan(model: str, method: str | None, variant: str | None, as_json: bool, qui
         options.check_method(name)
     budgets = options.Limits(**limits).budgets()
     spec = spec_named(model)
-    rows = [planned(name, spec, budget, variant) for budget in budgets for name in names]
+    given = options.given({"variant": variant, "freeze": options.parts(freeze)})
+    rows = [planned(name, spec, budget, given) for budget in budgets for name in names]
     if as_json:
         from vitrim.counting import cost as count
 
@@ -106,14 +118,13 @@ def plan(model: str, method: str | None, variant: str | None, as_json: bool, qui
             tables.note(row["refused"])
 
 
-def planned(name: str, spec: ModelSpec, budget: Budget, variant: str | None) -> dict[str, Any]:
+def planned(name: str, spec: ModelSpec, budget: Budget, given: dict[str, Any]) -> dict[str, Any]:
     """One method at one budget; out of reach is an answer here, not a failure."""
     from vitrim.counting import cost as count
     from vitrim.methods import configure
     from vitrim.methods import plan as plan_of
     from vitrim.weights import allows_exact_tail, with_exact_tail
 
-    given = {} if variant is None else {"variant": variant}
     row: dict[str, Any] = {
         "method": name,
         "budget": budget.to_dict(),
@@ -169,6 +180,45 @@ def push(folder: Path, repo: str, include_report: bool, as_json: bool, quiet: bo
         tables.show_json({"repo": repo, "url": str(url)})
     else:
         tables.say(f"pushed {folder} to {url}")
+
+
+@click.command()
+@click.argument("model")
+@click.option(
+    "--format",
+    "kind",
+    type=options.Named("timm", "hf", "torchvision", "t2t"),
+    required=True,
+    help="Whose checkpoint: timm (local-dir:), hf (from_pretrained), torchvision or t2t (a state dict).",
+)
+@click.option("--out", type=click.Path(path_type=Path), required=True, metavar="PLACE", help="Folder or file to make.")
+@options.FORCE
+@options.SOURCE
+@options.OUTPUT
+def export(
+    model: str,
+    kind: str,
+    out: Path,
+    force: bool,
+    checkpoint: Path | None,
+    no_pretrained: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Write MODEL as another library's own checkpoint, with the same answers.
+
+    Where that library cannot say the model, the block in the way is named. vitrim export small/ --format timm --out for-timm/
+    """
+    from vitrim.sources import write
+
+    if out.exists() and not force:
+        raise ConfigError(f"--out {str(out)!r} is there already. Pass --force to replace it, or choose another name.")
+    options.check_place(out)
+    place = write(options.load_model(model, checkpoint=checkpoint, no_pretrained=no_pretrained), kind, out, force=force)
+    if as_json:
+        tables.show_json({"format": kind, "out": str(place)})
+    else:
+        tables.say(f"wrote {place} for {kind}")
 
 
 @click.command()

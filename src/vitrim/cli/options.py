@@ -100,7 +100,7 @@ WORKERS = click.option("--workers", type=click.IntRange(min=0), help="Decoding p
 SEED = click.option("--seed", type=click.IntRange(min=0), help="Of every random draw; 0 by default.")
 SOURCE = stack(
     click.option(
-        "--checkpoint", type=click.Path(path_type=Path), help="Weights for a timm name: .safetensors, .pth, .pt."
+        "--checkpoint", type=click.Path(path_type=Path), help="Weights for a named model: .safetensors, .pth, .pt."
     ),
     click.option("--no-pretrained", is_flag=True, help="Random weights instead of the published ones."),
 )
@@ -112,6 +112,10 @@ BUDGET = stack(
     click.option("--max-params", type=click.IntRange(min=1), help="At most so many parameters."),
     click.option("--max-memory-mb", type=POSITIVE, help="At most so much resident weights plus activations."),
     click.option("--max-file-mb", type=POSITIVE, help="At most such a file."),
+)
+SPENT = stack(
+    click.option("--freeze", metavar="PARTS", help="Parts to keep as they are: blocks.0-2,blocks.11.attention."),
+    click.option("--images", type=click.IntRange(min=1), help="Unlabelled images that the method looks at."),
 )
 METHOD = stack(
     click.option("--method", help="How to cut: comcat (default); `vitrim plan` compares."),
@@ -296,6 +300,11 @@ def check_keys(values: dict[str, Any], known: Sequence[str], *, place: str) -> N
         if key not in known:
             hint = did_you_mean(key, known) or "."
             raise ConfigError(f"{place}: unknown key {key!r}; expected some of {', '.join(known)}{hint}")
+
+
+def parts(names: str | None) -> tuple[str, ...] | None:
+    """The names of a comma-separated list; None where none was given."""
+    return None if names is None else tuple(name.strip() for name in names.split(",") if name.strip())
 
 
 def given(flags: dict[str, Any]) -> dict[str, Any]:

@@ -112,6 +112,7 @@ def report(folder: Path, out: Path | None, as_json: bool, quiet: bool) -> None:
 @click.option("--model", metavar="MODEL", help="What to cut.")
 @options.METHOD
 @options.BUDGET
+@options.SPENT
 @click.option(
     "--relative-to",
     type=options.Named("given", "original"),
@@ -140,6 +141,8 @@ def compress(
     model: str | None,
     method: str | None,
     variant: str | None,
+    freeze: str | None,
+    images: int | None,
     relative_to: str | None,
     no_exact_tail: bool,
     data: str | None,
@@ -177,7 +180,14 @@ def compress(
     source = data_for(data, name)
     machine = {key: flags.pop(key) for key in ("device", "threads", "amp", "workers", "seed")}
     limits = options.Limits(**flags)
-    settings = options.section(values, "settings") | options.given({"variant": variant, "seed": machine["seed"]})
+    settings = options.section(values, "settings") | options.given(
+        {
+            "variant": variant,
+            "images": images,
+            "freeze": options.parts(freeze),
+            "seed": machine["seed"],
+        }
+    )
     settings["budget"] = limits.budget() if limits else options.budget_in(settings)
     options.check_out(out, force=force, resume=resume)
     options.use_threads(machine["threads"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -20,12 +21,20 @@ PLANS: dict[str, Callable[..., dict[str, Any]]] = {"comcat": comcat.plan}
 
 
 def compress(
-    model: Vit, config: Any, *, data: Any = None, progress: Callable[..., None] | None = None, seed: int | None = None
+    model: Vit,
+    config: Any,
+    *,
+    data: Any = None,
+    progress: Callable[..., None] | None = None,
+    seed: int | None = None,
+    folder: str | Path | None = None,
+    resume: bool = False,
 ) -> Compressed:
     """The method that the config belongs to, alone: no recovery. `model` is left as it was.
 
     data: whatever `vitrim.data.open` takes; None where the method needs none. seed: instead of the config's own.
-    progress: called as progress(stage, done, total, **facts). Raises ConfigError for a config of no method.
+    progress: called as progress(stage, done, total, **facts).  folder: where a long method leaves what a killed run goes on
+    from, with `resume`; None: nowhere. Raises ConfigError for a config of no method.
     """
     if not isinstance(model, Vit):
         raise VitrimError(
@@ -33,7 +42,8 @@ def compress(
         )
     if seed is not None and hasattr(config, "seed"):
         config = replace(config, seed=seed)
-    return METHODS[method_of(config)](model, config, data=data, progress=progress)
+    place = None if folder is None else Path(folder)
+    return METHODS[method_of(config)](model, config, data=data, progress=progress, folder=place, resume=resume)
 
 
 def method_of(config: Any) -> str:

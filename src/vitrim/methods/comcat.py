@@ -11,9 +11,10 @@ Departs  Biases are exact (the authors' code drops the attention's). `whitened` 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -27,9 +28,10 @@ from vitrim import weights
 from vitrim.budget import Budget, exceeded
 from vitrim.counting import Cost, cost
 from vitrim.errors import BudgetError, ConfigError, DataError, did_you_mean
+from vitrim.freezing import frozen
 from vitrim.model import Gates, Vit
 from vitrim.result import Compressed
-from vitrim.spec import ModelSpec, spec_hash
+from vitrim.spec import Block, ModelSpec, spec_hash
 
 PARTS = ("qk", "vo", "fc1", "fc2")
 Progress = Callable[..., None]
@@ -57,6 +59,8 @@ class ComcatConfig:
     """Images at a time; sets the memory, not the result."""
     ridge: float = 1e-5
     """Share of plain SVD mixed into the statistics, relative to their trace; as it grows, `svd` returns."""
+    freeze: tuple[str, ...] = ()
+    """Parts that stay as they are, such as `blocks.0-2` or `blocks.11.attention`."""
     seed: int = 0
     """Draws the images."""
 
@@ -91,24 +95,31 @@ class Group:
     limit: int
 
 
+Half = tuple[int, str]
+"""A block's number, and `attention` or `mlp`."""
+
 Ranks = dict[Key, int | None]
 """Rank of each group; None: as it is."""
 
 
-def groups(spec: ModelSpec, *, factorise_mlp: bool = True) -> tuple[list[Group], dict[str, str]]:
-    """The groups that can be cut, and for each part that cannot, why it stays as it is."""
+def groups(
+    spec: ModelSpec, *, factorise_mlp: bool = True, fixed: Collection[Half] = ()
+) -> tuple[list[Group], dict[str, str]]:
+    """The groups that can be cut, and for each part that cannot, why it stays as it is.  fixed: halves left alone."""
     found: list[Group] = []
     dense: dict[str, str] = {"classifier": "kept dense"} if spec.outputs else {}
 
     def offer(block: int, part: str, top: int, limit: int) -> None:
-        if top >= 1:
+        if (block, "attention" if part in ("qk", "vo") else "mlp") in fixed:
+            dense[f"block {block} {part}"] = "frozen"
+        elif top >= 1:
             found.append(Group(key=Key(block, part), top=top, limit=limit))
         else:
             dense[f"block {block} {part}"] = "too small for a factorisation to save anything"
 
     for i, block in enumerate(spec.blocks):
         if (a := block.attention) is not None:
-            if a.qk_norm == "none":
+            if a.qk_norm == "none" or (i, "attention") in fixed:
                 offer(i, "qk", min(a.qk_dim - 1, spec.width), min(a.qk_dim, spec.width))
             else:
                 dense[f"block {i} qk"] = f"{a.qk_norm} norm between queries and keys"
@@ -149,35 +160,35 @@ def with_ranks(spec: ModelSpec, ranks: Mapping[Key, int | None]) -> ModelSpec:
     return replace(spec, blocks=tuple(blocks))
 
 
-def _folded(spec: ModelSpec) -> ModelSpec:
+def _folded(spec: ModelSpec, fixed: Collection[Half] = ()) -> ModelSpec:
     """The spec after `weights.fold_layer_scale`."""
-    return replace(
-        spec,
-        blocks=tuple(
-            replace(
-                block,
-                attention=None if block.attention is None else replace(block.attention, layer_scale=False),
-                mlp=None if block.mlp is None else replace(block.mlp, layer_scale=False),
-            )
-            for block in spec.blocks
-        ),
-    )
+
+    def folded(i: int, block: Block) -> Block:
+        a, m = block.attention, block.mlp
+        if a is not None and (i, "attention") not in fixed:
+            a = replace(a, layer_scale=False)
+        if m is not None and (i, "mlp") not in fixed:
+            m = replace(m, layer_scale=False)
+        return replace(block, attention=a, mlp=m)
+
+    return replace(spec, blocks=tuple(folded(i, block) for i, block in enumerate(spec.blocks)))
 
 
 # -------------------------------------------------------------------------------------------------------- what is possible
 
 
-def floor(spec: ModelSpec, *, factorise_mlp: bool = True) -> Cost:
-    """The cheapest network that the method makes of this spec: rank 1 everywhere."""
-    base = _folded(spec)
-    return cost(with_ranks(base, {g.key: 1 for g in groups(base, factorise_mlp=factorise_mlp)[0]}))
+def floor(spec: ModelSpec, *, factorise_mlp: bool = True, fixed: Collection[Half] = ()) -> Cost:
+    """The cheapest network that the method makes of this spec: rank 1 everywhere that is not fixed."""
+    base = _folded(spec, fixed)
+    return cost(with_ranks(base, {g.key: 1 for g in groups(base, factorise_mlp=factorise_mlp, fixed=fixed)[0]}))
 
 
 def step(spec: ModelSpec, config: ComcatConfig | None = None) -> dict[str, int]:
     """The largest cost of one rank of one group, by resource: how far below a budget the result may end (law 7)."""
-    base = _folded(spec)
+    fixed = frozen(spec, () if config is None else config.freeze)
+    base = _folded(spec, fixed)
     found = {"macs": 0, "params": 0, "memory_bytes": 0, "file_bytes": 0}
-    for group in groups(base, factorise_mlp=config is None or config.factorise_mlp)[0]:
+    for group in groups(base, factorise_mlp=config is None or config.factorise_mlp, fixed=fixed)[0]:
         at = [cost(with_ranks(base, {group.key: r})) for r in (group.top, max(1, group.top - 1))] + [cost(base)]
         for name, most in found.items():
             top, below, whole = (getattr(c, name) for c in at)
@@ -191,7 +202,8 @@ def plan(spec: ModelSpec, config: ComcatConfig | None = None) -> dict[str, Any]:
     Raises BudgetError when the config's budget is out of reach.
     """
     mlp = config is None or config.factorise_mlp
-    reference, least = cost(spec), floor(spec, factorise_mlp=mlp)
+    fixed = frozen(spec, () if config is None else config.freeze)
+    reference, least = cost(spec), floor(spec, factorise_mlp=mlp, fixed=fixed)
     if config is not None and config.budget is not None:
         config.budget.refuse_unreachable(floor=least, reference=reference, method="comcat")
     plain = config is not None and config.variant == "svd"
@@ -208,7 +220,7 @@ def plan(spec: ModelSpec, config: ComcatConfig | None = None) -> dict[str, Any]:
             "labels": False,
             "training": False,
         },
-        "dense": groups(_folded(spec), factorise_mlp=mlp)[1],
+        "dense": groups(_folded(spec, fixed), factorise_mlp=mlp, fixed=fixed)[1],
     }
 
 
@@ -223,6 +235,7 @@ def allocate(
     reference: Cost | None = None,
     align: int = 8,
     factorise_mlp: bool = True,
+    fixed: Collection[Half] = (),
 ) -> Ranks:
     """Ranks that lose the least energy within the budget.
 
@@ -234,7 +247,7 @@ def allocate(
     lowest aligned ranks exceed the budget, `align` is halved, and single ranks fill what is over 1 % of dense.
     Raises BudgetError when rank 1 everywhere is above the budget.
     """
-    offered = groups(spec, factorise_mlp=factorise_mlp)[0]
+    offered = groups(spec, factorise_mlp=factorise_mlp, fixed=fixed)[0]
     reference = reference or cost(spec)
     lowest = cost(with_ranks(spec, {g.key: 1 for g in offered}))
     budget.refuse_unreachable(floor=lowest, reference=reference, method="comcat")
@@ -457,25 +470,36 @@ def _apply(
 # ------------------------------------------------------------------------------------------------------------- the method
 
 
-def compress(model: Vit, config: ComcatConfig, *, data: Any = None, progress: Progress | None = None) -> Compressed:
+def compress(
+    model: Vit,
+    config: ComcatConfig,
+    *,
+    data: Any = None,
+    progress: Progress | None = None,
+    folder: Path | None = None,
+    resume: bool = False,
+) -> Compressed:
     """Factorise `model` to the budget or the ranks of the config; no training, and `model` is left as it was.
 
     data: images for the statistics, whatever `vitrim.data.open` takes (its training split, labels unused); a float tensor
     [n, C, h, w] is taken as the network's own input if the model says no preprocessing. `svd` can do without.
+    folder, resume: nothing is left there: a run takes seconds to minutes and begins anew.
     Raises BudgetError, before anything is read, when the budget is out of reach; DataError when `whitened` has no images.
     """
-    offered, dense = groups(_folded(model.spec), factorise_mlp=config.factorise_mlp)
+    fixed = frozen(model.spec, config.freeze)
+    offered, dense = groups(_folded(model.spec, fixed), factorise_mlp=config.factorise_mlp, fixed=fixed)
     reference = cost(model)
     if config.budget is not None:
-        lowest = floor(model.spec, factorise_mlp=config.factorise_mlp)
+        lowest = floor(model.spec, factorise_mlp=config.factorise_mlp, fixed=fixed)
         config.budget.refuse_unreachable(floor=lowest, reference=reference, method="comcat")
     if data is None and config.variant == "whitened":
         raise DataError(
             "comcat: variant 'whitened' needs a few hundred unlabelled images; none were given. Pass data=, or variant='svd'."
         )
     chosen = None if config.ranks is None else _explicit(model.spec, offered, config)
-    scaled = any(half.layer_scale for b in model.spec.blocks for half in (b.attention, b.mlp) if half is not None)
-    base = weights.fold_layer_scale(model) if scaled else model
+    base = model
+    if _folded(model.spec, fixed) != model.spec:
+        base = weights.fold_layer_scale(model, skip=fixed)
     if chosen is not None and config.budget is not None:
         _check_explicit(base.spec, chosen, config.budget, reference)
 
@@ -512,6 +536,7 @@ def compress(model: Vit, config: ComcatConfig, *, data: Any = None, progress: Pr
             reference=reference,
             align=config.align,
             factorise_mlp=config.factorise_mlp,
+            fixed=fixed,
         )
         history.append(
             {"stage": "allocate", "lost": sum(sum(common[k][r:]) for k, r in chosen.items() if r is not None)}

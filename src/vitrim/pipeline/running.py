@@ -22,6 +22,7 @@ from vitrim.checkpoints import replace_text
 from vitrim.counting import Cost, cost
 from vitrim.data import Images
 from vitrim.errors import ArtifactError, ConfigError, DataError, MeasureError
+from vitrim.freezing import frozen
 from vitrim.methods import compress as compress_by
 from vitrim.methods import method_of
 from vitrim.methods import plan as plan_of
@@ -125,7 +126,9 @@ class _Work:
     progress: Progress | None
 
     def __post_init__(self) -> None:
-        self.tail = self.tail and weights.allows_exact_tail(self.dense.spec)
+        last = len(self.dense.spec.blocks) - 1
+        held = {block for block, _ in frozen(self.dense.spec, getattr(self.config, "freeze", ()))}
+        self.tail = self.tail and weights.allows_exact_tail(self.dense.spec) and last not in held
         self.given = weights.exact_tail(self.dense) if self.tail else self.dense
         self.asked = self.config
         self.found: dict[str, dict[str, Any]] = {}
@@ -246,10 +249,14 @@ class _Work:
         }
 
     def _compress(self) -> dict[str, Any]:
-        made = compress_by(self.given, self.config, data=self.train, progress=self.progress)
+        search = self.folder.stages / "search"
+        made = compress_by(
+            self.given, self.config, data=self.train, progress=self.progress, folder=search, resume=search.is_dir()
+        )
         before, after = cost(self.dense), cost(made.spec)
         warnings = self._warnings_before_training(made.model, before, after)
         made.save(self.folder.stages / "compressed", provenance=self._origin(), force=True)
+        shutil.rmtree(search, ignore_errors=True)  # what a killed search would have gone on from
         return {
             "method": made.method,
             "variant": made.variant,

@@ -1,12 +1,16 @@
-"""Where models come from: a name, a folder or a module in memory, each giving the one `Vit`.
+"""Where models come from: a name, a folder or a module in memory, each giving the one `Vit`; and back where it fits.
 
-`timm:NAME`, `hf-hub:USER/NAME` (a model of timm's on the Hub), `builtin:NAME`, a folder that vitrim saved, and
-`hub:USER/NAME` (such a folder on the Hub; also without `hub:` where no folder has that name).
+`timm:NAME`, `hf-hub:USER/NAME` (a model of timm's on the Hub), `hf:NAME_OR_FOLDER` (transformers), `torchvision:NAME`,
+`t2t:NAME`, `builtin:NAME`, a folder that vitrim saved, and `hub:USER/NAME` (such a folder on the Hub; also without `hub:`
+where no folder has that name).
 """
 
 from __future__ import annotations
 
+import os
 import re
+import tempfile
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +22,22 @@ if TYPE_CHECKING:
     from ..model import Vit
     from ..spec import Preprocess
 
-FAMILIES = ("timm", "hf-hub", "builtin", "hub")
-EXPECTED = "expected timm:NAME, hf-hub:USER/NAME, builtin:NAME, hub:USER/NAME or a folder that vitrim saved"
+FOREIGN = {
+    "timm": "timm",
+    "hf-hub": "timm",
+    "hf_hub": "timm",
+    "hf": "huggingface",
+    "torchvision": "torchvision",
+    "t2t": "t2t",
+}
+"""Module of this package by the family that a name begins with."""
+FORMATS = {"timm": "timm", "hf": "huggingface", "torchvision": "torchvision", "t2t": "t2t"}
+"""Module of this package that writes a family's own checkpoint."""
+FAMILIES = (*FOREIGN, "builtin", "hub")
+EXPECTED = (
+    "expected timm:NAME, hf:NAME_OR_FOLDER, torchvision:NAME, t2t:NAME, hf-hub:USER/NAME, builtin:NAME, hub:USER/NAME or a "
+    "folder that vitrim saved"
+)
 
 
 def load(
@@ -33,18 +51,19 @@ def load(
     """A model in float32 on the CPU, in eval mode. Raises SourceError, or ArtifactError for a damaged folder.
 
     pretrained: False gives random weights.  checkpoint: a local file of weights for a `timm:` or `hf-hub:` name.
-    classes: of the classifier; None takes what the weights have.  verify: compare with timm on a random image.
+    classes: of the classifier; None takes what the weights have.  verify: compare with the foreign
+    module on a random image.
     """
     text = str(name)
     family, colon, rest = text.partition(":")
-    if colon and family in ("timm", "hf-hub", "hf_hub"):
-        from . import timm
-
-        inner = rest if family == "timm" else f"hf-hub:{rest}"
-        return timm.load(inner, pretrained=pretrained, checkpoint=checkpoint, classes=classes, verify=verify)
+    if colon and family in FOREIGN:
+        inner = f"hf-hub:{rest}" if family in ("hf-hub", "hf_hub") else rest
+        return _source(FOREIGN[family]).load(
+            inner, pretrained=pretrained, checkpoint=checkpoint, classes=classes, verify=verify
+        )
     if checkpoint is not None:
         raise SourceError(
-            f"checkpoint={Path(checkpoint).name!r} with {text!r}: a checkpoint needs timm:NAME to say its shape."
+            f"checkpoint={Path(checkpoint).name!r} with {text!r}: a checkpoint needs a name such as timm:NAME to say its shape."
         )
     model = _saved(text, family if colon else "", rest)
     if classes is not None and classes != (model.spec.classes or 0):
@@ -66,16 +85,68 @@ def from_model(
     labels: tuple[str, ...] | None = None,
     verify: bool = True,
 ) -> Vit:
-    """A copy of a timm Vision Transformer from memory, such as a fine-tuned one; the caller's module stays as it is.
+    """A copy of a Vision Transformer from memory, such as a fine-tuned one; the caller's module stays as it is.
 
-    preprocess: None takes what the module's `pretrained_cfg` says; a module without one gets none.
-    labels: class names in the order of the logits.
+    module: of timm, transformers, torchvision or T2T-ViT, or a subclass that computes the same.
+    preprocess: None takes what the module itself says; a module that says nothing gets none.
+    labels: class names in the order of the logits; None takes the module's own, if it has any.
     verify: run both on one random image; False trusts the classes of the module's parts.
     """
-    from . import timm
-
+    module = unwrapped(module)
     told: dict[str, Any] = {"source": f"a {type(module).__name__} from memory", "weights": "own"}
-    return timm.from_module(module, preprocess=preprocess, labels=labels, verify=verify, provenance=told)
+    return _source(family_of(module)).from_module(
+        module, preprocess=preprocess, labels=labels, verify=verify, provenance=told
+    )
+
+
+def write(model: Vit, format: str, out: str | Path, *, force: bool = False) -> Path:
+    """The model as another family's own checkpoint at `out`; gives the place. Written whole or not at all.
+
+    format: `timm` (a folder for `local-dir:`), `hf` (a folder for `from_pretrained`), `torchvision` or `t2t` (a state dict
+    that loads strictly).  force: replace what is there.
+    Raises SourceError naming the block that the family cannot say.
+    """
+    if format not in FORMATS:
+        raise SourceError(f"format={format!r}{did_you_mean(format, FORMATS)}; expected one of {', '.join(FORMATS)}.")
+    place = Path(out)
+    if os.path.lexists(place) and not force:
+        raise SourceError(f"{place.name!r} is there already; pass force (--force) to replace it, or another place.")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=place.parent, prefix=".", suffix=".partial") as staging:
+        made = Path(_source(FORMATS[format]).write(model, Path(staging) / place.name))
+        if place.is_dir() and not place.is_symlink():
+            os.rename(place, Path(staging) / "replaced")
+        os.replace(made, place)
+    return place
+
+
+def family_of(module: nn.Module) -> str:
+    """The module of this package that reads a foreign module, by the classes that it descends from."""
+    homes = [kind.__module__ for kind in type(module).__mro__]
+    if any(home.startswith("transformers.") for home in homes):
+        return "huggingface"
+    if any(home == "torchvision.models.vision_transformer" for home in homes):
+        return "torchvision"
+    return "t2t" if hasattr(module, "tokens_to_token") else "timm"
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside `torch.compile`'s and the data-parallel wrappers."""
+    kinds = ("OptimizedModule", "DataParallel", "DistributedDataParallel")
+    while type(module).__name__ in kinds:
+        module = getattr(module, "_orig_mod", None) or module.module
+    return module
+
+
+def _source(name: str) -> Any:
+    try:
+        return import_module(f".{name}", __package__)
+    except ImportError as error:
+        if name == "huggingface" and (error.name or "").partition(".")[0] == "transformers":
+            raise SourceError(
+                "models of Hugging Face's transformers need the extra 'hf': pip install 'vitrim[hf]'."
+            ) from error
+        raise
 
 
 def _saved(text: str, family: str, rest: str) -> Vit:
@@ -93,7 +164,7 @@ def _saved(text: str, family: str, rest: str) -> Vit:
     if path.is_file():
         raise SourceError(
             f"{text!r} is a file; {EXPECTED}. To load weights from a file, name its architecture too: "
-            f"timm:NAME with checkpoint={path.name!r} (--checkpoint)."
+            f"timm:NAME (or hf:, torchvision:, t2t:) with checkpoint={path.name!r} (--checkpoint)."
         )
     if family and re.fullmatch(r"[a-z][\w-]+", family):
         raise SourceError(f"{text!r}: no source named {family!r}{did_you_mean(family, FAMILIES)}; {EXPECTED}.")
@@ -112,4 +183,4 @@ def _near(text: str) -> str:
     return near.replace("'", "'timm:", 1)
 
 
-__all__ = ["from_model", "load"]
+__all__ = ["FORMATS", "from_model", "load", "write"]

@@ -1,0 +1,111 @@
+"""What holds for every method, whatever it cuts."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.specs import images, make, vit
+from vitrim import methods
+from vitrim.budget import Budget
+from vitrim.counting import cost
+from vitrim.errors import BudgetError, ConfigError
+from vitrim.model import Vit
+from vitrim.spec import ModelSpec
+
+SPEC = vit(blocks=3, width=32, heads=2, head_dim=16, hidden=64)
+SMALL: dict[str, dict[str, Any]] = {
+    "comcat": {"images": 6, "probe_images": 2, "batch_size": 4},
+}
+"""Settings that make a method quick on a tiny network."""
+
+
+@pytest.fixture(params=list(methods.METHODS))
+def method(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def configured(method: str, keep: float = 0.6, **settings: Any) -> Any:
+    return methods.configure(method, {"budget": Budget(keep_macs=keep), **SMALL[method], **settings})
+
+
+def scaled(spec: ModelSpec) -> ModelSpec:
+    """With LayerScale, which a cut folds away."""
+    blocks = tuple(
+        replace(
+            block,
+            attention=None if block.attention is None else replace(block.attention, layer_scale=True),
+            mlp=None if block.mlp is None else replace(block.mlp, layer_scale=True),
+        )
+        for block in spec.blocks
+    )
+    return replace(spec, blocks=blocks)
+
+
+def halves(model: Vit, block: int) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in model.state_dict().items() if name.startswith(f"blocks.{block}.")}
+
+
+def data_for(spec: ModelSpec, method: str) -> Any:
+    needs = methods.plan(method, spec, None)["needs"]
+    x = images(spec, 8)
+    return (x, torch.arange(8) % 3) if needs["labels"] else x
+
+
+@pytest.mark.parametrize("spec", [SPEC, scaled(SPEC)], ids=["plain", "layer scale"])
+def test_frozen_parts_stay_bit_for_bit(method: str, spec: ModelSpec) -> None:
+    model = make(spec)
+    small = methods.compress(
+        model, configured(method, 0.75, freeze=("blocks.0", "blocks.2.mlp")), data=data_for(spec, method)
+    )
+    assert cost(small.spec).macs <= 0.75 * cost(spec).macs
+    assert small.spec.blocks[0] == spec.blocks[0]
+    assert small.spec.blocks[2].mlp == spec.blocks[2].mlp
+    before, after = halves(model, 0), halves(small.model, 0)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    before, after = halves(model, 2), halves(small.model, 2)
+    assert all(torch.equal(before[name], after[name]) for name in before if ".mlp." in name)
+
+
+def test_freezing_narrows_the_reachable_range(method: str) -> None:
+    free, held = (methods.plan(method, SPEC, configured(method, 1.0, freeze=names)) for names in ((), ("blocks.0-1",)))
+    assert held["range"]["macs"][0] > free["range"]["macs"][0]
+    share = (free["range"]["macs"][0] + held["range"]["macs"][0]) / 2 / cost(SPEC).macs
+    methods.plan(method, SPEC, configured(method, share))
+    with pytest.raises(BudgetError, match="out of reach"):
+        methods.plan(method, SPEC, configured(method, share, freeze=("blocks.0-1",)))
+
+
+def test_a_wrong_frozen_name_is_refused_before_the_data_are_looked_at(method: str) -> None:
+    with pytest.raises(ConfigError, match="freeze="):
+        methods.compress(make(SPEC), configured(method, freeze=("blocks.9",)), data="no such folder")
+
+
+def test_the_callers_model_random_state_and_threads_are_left_alone(method: str) -> None:
+    model = make(SPEC)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    random, threads, grad = torch.get_rng_state(), torch.get_num_threads(), torch.is_grad_enabled()
+    small = methods.compress(model, configured(method), data=data_for(SPEC, method))
+    assert torch.equal(random, torch.get_rng_state())
+    assert (torch.get_num_threads(), torch.is_grad_enabled()) == (threads, grad)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    with torch.no_grad():
+        for parameter in small.model.parameters():
+            parameter.zero_()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_the_same_seed_gives_the_same_network(method: str) -> None:
+    first, second = (
+        methods.compress(make(SPEC), configured(method), data=data_for(SPEC, method)).model for _ in range(2)
+    )
+    assert first.spec == second.spec
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_nothing_to_cut_leaves_the_network_as_it_is(method: str) -> None:
+    model, x = make(SPEC), images(SPEC)
+    small = methods.compress(model, configured(method, 1.0), data=data_for(SPEC, method))
+    assert torch.equal(small.model(x), model(x))
