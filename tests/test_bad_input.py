@@ -216,7 +216,9 @@ CASES = [
     Bad("budget above one", f"{CUT} --keep-macs 1.5", ("out of range", "at most 1"), 2),
     Bad("budget of zero", f"{CUT} --keep-params 0", ("out of range", "above 0"), 2),
     Bad("two lists", "plan --model model --keep-macs 0.5,0.4 --keep-params 0.5,0.4", ("both lists",), 2),
-    Bad("several budgets", f"{CUT} --keep-macs 0.5,0.4", ("several budgets", "vitrim plan"), 2),
+    Bad("the same budget twice", f"{CUT} --keep-macs 0.5,0.5", ("two or more different ones",), 2),
+    Bad("a family out of reach", f"{CUT} --keep-macs 0.5,0.01", ("out of reach", "comcat reaches", "to 1)")),
+    Bad("a frozen part that is not there", f"{CUT} --keep-macs 0.5 --freeze blocks.77", ("freeze='blocks.77'", "blocks 0 to"), 2),
     Bad("unreachable budget", f"{CUT} --keep-macs 0.01", ("out of reach", "comcat reaches", "to 1)")),
     # models
     Bad("unknown model", "cost timm:vit_tiny_patch16_244", ("vit_tiny_patch16_244", "did you mean", "vit_tiny_patch16_224")),

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from vitrim.methods.comcat import ComcatConfig
     from vitrim.model import build
     from vitrim.objectives import train
-    from vitrim.pipeline import RecoverConfig, recover, run
+    from vitrim.pipeline import RecoverConfig, recover, run, run_family
     from vitrim.sources import from_model, load
     from vitrim.spec import ModelSpec
     from vitrim.tasks.classification import evaluate
@@ -42,6 +42,7 @@ _HOMES = {
     "push": "hub",
     "recover": "pipeline",
     "run": "pipeline",
+    "run_family": "pipeline",
     "save": "artifact",
     "train": "objectives",
 }
@@ -63,6 +64,7 @@ __all__ = [
     "push",
     "recover",
     "run",
+    "run_family",
     "save",
     "train",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from vitrim.cli.working import DATA, data_for
 from vitrim.errors import ConfigError
 
 if TYPE_CHECKING:
-    from vitrim.pipeline import RunResult
+    from vitrim.budget import Budget
 
 SECTIONS = ("settings", "recover", "evaluate", "measure")
 """Of a --config file: of the method, the recovery, the comparison and the timing."""
@@ -55,6 +55,35 @@ def show_run(result: Mapping[str, Any]) -> None:
     method = result["method"]
     name = f"{method['name']} ({method['variant']})" if method.get("variant") else method["name"]
     tables.show_table(f"{result['model']} cut by {name}", ["", "before", "after", "kept or gained"], rows)
+
+
+def show_family(found: Mapping[str, Any]) -> None:
+    """The members of a family in one table."""
+    word = {"top1": "top-1", "agreement": "agreement", "cosine": "cosine"}.get(found["quality"] or "", "quality")
+    rows = [
+        [
+            "dense",
+            tables.count_text(found["dense"]["macs"]),
+            "100 %",
+            "",
+            tables.percent_text(found["dense"]["quality"]),
+            "",
+        ]
+    ]
+    for row in found["members"]:
+        speed = row["speed"][0] if row["speed"] else None
+        rows.append(
+            [
+                row["name"],
+                tables.count_text(row["macs"]),
+                tables.percent_text(row["kept_macs"]),
+                tables.percent_text(row["before_recovery"]),
+                tables.percent_text(row["quality"]),
+                "" if speed is None else f"{speed['measured']:.2f} x of ideal {speed['ideal']:.2f} x",
+            ]
+        )
+    heads = ["folder", "MACs", "kept", f"{word}, cut", f"{word}, final", "measured speed"]
+    tables.show_table(f"{found['model']}: a family", heads, rows)
 
 
 def accuracy_rows(metrics: Mapping[str, Any], difference: Mapping[str, Any] | None) -> list[list[str]]:
@@ -180,6 +209,7 @@ def compress(
     source = data_for(data, name)
     machine = {key: flags.pop(key) for key in ("device", "threads", "amp", "workers", "seed")}
     limits = options.Limits(**flags)
+    budgets = limits.budgets() if limits else []
     settings = options.section(values, "settings") | options.given(
         {
             "variant": variant,
@@ -188,7 +218,7 @@ def compress(
             "seed": machine["seed"],
         }
     )
-    settings["budget"] = limits.budget() if limits else options.budget_in(settings)
+    settings["budget"] = budgets[0] if budgets else options.budget_in(settings)
     options.check_out(out, force=force, resume=resume)
     options.use_threads(machine["threads"])
     recovery = (
@@ -218,9 +248,15 @@ def compress(
         force=force,
         relative_to=relative_to or values.get("relative_to") or "given",
         exact_tail=not no_exact_tail and values.get("exact_tail", True) is True,
+        budgets=budgets,
     )
     if as_json:
         tables.show_json(result.summary)
+        return
+    if len(budgets) > 1:
+        show_family(result.summary)
+        tables.say(f"made {result.folder} (a folder for each budget) and {result.report} (open it in a browser)")
+        tables.say(f"next: cp -r {out}/{result.summary['members'][0]['name']} small/")
         return
     show_run(result.summary)
     tables.say(f"made {result.folder} (the model) and {result.report} (open it in a browser)")
@@ -236,11 +272,15 @@ def run_with(
     timed: dict[str, Any] | None,
     machine: Mapping[str, Any],
     quiet: bool,
+    budgets: Sequence[Budget] = (),
     **rest: Any,
-) -> RunResult:
-    """The pipeline with configs made from plain values. machine: device, threads, amp, workers and seed, where given."""
+) -> Any:
+    """The pipeline with configs made from plain values. machine: device, threads, amp, workers and seed, where given.
+
+    budgets: two or more make a family. Gives a RunResult, or a FamilyResult.
+    """
     from vitrim.methods import configure
-    from vitrim.pipeline import EvaluateConfig, MeasureConfig, RecoverConfig, run
+    from vitrim.pipeline import EvaluateConfig, MeasureConfig, RecoverConfig, run, run_family
     from vitrim.training import read_config
 
     place = options.device_named(machine["device"])
@@ -255,16 +295,15 @@ def run_with(
     if timed is not None:
         aim = options.given({"threads": machine["threads"], "device": place})
         target = read_config(MeasureConfig, {**timed, **aim}, where="measure")
+    rest |= {
+        "recover": learn,
+        "measure": target,
+        "evaluate": read_config(EvaluateConfig, {**judging, **how}, where="evaluate"),
+    }
     with progress_on_stderr(quiet) as progress:
-        return run(
-            model,
-            configure(*method),
-            recover=learn,
-            measure=target,
-            evaluate=read_config(EvaluateConfig, {**judging, **how}, where="evaluate"),
-            progress=progress,
-            **rest,
-        )
+        if len(budgets) > 1:
+            return run_family(model, configure(*method), budgets, progress=progress, **rest)
+        return run(model, configure(*method), progress=progress, **rest)
 
 
 @click.command()

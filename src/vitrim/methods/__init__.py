@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from vitrim.budget import Budget
 from vitrim.errors import ConfigError, VitrimError, did_you_mean
 from vitrim.methods import comcat
 from vitrim.model import Vit
@@ -18,6 +19,31 @@ from vitrim.spec import ModelSpec
 METHODS: dict[str, Callable[..., Compressed]] = {"comcat": comcat.compress}
 CONFIGS: dict[str, type] = {"comcat": comcat.ComcatConfig}
 PLANS: dict[str, Callable[..., dict[str, Any]]] = {"comcat": comcat.plan}
+FAMILIES: dict[str, Callable[..., list[Compressed]]] = {}
+"""Methods that score once for several budgets."""
+
+
+def compress_family(
+    model: Vit,
+    config: Any,
+    budgets: Sequence[Budget],
+    *,
+    data: Any = None,
+    progress: Callable[..., None] | None = None,
+    folder: str | Path | None = None,
+    resume: bool = False,
+) -> list[Compressed]:
+    """A smaller model for each budget, in their order; methods of FAMILIES score once for all. As `compress` otherwise."""
+    name, place = method_of(config), None if folder is None else Path(folder)
+    if name in FAMILIES:
+        rest: dict[str, Any] = {"data": data, "progress": progress, "folder": place, "resume": resume}
+        return FAMILIES[name](model, config, budgets, **rest)
+    found = []
+    for index, budget in enumerate(budgets):
+        own = None if place is None else place / str(index)
+        asked = replace(config, budget=budget)
+        found.append(compress(model, asked, data=data, progress=progress, folder=own, resume=resume))
+    return found
 
 
 def compress(
@@ -81,4 +107,4 @@ def plan(method: str, spec: ModelSpec, config: Any = None) -> dict[str, Any]:
     return PLANS[method](spec, config)
 
 
-__all__ = ["CONFIGS", "METHODS", "PLANS", "compress", "configure", "method_of", "plan"]
+__all__ = ["CONFIGS", "FAMILIES", "METHODS", "PLANS", "compress", "compress_family", "configure", "method_of", "plan"]

@@ -10,11 +10,24 @@ missing one. At the end OUT is itself an artifact, with report.html and summary.
     OUT/stages/{plan,compress,...}.json what each stage found, and the seconds it took
     OUT/stages/compressed, recovered    the models between the stages
     OUT/stages/recover/metrics.jsonl    the training curve
+
+`run_family` makes several budgets at once: a folder like this for each, and a page that compares them.
 """
 
 from vitrim.pipeline.configs import EvaluateConfig, MeasureConfig, RecoverConfig
+from vitrim.pipeline.family import FamilyResult, run_family
 from vitrim.pipeline.folder import STAGES
 from vitrim.pipeline.recovery import recover
 from vitrim.pipeline.running import RunResult, run
 
-__all__ = ["STAGES", "EvaluateConfig", "MeasureConfig", "RecoverConfig", "RunResult", "recover", "run"]
+__all__ = [
+    "STAGES",
+    "EvaluateConfig",
+    "FamilyResult",
+    "MeasureConfig",
+    "RecoverConfig",
+    "RunResult",
+    "recover",
+    "run",
+    "run_family",
+]

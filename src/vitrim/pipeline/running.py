@@ -31,6 +31,7 @@ from vitrim.pipeline.configs import EvaluateConfig, MeasureConfig, RecoverConfig
 from vitrim.pipeline.folder import STAGES, Folder, written_or_said
 from vitrim.pipeline.judging import judge, refuse_chance
 from vitrim.pipeline.recovery import objective_named, train_again
+from vitrim.result import Compressed
 from vitrim.sources import load
 from vitrim.spec import ModelSpec, spec_hash
 from vitrim.tasks.classification import class_index
@@ -74,6 +75,7 @@ def run(
     relative_to: Literal["given", "original"] = "given",
     exact_tail: bool = True,
     progress: Progress | None = None,
+    compressor: Callable[..., Compressed] = compress_by,
 ) -> RunResult:
     """Plan, compress, recover, evaluate, measure, save and report; `model` is left as it was.
 
@@ -83,6 +85,7 @@ def run(
     one that it descends from.  exact_tail: let only the prefix tokens through the last block where the classifier reads no
     other: the same outputs for fewer operations, which the method may then spend elsewhere.
     resume: go on at the first stage that has no result.  force: replace the run in `out`.
+    compressor: called as `vitrim.compress`; a family's has done the work for all members.
     A bad input, an unreachable budget or a dense model that guesses is refused before anything is written.
     """
     if relative_to not in ("given", "original"):
@@ -102,6 +105,7 @@ def run(
         relative_to=relative_to,
         tail=exact_tail,
         progress=progress,
+        compressor=compressor,
     )
     work.check()
     with written_or_said(folder.out):
@@ -124,11 +128,10 @@ class _Work:
     relative_to: str
     tail: bool
     progress: Progress | None
+    compressor: Callable[..., Compressed]
 
     def __post_init__(self) -> None:
-        last = len(self.dense.spec.blocks) - 1
-        held = {block for block, _ in frozen(self.dense.spec, getattr(self.config, "freeze", ()))}
-        self.tail = self.tail and weights.allows_exact_tail(self.dense.spec) and last not in held
+        self.tail = self.tail and may_have_tail(self.dense.spec, self.config)
         self.given = weights.exact_tail(self.dense) if self.tail else self.dense
         self.asked = self.config
         self.found: dict[str, dict[str, Any]] = {}
@@ -141,10 +144,7 @@ class _Work:
 
     def check(self) -> None:
         """Everything that can be refused before the first stage."""
-        if self.relative_to == "original":
-            self.config = self._relative_to_original()
-        elif self.tail:
-            self.config = self._limited_by(cost(self.dense))  # shares refer to the model as it was passed in
+        self.config = limited(self.config, reference_of(self.dense, self.relative_to))
         self.planned = plan_of(self.method, self.given.spec, self.config)
         self.train, self.held = self._images()
         if self.recovery is not None:
@@ -178,26 +178,6 @@ class _Work:
                 rooms.open(self.data, split=split, seed=seed, labelled=False) for split in ("train", "validation")
             )
         return train, held
-
-    def _relative_to_original(self) -> Any:
-        """The method's config with its shares turned into absolute limits of the first ancestor."""
-        budget: Budget | None = getattr(self.config, "budget", None)
-        if budget is None or not self.dense.selection.steps:
-            return self.config  # a model that was never cut is its own original
-        original = self.dense.provenance.get("original")
-        if not original:
-            raise ConfigError(
-                "relative_to='original': the model does not say what it was cut from. Pass relative_to='given', or absolute limits "
-                "(max_macs, max_params)."
-            )
-        return self._limited_by(cost(ModelSpec.from_dict(original["spec"])))
-
-    def _limited_by(self, reference: Cost) -> Any:
-        """The method's config with its shares turned into absolute limits of the reference."""
-        budget: Budget | None = getattr(self.config, "budget", None)
-        if budget is None:
-            return self.config
-        return dataclasses.replace(self.config, budget=budget.absolute(reference))
 
     # ---------------------------------------------------------------------------------------------------------- the stages
 
@@ -250,7 +230,7 @@ class _Work:
 
     def _compress(self) -> dict[str, Any]:
         search = self.folder.stages / "search"
-        made = compress_by(
+        made = self.compressor(
             self.given, self.config, data=self.train, progress=self.progress, folder=search, resume=search.is_dir()
         )
         before, after = cost(self.dense), cost(made.spec)
@@ -503,6 +483,33 @@ class _Work:
         log.warning(text)
         self.warnings.append(text)
         return text
+
+
+def reference_of(dense: Vit, relative_to: str) -> Cost:
+    """What the shares of a budget refer to: this model, or the first one that it descends from. Raises ConfigError."""
+    if relative_to == "given" or not dense.selection.steps:
+        return cost(dense)  # a model that was never cut is its own original
+    original = dense.provenance.get("original")
+    if not original:
+        raise ConfigError(
+            "relative_to='original': the model does not say what it was cut from. Pass relative_to='given', or absolute limits "
+            "(max_macs, max_params)."
+        )
+    return cost(ModelSpec.from_dict(original["spec"]))
+
+
+def may_have_tail(spec: ModelSpec, config: Any) -> bool:
+    """Whether the exact tail applies, and the last block is not frozen."""
+    held = {block for block, _ in frozen(spec, getattr(config, "freeze", ()))}
+    return weights.allows_exact_tail(spec) and len(spec.blocks) - 1 not in held
+
+
+def limited(config: Any, reference: Cost) -> Any:
+    """A method's config with its shares turned into absolute limits: an exact tail comes before the method and changes
+    what a share would mean.
+    """
+    budget: Budget | None = getattr(config, "budget", None)
+    return config if budget is None else dataclasses.replace(config, budget=budget.absolute(reference))
 
 
 def _next_commands(name: str, data: str, classifies: bool) -> list[dict[str, str]]:

@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from vitrim.errors import ArtifactError
+from vitrim.reporting import family
 from vitrim.reporting.page import render
 
 SUMMARY = "summary.json"
@@ -78,12 +79,17 @@ def _object(place: Path) -> dict[str, Any]:
 
 
 def write(source: Mapping[str, Any] | str | Path, out: str | Path) -> Path:
-    """Writes the page, in one step: a reader never finds half of it. Gives the path of the file.
+    """Writes the page of a run, or of a family. Gives the path of the file.
 
-    source: a result, or a run's folder.
+    source: a result, or the folder of a run or of a family.
     """
-    result = source if isinstance(source, Mapping) else read(Path(source))
-    page, place = render(result), Path(out)
+    if not isinstance(source, Mapping) and (Path(source) / family.SUMMARY).is_file():
+        return write_page(family.render(_object(Path(source) / family.SUMMARY)), Path(out))
+    return write_page(render(source if isinstance(source, Mapping) else read(Path(source))), Path(out))
+
+
+def write_page(page: str, place: Path) -> Path:
+    """A page as a file, in one step: a reader never finds half of it."""
     place.parent.mkdir(parents=True, exist_ok=True)
     passing = place.with_name(f".{place.name}.{os.getpid()}.tmp")
     try:
@@ -94,4 +100,4 @@ def write(source: Mapping[str, Any] | str | Path, out: str | Path) -> Path:
     return place
 
 
-__all__ = ["SUMMARY", "as_text", "read", "read_samples", "write"]
+__all__ = ["SUMMARY", "as_text", "family", "read", "read_samples", "write", "write_page"]

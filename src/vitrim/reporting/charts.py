@@ -150,6 +150,40 @@ def curve(
     return svg("".join(parts), height=190, title=title, description=described, name=name)
 
 
+def scatter(points: Sequence[tuple[float, float, str]], *, name: str, title: str, across: str) -> str:
+    """Points (share, quality, label) in percent on both axes; a line joins those that no other beats.
+
+    A point beats another when it lies no further right and no lower.
+    """
+    ticks = nice_ticks(min(value for _, value, _ in points), max(value for _, value, _ in points))
+    steps = nice_ticks(0, max(share for share, _, _ in points))
+    high, base = 12, 176
+
+    def at(share: float, value: float) -> tuple[float, float]:
+        x = LEFT + (WIDTH - LEFT - RIGHT) * share / steps[-1]
+        return x, base - (value - ticks[0]) / (ticks[-1] - ticks[0]) * (base - high)
+
+    vertical, horizontal = percent_tick(ticks), percent_tick(steps)
+    parts = [_level(at(0, tick)[1], vertical(tick)) for tick in ticks]
+    for step in steps:
+        parts.append(_text(at(step, ticks[0])[0], base + 16, horizontal(step), "middle"))
+    parts.append(_text(LEFT + (WIDTH - LEFT - RIGHT) / 2, base + 33, across, "middle"))
+    best: list[tuple[float, float]] = []
+    for share, value, _ in sorted(points, key=lambda point: (point[0], -point[1])):
+        if not best or value > best[-1][1]:
+            best.append((share, value))
+    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in (at(*point) for point in best))
+    parts.append(f'<polyline class="line" points="{line}"/>')
+    for share, value, label in points:
+        x, y = at(share, value)
+        tip = f"{label}: {percent(value)} at {percent(share)}"
+        parts.append(f'<g><title>{escape(tip)}</title><circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="4"/></g>')
+        if label == "dense":
+            parts.append(_text(x + 4, y - 8 if y > high + 12 else y + 17, label, "end"))
+    described = "; ".join(f"{label} {percent(value)} at {percent(share)}" for share, value, label in points)
+    return svg("".join(parts), height=base + 40, title=title, description=f"{described}.", name=name)
+
+
 def short(value: float) -> str:
     """A round number for an axis: 5_000_000 -> "5 M"."""
     unit, scale = next(((u, s) for u, s in (("G", 1e9), ("M", 1e6), ("k", 1e3)) if value >= s), ("", 1.0))

@@ -134,7 +134,8 @@ def unwrapped(module: nn.Module) -> nn.Module:
     """The module inside `torch.compile`'s and the data-parallel wrappers."""
     kinds = ("OptimizedModule", "DataParallel", "DistributedDataParallel")
     while type(module).__name__ in kinds:
-        module = getattr(module, "_orig_mod", None) or module.module
+        inner: Any = module
+        module = inner._orig_mod if hasattr(inner, "_orig_mod") else inner.module
     return module
 
 

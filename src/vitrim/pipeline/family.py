@@ -1,0 +1,138 @@
+"""`run_family`: one dense model, several budgets, one folder for each, and a page that compares them.
+
+OUT/keep_macs-0.7/, OUT/keep_macs-0.5/, ...   an ordinary run each, an artifact with its own report
+OUT/family.json                               the members' figures, for programs; written last
+OUT/report.html                               accuracy against operations and against measured time
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from vitrim import methods, reporting
+from vitrim.budget import Budget
+from vitrim.checkpoints import replace_text
+from vitrim.errors import ConfigError
+from vitrim.model import Vit
+from vitrim.pipeline.folder import written_or_said
+from vitrim.pipeline.running import RunResult, may_have_tail, reference_of, run
+from vitrim.result import Compressed
+from vitrim.sources import load
+from vitrim.training import Progress
+from vitrim.weights import with_exact_tail
+
+
+@dataclass(frozen=True, kw_only=True)
+class FamilyResult:
+    """What a family run made. summary: as `vitrim.reporting.family` describes it."""
+
+    folder: Path
+    report: Path
+    members: tuple[RunResult, ...]
+    summary: dict[str, Any]
+
+
+def run_family(
+    model: str | Path | Vit,
+    method_config: Any,
+    budgets: Sequence[Budget],
+    *,
+    data: Any,
+    out: str | Path,
+    resume: bool = False,
+    force: bool = False,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> FamilyResult:
+    """One `run` for each budget, in OUT/NAME; what the method can score once for all of them is scored once.
+
+    method_config: its own budget does not count.  settings: as for `run`.  resume: members that are whole stay.
+    Raises as `run` does, before anything is written where one of the budgets is out of reach.
+    """
+    if len(budgets) < 2 or len({member_name(budget) for budget in budgets}) < len(budgets):
+        raise ConfigError(f"budgets={tuple(b.to_dict() for b in budgets)!r}; expected two or more different ones.")
+    folder = Path(out)
+    _check(folder, resume=resume, force=force)
+    dense = load(model) if isinstance(model, str | Path) else model
+    reference = reference_of(dense, settings.get("relative_to", "given"))
+    asked = {member_name(budget): budget.absolute(reference) for budget in budgets}
+    method = methods.method_of(method_config)
+    if not hasattr(method_config, "budget"):
+        raise ConfigError(f"{method}: a method without a budget gives no family.")
+    spec = dense.spec
+    if settings.get("exact_tail", True) and may_have_tail(spec, method_config):
+        spec = with_exact_tail(spec)
+    for limit in asked.values():
+        methods.plan(method, spec, replace(method_config, budget=limit))
+    once = _Once(tuple(asked.values()), folder / "scoring") if method in methods.FAMILIES else methods.compress
+    members = []
+    for index, budget in enumerate(budgets):
+        place = folder / member_name(budget)
+        begun = (place / "stages" / "config.json").is_file()
+        if progress is not None:
+            progress("family", index, len(budgets), now=place.name)
+        members.append(
+            run(
+                model,
+                replace(method_config, budget=budget),
+                data=data,
+                out=place,
+                resume=resume and begun,
+                force=force and place.is_dir(),
+                progress=progress,
+                compressor=once,
+                **settings,
+            )
+        )
+    summary = reporting.family.summary({m.folder.name: m.summary for m in members}, name=folder.resolve().name)
+    with written_or_said(folder):
+        shutil.rmtree(folder / "scoring", ignore_errors=True)
+        reporting.write_page(reporting.family.render(summary), folder / "report.html")
+        replace_text(folder / reporting.family.SUMMARY, reporting.as_text(summary))
+    return FamilyResult(folder=folder, report=folder / "report.html", members=tuple(members), summary=summary)
+
+
+def member_name(budget: Budget) -> str:
+    """The folder of one member: its limits and their values."""
+    return "_".join(f"{limit}-{value:g}" for limit, value in budget.to_dict().items())
+
+
+class _Once:
+    """`vitrim.compress` for members of one family: the method runs for all budgets when the first is asked for."""
+
+    def __init__(self, budgets: tuple[Budget, ...], folder: Path) -> None:
+        self.budgets, self.folder = budgets, folder
+        self.made: dict[Budget, Compressed] = {}
+
+    def __call__(self, model: Vit, config: Any, *, data: Any, progress: Progress | None, **_: Any) -> Compressed:
+        if not self.made:
+            found = methods.compress_family(
+                model,
+                config,
+                self.budgets,
+                data=data,
+                progress=progress,
+                folder=self.folder,
+                resume=self.folder.is_dir(),
+            )
+            self.made = dict(zip(self.budgets, found, strict=True))
+        return self.made[config.budget]
+
+
+def _check(folder: Path, *, resume: bool, force: bool) -> None:
+    if resume and force:
+        raise ConfigError("resume and force contradict each other; pass one: go on with the family, or start it anew.")
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{str(folder)!r} is a file; expected a folder, new or empty. Choose another name.")
+    if folder.is_dir() and any(folder.iterdir()) and not (resume or force):
+        raise ConfigError(
+            f"{str(folder)!r} is not empty. Pass resume (--resume) to go on with it, force (--force) to replace its members, or "
+            "choose another folder."
+        )
+
+
+__all__ = ["FamilyResult", "member_name", "run_family"]
