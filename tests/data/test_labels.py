@@ -33,3 +33,9 @@ def test_a_mismatch_names_both_lists_and_the_way_out():
 def test_an_ambiguous_first_name_is_no_match():
     with pytest.raises(DataError, match="are not the model's"):
         data.match_labels(["crane, bird", "crane, machine"], ["crane"])
+
+
+def test_wordnet_ids_are_read_out_as_words_and_other_names_as_they_are():
+    assert data.readable(["n01440764", "n02123045"]) == ("tench", "tabby")
+    assert data.readable(["cat", "n01440764"]) == ("cat", "n01440764")
+    assert data.readable([]) == ()

@@ -158,6 +158,7 @@ def names_on(network: Vit, file: Path, *, top: int, device: str) -> list[dict[st
     """The likeliest classes of one image file: label (its number where the model has no names) and probability."""
     import torch
 
+    from vitrim.data import readable
     from vitrim.data.images import decode
     from vitrim.data.transforms import evaluation
 
@@ -171,7 +172,7 @@ def names_on(network: Vit, file: Path, *, top: int, device: str) -> list[dict[st
     with torch.inference_mode():
         shares = network.to(device)(image.unsqueeze(0).to(device)).float().softmax(-1)[0]  # classes
     values, indices = shares.topk(min(top, len(shares)))
-    labels = network.config.labels
+    labels = readable(network.config.labels or ())
     return [
         {"label": labels[i] if labels else f"class {i}", "index": i, "probability": value}
         for value, i in zip(values.tolist(), indices.tolist(), strict=True)
@@ -235,9 +236,9 @@ def measure(
 
 def for_timing(name: str) -> Vit:
     """A model to time; a named one needs no published weights, since they change no time."""
-    from vitrim.sources import load
+    from vitrim.sources import FOREIGN, load
 
-    return load(name, pretrained=not name.startswith("timm:"))
+    return load(name, pretrained=name.partition(":")[0] not in FOREIGN)
 
 
 def show_times(rows: Sequence[dict[str, Any]], gains: Sequence[dict[str, Any]]) -> None:

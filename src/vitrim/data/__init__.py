@@ -13,7 +13,7 @@ from vitrim.data.arrays import DatasetSource, TensorSource
 from vitrim.data.folders import FolderSource
 from vitrim.data.hub import HubSource
 from vitrim.data.images import Images, Source
-from vitrim.data.labels import match_labels
+from vitrim.data.labels import match_labels, readable
 from vitrim.data.loading import batch_count, batches, calibration
 from vitrim.data.parquet import ParquetSource
 from vitrim.data.pixels import crop_flip, in_memory
@@ -35,6 +35,7 @@ __all__ = [
     "evaluation",
     "in_memory",
     "match_labels",
+    "readable",
     "open",
     "suggest_workers",
     "training",

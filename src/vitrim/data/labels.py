@@ -33,6 +33,19 @@ def match_labels(model_labels: Sequence[str], data_classes: Sequence[str]) -> to
     )
 
 
+def readable(labels: Sequence[str]) -> tuple[str, ...]:
+    """Names for people: ImageNet's WordNet ids (n01440764) as words ("tench"), all others as they are."""
+    if not labels or not all(re.fullmatch(r"n\d{8}", label) for label in labels):
+        return tuple(labels)
+    from timm.data import ImageNetInfo  # here: only such labels need timm's tables
+
+    info = ImageNetInfo("imagenet-1k" if len(labels) <= 1000 else "imagenet-22k")
+    known = set(info.label_names())
+    return tuple(
+        info.label_name_to_description(label).split(",")[0] if label in known else label for label in labels
+    )
+
+
 def _readings(data: list[str], model: list[str]) -> Iterator[tuple[list[str], list[str]]]:
     """Both lists in ways of reading a name, from the strictest on."""
     yield data, model

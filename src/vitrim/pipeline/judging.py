@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from vitrim.data import Images, evaluation, match_labels
+from vitrim.data import Images, evaluation, match_labels, readable
 from vitrim.errors import DataError
 from vitrim.model import Vit
 from vitrim.pipeline.configs import EvaluateConfig
@@ -160,7 +160,7 @@ def _answers(model: nn.Module, batch: torch.Tensor) -> list[dict[str, Any]]:
         first = next(model.parameters())
         chances = model(batch.to(first.device, first.dtype)).float().softmax(-1).cpu()  # B classes
     tops, indices = chances.max(-1)
-    labels = model.config.labels if isinstance(model, Vit) else None
+    labels = readable(model.config.labels or ()) if isinstance(model, Vit) else None
     return [
         {"label": labels[i] if labels else f"class {i}", "probability": top}
         for top, i in zip(tops.tolist(), indices.tolist(), strict=True)
@@ -176,7 +176,8 @@ def _true_labels(model: Vit, images: Images) -> list[str] | None:
     if own is None:
         return [f"class {int(label)}" for label in labels]
     index = match_labels(own, theirs) if theirs is not None else None
-    return [own[int(label) if index is None else int(index[label])] for label in labels]
+    named = readable(own)
+    return [named[int(label) if index is None else int(index[label])] for label in labels]
 
 
 def _named(progress: Progress | None, name: str) -> Progress | None:
