@@ -202,6 +202,7 @@ def export(
     force: bool,
     checkpoint: Path | None,
     no_pretrained: bool,
+    no_verify: bool,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -214,7 +215,12 @@ def export(
     if out.exists() and not force:
         raise ConfigError(f"--out {str(out)!r} is there already. Pass --force to replace it, or choose another name.")
     options.check_place(out)
-    place = write(options.load_model(model, checkpoint=checkpoint, no_pretrained=no_pretrained), kind, out, force=force)
+    place = write(
+        options.load_model(model, checkpoint=checkpoint, no_pretrained=no_pretrained, no_verify=no_verify),
+        kind,
+        out,
+        force=force,
+    )
     if as_json:
         tables.show_json({"format": kind, "out": str(place)})
     else:

@@ -103,6 +103,7 @@ SOURCE = stack(
         "--checkpoint", type=click.Path(path_type=Path), help="Weights for a named model: .safetensors, .pth, .pt."
     ),
     click.option("--no-pretrained", is_flag=True, help="Random weights instead of the published ones."),
+    click.option("--no-verify", is_flag=True, help="Do not compare with the source's own network on a random image."),
 )
 FORCE = click.option("--force", is_flag=True, help="Replace what is already at --out.")
 BUDGET = stack(
@@ -210,13 +211,15 @@ def use_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def load_model(name: str, *, checkpoint: Path | None = None, no_pretrained: bool = False) -> Vit:
+def load_model(
+    name: str, *, checkpoint: Path | None = None, no_pretrained: bool = False, no_verify: bool = False
+) -> Vit:
     """A model by name or folder, with the flags that say where its weights come from."""
     if checkpoint is not None and no_pretrained:
         raise click.UsageError("--checkpoint and --no-pretrained contradict each other; pass one of them.")
     from vitrim.sources import load
 
-    return load(name, pretrained=not no_pretrained, checkpoint=checkpoint)
+    return load(name, pretrained=not no_pretrained, checkpoint=checkpoint, verify=not no_verify)
 
 
 def check_place(folder: Path) -> None:

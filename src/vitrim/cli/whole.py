@@ -184,6 +184,7 @@ def compress(
     force: bool,
     checkpoint: Path | None,
     no_pretrained: bool,
+    no_verify: bool,
     as_json: bool,
     quiet: bool,
     **flags: Any,
@@ -234,8 +235,8 @@ def compress(
     timed = None if no_measure or values.get("measure", {}) is None else options.section(values, "measure")
     result = run_with(
         name
-        if checkpoint is None and not no_pretrained
-        else options.load_model(name, checkpoint=checkpoint, no_pretrained=no_pretrained),
+        if checkpoint is None and not no_pretrained and not no_verify
+        else options.load_model(name, checkpoint=checkpoint, no_pretrained=no_pretrained, no_verify=no_verify),
         (method, settings),
         data=source,
         out=out,

@@ -54,6 +54,7 @@ def evaluate(
     skip_broken: bool,
     checkpoint: Path | None,
     no_pretrained: bool,
+    no_verify: bool,
     device: str | None,
     threads: int | None,
     amp: str | None,
@@ -69,8 +70,8 @@ def evaluate(
     source = data_for(data, model)
     options.use_threads(threads)
     where = options.device_named(device)
-    network = options.load_model(model, checkpoint=checkpoint, no_pretrained=no_pretrained)
-    reference = None if against is None else options.load_model(against, checkpoint=None, no_pretrained=False)
+    network = options.load_model(model, checkpoint=checkpoint, no_pretrained=no_pretrained, no_verify=no_verify)
+    reference = None if against is None else options.load_model(against)
     if not network.spec.outputs and reference is None:
         raise ConfigError(
             f"{model} has no classifier to score. Pass --against DENSE to compare its features with a model's."
@@ -128,6 +129,7 @@ def predict(
     top: int,
     checkpoint: Path | None,
     no_pretrained: bool,
+    no_verify: bool,
     device: str | None,
     threads: int | None,
     as_json: bool,
@@ -143,7 +145,7 @@ def predict(
             raise DataError(f"{str(file)!r} {what}; expected an image file, such as cat.jpg.")
     options.use_threads(threads)
     where = options.device_named(device)
-    network = options.load_model(model, checkpoint=checkpoint, no_pretrained=no_pretrained)
+    network = options.load_model(model, checkpoint=checkpoint, no_pretrained=no_pretrained, no_verify=no_verify)
     answers = {str(file): names_on(network, file, top=top, device=where) for file in files}
     if as_json:
         tables.show_json({"model": model, "predictions": answers})
@@ -290,6 +292,7 @@ def train(
     config: Path | None,
     checkpoint: Path | None,
     no_pretrained: bool,
+    no_verify: bool,
     threads: int | None,
     as_json: bool,
     quiet: bool,
@@ -319,7 +322,7 @@ def train(
     options.device_named(values.get("device"))
     training = read_config(TrainConfig, values, where="train")
     if model is not None:
-        start: Any = options.load_model(model, checkpoint=checkpoint, no_pretrained=no_pretrained)
+        start: Any = options.load_model(model, checkpoint=checkpoint, no_pretrained=no_pretrained, no_verify=no_verify)
     else:
         start = Config.from_dict(prepared["model"])
     told = {"source": model or f"recipe {recipe}", **({} if recipe is None else {"recipe": recipe})}
