@@ -111,11 +111,16 @@ def _objective(name: str, config: RecoverConfig, model: Vit, teacher: Vit | None
             smoothing=config.smoothing,
             multi_label=several,
         )
-    return LabelFree(teacher, taps=taps_for(model))
+    return LabelFree(teacher, taps=taps_for(model, teacher))
 
 
-def taps_for(model: Vit) -> tuple[str, ...]:
-    """The block outputs that label-free training matches: the last of each third, where tokens still stand as in the dense model."""
+def taps_for(model: Vit, teacher: Vit) -> tuple[str, ...]:
+    """The block outputs that label-free training matches: the last of each third, where tokens still stand as in the dense model.
+
+    None for a narrower stream, whose channels are others: there the result alone is matched.
+    """
+    if model.spec.width != teacher.spec.width or len(model.spec.blocks) != len(teacher.spec.blocks):
+        return ()
     whole = [i for i, block in enumerate(model.spec.blocks) if not block.steps]
     before = next((i for i, block in enumerate(model.spec.blocks) if block.steps), len(model.spec.blocks))
     usable = [i for i in whole if i < before]
