@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -20,6 +21,9 @@ from vitrim.spec import (
     Position,
     Prefix,
     Similarity,
+    Stem,
+    T2TPerformer,
+    T2TTransformer,
     Tokens,
 )
 from vitrim.weights import Keep
@@ -136,10 +140,23 @@ def _steps(draw: st.DrawFn, tokens: Tokens) -> tuple[tuple[object, ...], Tokens]
 
 
 @st.composite
+def stems(draw: st.DrawFn) -> tuple[Stem, tuple[int, int]]:
+    """A stem and its patch, mostly one convolution."""
+    kind = draw(st.sampled_from(["conv", "conv", "conv", "performer", "transformer"]))
+    if kind == "conv":
+        return ConvStem(bias=draw(st.booleans())), (draw(st.integers(2, 4)), draw(st.integers(2, 4)))
+    kernels, strides = draw(st.sampled_from([((7, 3, 3), (4, 1, 1)), ((3, 3, 1), (2, 1, 1)), ((3, 5, 3), (1, 3, 1))]))
+    patch = (math.prod(strides),) * 2
+    if kind == "performer":
+        return T2TPerformer(token_dim=4, features=draw(st.integers(1, 5)), kernels=kernels, strides=strides), patch
+    return T2TTransformer(token_dim=draw(st.integers(1, 5)), kernels=kernels, strides=strides), patch
+
+
+@st.composite
 def specs(draw: st.DrawFn, *, steps: bool = True, gates: bool = True) -> ModelSpec:
     """Any network that the spec can say and the model can build, small."""
     flag = st.booleans()
-    patch = (draw(st.integers(2, 4)), draw(st.integers(2, 4)))
+    stem, patch = draw(stems())
     grid = (draw(st.integers(2, 5)), draw(st.integers(2, 5)))
     width = draw(st.sampled_from([8, 12]))
     prefix = draw(st.sampled_from([("cls",), ("cls", "dist"), ("cls", "reg", "reg"), (), ("reg",), ("reg", "cls")]))
@@ -186,7 +203,7 @@ def specs(draw: st.DrawFn, *, steps: bool = True, gates: bool = True) -> ModelSp
         image_px=(patch[0] * grid[0], patch[1] * grid[1]),
         patch_px=patch,
         channels=draw(st.sampled_from([1, 3])),
-        stem=ConvStem(bias=draw(flag)),
+        stem=stem,
         width=width,
         prefix=prefix,
         position=position,

@@ -16,7 +16,18 @@ from vitrim.counting import cost, macs, params
 from vitrim.errors import SpecError
 from vitrim.model import Gates
 from vitrim.spec import Config, ModelSpec, Selection, from_json, spec_hash, to_json
-from vitrim.weights import Factors, Keep, allows_exact_tail, cut, exact_tail, factorise, fold_layer_scale, masked_twin
+from vitrim.weights import (
+    Factors,
+    Keep,
+    allows_exact_tail,
+    cut,
+    drop,
+    exact_tail,
+    factorise,
+    fold_layer_scale,
+    masked_twin,
+    without_empty,
+)
 
 OPEN = Gates(policy="open")
 
@@ -181,3 +192,15 @@ def test_float32_agrees_with_float64(spec: ModelSpec) -> None:
     exact = model(x, gates=OPEN)
     single = model.to(torch.float32)(x.float(), gates=OPEN)
     assert close(exact, single.double(), 1e-4)
+
+
+@settings(max_examples=20)
+@given(spec=specs(), data=st.data())
+def test_leaving_out_empty_blocks_changes_no_output(spec, data):
+    plain = [i for i, block in enumerate(spec.blocks) if not block.steps]
+    gone = data.draw(st.lists(st.sampled_from(plain), unique=True)) if plain else []
+    model, x = make(spec), images(spec)
+    emptied = drop(model, blocks=gone)
+    small = without_empty(emptied)
+    assert torch.equal(small(x), emptied(x))
+    assert len(small.spec.blocks) <= len(spec.blocks) - len(gone)

@@ -284,7 +284,10 @@ def test_a_recipe_says_what_it_is_in_words(name: str) -> None:
     assert len(read(name)["doc"]) > 80
 
 
-@pytest.mark.parametrize(("name", "count"), [("cifar10-vit-micro", 1_205_898), ("cifar10-vit-tiny", 5_362_762)])
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [("cifar10-vit-micro", 1_205_898), ("cifar10-vit-tiny", 5_362_762), ("cifar10-t2t-micro", 1_408_752)],
+)
 def test_a_training_recipe_trains_for_a_few_steps(name: str, count: int) -> None:
     recipe = read(name)
     config = Config.from_dict(recipe["model"])

@@ -104,7 +104,7 @@ def similarity_macs(patches: int, keep: int, width: int) -> int:
     return sources * targets * width + (patches - keep) * targets * (width + 1)
 
 
-def attention_params(a: Attention, width: int) -> int:
+def attention_params(a: Attention, width: int) -> Any:
     """Parameters of one attention half with its norm, LayerScale and gate."""
     inner_qk, inner_v = a.heads * a.qk_dim, a.heads * a.v_dim
     weights = width * (2 * inner_qk + 2 * inner_v)
@@ -113,11 +113,11 @@ def attention_params(a: Attention, width: int) -> int:
     return weights + biases + norms + _half_extras(a, width)
 
 
-def mlp_params(m: Mlp, width: int) -> int:
+def mlp_params(m: Mlp, width: int) -> Any:
     """Parameters of one MLP half with its norm, LayerScale and gate."""
     first = 2 * m.hidden if m.kind == "swiglu" else m.hidden
     weights = linear_macs(1, width, first, m.fc1_rank) + linear_macs(1, m.hidden, width, m.fc2_rank)
-    return int(weights + first * m.fc1_bias + width * m.fc2_bias + _half_extras(m, width))
+    return weights + first * m.fc1_bias + width * m.fc2_bias + _half_extras(m, width)
 
 
 def _half_extras(half: Attention | Mlp, width: int) -> int:
@@ -250,8 +250,7 @@ def _peak_numbers(spec: ModelSpec) -> int:
     if isinstance(spec.stem, ConvStem):
         moments = [spec.channels * math.prod(spec.image_px) + count * d]
     else:
-        tokens, width = _t2t_stages(spec)[0]
-        moments = [tokens * (width + 3 * spec.stem.token_dim)]
+        moments = [tokens * (width + 3 * spec.stem.token_dim) for tokens, width in _t2t_stages(spec)]
     for block, at in zip(spec.blocks, token_walk(spec), strict=True):
         if (a := block.attention) is not None:
             n = at.keys.count

@@ -426,9 +426,10 @@ def _head_norm(spec: AttentionSpec, eps: float) -> nn.Module:
 class MapPool(nn.Module):
     """Attention pooling with one learned query, as SigLIP has it. Costed, never cut."""
 
-    def __init__(self, width: int, heads: int, hidden: int, eps: float) -> None:
+    def __init__(self, width: int, heads: int, hidden: int, eps: float, act: str = "gelu") -> None:
         super().__init__()
         self.heads = heads
+        self.act = act
         self.latent = nn.Parameter(torch.empty(width))
         self.q = nn.Linear(width, width)
         self.kv = nn.Linear(width, 2 * width)
@@ -443,7 +444,7 @@ class MapPool(nn.Module):
         q, k, v = (_split_heads(t, self.heads) for t in (q, k, v))
         y = F.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5)
         y = self.out(y.transpose(1, 2).flatten(2))
-        return (y + self.fc2(F.gelu(self.fc1(self.norm(y)))))[:, 0]
+        return (y + self.fc2(ACTIVATIONS[self.act](self.fc1(self.norm(y)))))[:, 0]
 
 
 class Vit(nn.Module):
@@ -483,7 +484,7 @@ class Vit(nn.Module):
         if spec.pool.kind == "map":
             assert spec.pool.heads is not None
             assert spec.pool.hidden is not None
-            self.pool = MapPool(spec.width, spec.pool.heads, spec.pool.hidden, spec.norm_eps)
+            self.pool = MapPool(spec.width, spec.pool.heads, spec.pool.hidden, spec.norm_eps, spec.pool.act)
         self.pool_norm = _norm(spec, spec.pool_norm)
         self.heads = nn.ModuleDict()
         for output in spec.outputs:

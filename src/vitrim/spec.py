@@ -153,11 +153,12 @@ class Block:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pool:
-    """How tokens become one vector. heads, hidden: of the attention pooling (`map`) only."""
+    """How tokens become one vector. heads, hidden, act (of its MLP): of the attention pooling (`map`) only."""
 
     kind: Literal["cls", "mean", "map", "none"] = "cls"
     heads: int | None = None
     hidden: int | None = None
+    act: Literal["gelu", "gelu_tanh"] = "gelu"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -495,6 +496,8 @@ def _check_outputs(spec: ModelSpec) -> None:
         raise SpecError("spec: pool 'cls' without a 'cls' token in prefix; use pool 'mean' or add the token.")
     if (spec.pool.kind == "map") != (spec.pool.heads is not None and spec.pool.hidden is not None):
         raise SpecError(f"spec: pool={spec.pool!r}; heads and hidden belong to kind 'map', and only there.")
+    if spec.pool.kind != "map" and spec.pool.act != "gelu":
+        raise SpecError(f"spec: pool={spec.pool!r}; act belongs to kind 'map', and only there.")
     if spec.pool.kind == "map":
         _positive("pool", heads=spec.pool.heads, hidden=spec.pool.hidden)
         assert spec.pool.heads is not None
@@ -536,6 +539,9 @@ _KINDS: dict[type, str] = {
 }
 """Members of a union carry their name as `kind` in JSON."""
 
+_LATER: dict[type, dict[str, Any]] = {Pool: {"act": "gelu"}}
+"""Fields younger than the schema, left out of JSON at their default: earlier specs keep their hash."""
+
 
 def to_json(spec: ModelSpec) -> str:
     """Canonical JSON: sorted keys, no spaces."""
@@ -558,7 +564,9 @@ def spec_hash(spec: ModelSpec) -> str:
 
 def _encode(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        data = {field.name: _encode(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        later = _LATER.get(type(value), {})
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        data = {name: _encode(found) for name, found in fields.items() if name not in later or found != later[name]}
         if type(value) in _KINDS:
             data["kind"] = _KINDS[type(value)]
         return data

@@ -106,14 +106,22 @@ def _scale_rows(state: dict[str, Tensor], gamma_name: str, linear: str) -> None:
         state[f"{linear}.bias"] = state[f"{linear}.bias"] * gamma
 
 
-def cut(model: Vit, keeps: Sequence[Keep | None], *, method: str, variant: str = "") -> Vit:
+def cut(
+    model: Vit,
+    keeps: Sequence[Keep | None],
+    *,
+    method: str,
+    variant: str = "",
+    skip: Collection[tuple[int, str]] = (),
+) -> Vit:
     """Remove what the keeps leave out, one for each block (None: untouched). LayerScale is folded first.
 
+    skip: halves (block, "attention" or "mlp") whose LayerScale stays.
     Raises SpecError when the keeps fit no network: wrong number, unequal counts among heads, indices out of range.
     """
     _check_keeps(model.spec, keeps)
     parent = spec_hash(model.spec)
-    model = fold_layer_scale(model)
+    model = fold_layer_scale(model, skip=skip)
     state = dict(model.state_dict())
     blocks: list[Block] = []
     chosen: list[dict[str, Any] | None] = []
@@ -147,6 +155,24 @@ def drop(
         for i in range(len(model.spec.blocks))
     ]
     return cut(model, keeps, method=method)
+
+
+def without_empty(model: Vit) -> Vit:
+    """The same network without the blocks of which nothing is left, for families that count only what is there.
+
+    Exact. The later blocks move up; a network with no such block is copied.
+    """
+    blocks = model.spec.blocks
+    there = [i for i, block in enumerate(blocks) if block.attention or block.mlp or block.steps]
+    moved = {f"blocks.{old}.": f"blocks.{new}." for new, old in enumerate(there)}
+    state = {}
+    for name, value in model.state_dict().items():
+        head = ".".join(name.split(".", 2)[:2]) + "."
+        state[moved.get(head, head) + name.removeprefix(head) if name.startswith("blocks.") else name] = value
+    step = None
+    if len(there) < len(blocks):
+        step = SelectionStep(method="without_empty", parent=spec_hash(model.spec), blocks=(None,) * len(blocks))
+    return with_spec(model, replace(model.spec, blocks=tuple(blocks[i] for i in there)), state, step)
 
 
 def masked_twin(model: Vit, keeps: Sequence[Keep | None]) -> Soft:
@@ -404,4 +430,5 @@ __all__ = [
     "masked_twin",
     "with_exact_tail",
     "with_spec",
+    "without_empty",
 ]

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
+import json
+import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +14,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from timm.layers import GluMlp, SwiGLU
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -42,6 +47,9 @@ VARIANTS = [
     "vit_mediumd_patch16_reg4_gap_256",
     "vit_betwixt_patch32_clip_224",
     "vit_base_patch16_siglip_gap_224",
+    "vit_base_patch16_siglip_224",
+    "vit_so400m_patch14_siglip_224",
+    "vit_giantopt_patch16_siglip_256",
     "vit_so400m_patch14_siglip_gap_224",
     "vit_so150m2_patch16_reg1_gap_256",
     "vit_intern300m_patch14_448",
@@ -60,6 +68,7 @@ VARIANTS = [
 ]
 
 SMALL = {"embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}
+MAP: dict[str, Any] = {"global_pool": "map", "class_token": False}
 
 
 def randomised(module: nn.Module, *, seed: int = 0) -> Any:
@@ -143,6 +152,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "packed_swiglu_with_its_gate_last": {"mlp_layer": partial(GluMlp, gate_last=True), "act_layer": nn.SiLU},
     "another_eps": {"norm_layer": partial(nn.LayerNorm, eps=1e-3)},
     "an_encoder": {"num_classes": 0},
+    "map_pooling_of_an_encoder": {**MAP, "num_classes": 0},
+    "map_pooling_with_tanh_gelu": {**MAP, "act_layer": "gelu_tanh"},
+    "map_pooling_with_a_norm_behind_it": {**MAP, "fc_norm": True},
+    "map_pooling_over_prefix_tokens_too": {"global_pool": "map", "reg_tokens": 2, "pool_include_prefix": True},
     "all_tokens": {"num_classes": 0, "global_pool": ""},
     "all_tokens_behind_fc_norm": {"num_classes": 0, "global_pool": "", "fc_norm": True},
     "grey_images": {"in_chans": 1},
@@ -261,7 +274,9 @@ def rms(**options: Any) -> dict[str, Any]:
 
 
 REFUSED_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
-    "map": ({"global_pool": "map"}, "map pooling"),
+    "map_beside_prefix": ({"global_pool": "map"}, "map pooling over the patch tokens alone"),
+    "map_relu": ({**MAP, "act_layer": "relu"}, "map pooling with the activation relu"),
+    "prr": ({"global_pool": "prr"}, "'prr' pooling"),
     "avgmax": ({"global_pool": "avgmax"}, "'avgmax' pooling"),
     "max": ({"global_pool": "max"}, "'max' pooling"),
     "prefix_in_mean": ({"global_pool": "avg", "pool_include_prefix": True}, "pool_include_prefix"),
@@ -291,7 +306,7 @@ REFUSED_NAMES = {
     "eva02_tiny_patch14_224": "rotary positions",
     "samvit_base_patch16": "windowed attention",
     "vit_tiny_r_s16_p8_224": "hybrid",
-    "vit_base_patch16_siglip_224": "map pooling",
+    "vit_so150m_patch16_reg4_map_256": "map pooling over the patch tokens alone",
     "vit_small_patch16_18x2_224": "parallel blocks",
     "vit_base_patch16_xp_224": "parallel blocks",
     "vit_base_patch16_rpn_224": "post-norm",
@@ -309,6 +324,34 @@ REFUSED_NAMES = {
 def test_named_models_of_other_designs_are_refused_by_what_they_have(name: str) -> None:
     with torch.device("meta"), pytest.raises(SourceError, match=REFUSED_NAMES[name]):
         vitrim.load(f"timm:{name}", pretrained=False)
+
+
+def test_map_pooling_of_another_structure_is_refused_by_its_part() -> None:
+    from timm.layers import AttentionPoolLatent
+
+    def pooled(**options: Any) -> Any:
+        module = small("vit_tiny_patch16_224", **MAP)
+        module.attn_pool = AttentionPoolLatent(24, **{"num_heads": 3, "norm_layer": nn.LayerNorm, **options})
+        return randomised(module)
+
+    for options, words in (
+        ({"latent_len": 2}, "with 2 queries"),
+        ({"pos_embed": "abs", "feat_size": 9}, "a position table of its own"),
+        ({"q_proj": False}, "without a projection of its query"),
+        ({"qk_norm": True}, "norms of queries and keys"),
+        ({"latent_dim": 8}, "another width than 24"),
+        ({"qkv_bias": False}, "without biases"),
+        ({"norm_layer": None}, "without a norm"),
+        ({"norm_layer": partial(nn.LayerNorm, eps=1e-3)}, "different eps"),
+        ({"act_layer": nn.SiLU}, "the activation silu"),
+        ({"out_features": 0}, "without an MLP"),
+    ):
+        with pytest.raises(SourceError, match=words):
+            vitrim.from_model(pooled(**options))
+    wide = vitrim.from_model(pooled(num_heads=4, mlp_ratio=2.0, norm_layer=partial(nn.LayerNorm, eps=1e-6)))
+    assert (wide.spec.pool.heads, wide.spec.pool.hidden) == (4, 48)
+    with pytest.raises(SourceError, match=r"map pooling differs from the blocks \(heads 4, there 3\)"):
+        source.to_timm(wide)
 
 
 def test_modules_of_other_designs_are_refused_from_memory_too() -> None:
@@ -540,6 +583,104 @@ def test_a_checkpoint_of_another_width_is_refused(tiny: Any, tmp_path: Path) -> 
         vitrim.load("timm:deit_tiny_patch16_224", checkpoint=tmp_path / "odd.pth")
 
 
+@pytest.mark.parametrize("style", ["q k v", "q_proj k_proj v_proj", "to_q to_k to_v", "query key value"])
+def test_split_queries_keys_and_values_are_joined(tiny: Any, tmp_path: Path, style: str) -> None:
+    module, split = tiny(num_classes=3), {}
+    for key, value in module.state_dict().items():
+        if ".qkv." in key:
+            split.update({key.replace("qkv", part): v for part, v in zip(style.split(), value.chunk(3), strict=True)})
+        else:
+            split[key] = value
+    save_file({key: value.contiguous() for key, value in split.items()}, tmp_path / "split.safetensors")
+    assert_same(module, vitrim.load("timm:deit_tiny_patch16_224", checkpoint=tmp_path / "split.safetensors"))
+
+
+@pytest.mark.parametrize("prefix", ["model.", "net.vit.", "module.backbone."])
+def test_a_prefix_that_every_name_shares_is_left_out_and_said(
+    tiny: Any, tmp_path: Path, prefix: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    module = tiny(num_classes=3)
+    state = {f"{prefix}{key}": value for key, value in module.state_dict().items()}
+    torch.save({"state_dict": state, "epoch": 1, "hyper_parameters": {"lr": 0.1}}, tmp_path / "last.ckpt")
+    with caplog.at_level(logging.INFO, "vitrim.sources"):
+        model = vitrim.load("timm:deit_tiny_patch16_224", checkpoint=tmp_path / "last.ckpt")
+    assert f"every name begins with {prefix.removeprefix('module.')!r}" in caplog.text
+    assert "its classifier of 3 classes is kept" in caplog.text
+    assert_same(module, model)
+    torch.save({**state, "criterion.weight": torch.ones(3)}, tmp_path / "more.ckpt")
+    with pytest.raises(SourceError, match=r"unexpected: .*criterion\.weight|missing: cls_token"):
+        vitrim.load("timm:deit_tiny_patch16_224", checkpoint=tmp_path / "more.ckpt")
+
+
+def test_a_training_checkpoint_of_timm_gives_its_averaged_weights(tiny: Any, tmp_path: Path) -> None:
+    module, raw = tiny(num_classes=3), tiny(num_classes=3, init_values=None).state_dict()
+    optimizer = torch.optim.AdamW(module.parameters())
+    module.requires_grad_(True)
+    module(images(module)).sum().backward()
+    optimizer.step()
+    torch.save(
+        {
+            "epoch": 3,
+            "arch": "deit_tiny_patch16_224",
+            "state_dict": raw,
+            "state_dict_ema": module.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "version": 2,
+            "args": argparse.Namespace(lr=0.1, mean=(0.5, 0.5, 0.5), model="deit_tiny_patch16_224"),
+            "amp_scaler": {"scale": 65536.0, "growth_factor": 2.0},
+            "metric": 71.2,
+        },
+        tmp_path / "model_best.pth.tar",
+    )
+    assert_same(module, vitrim.load("timm:deit_tiny_patch16_224", checkpoint=tmp_path / "model_best.pth.tar"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_files_come_in_as_float32(tiny: Any, tmp_path: Path, dtype: torch.dtype) -> None:
+    module = tiny(num_classes=3).to(dtype)
+    save_file(module.state_dict(), tmp_path / "half.safetensors")
+    model = vitrim.load("timm:deit_tiny_patch16_224", checkpoint=tmp_path / "half.safetensors")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert_same(module.float(), model)
+
+
+def test_extra_classifiers_are_refused_by_name_or_left_out_with_the_classifier(
+    tiny: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    module = tiny()
+    extra = {
+        "head_dist.weight": torch.ones(1000, 24),
+        "head_dist.bias": torch.ones(1000),
+        "aux_head.fc.bias": torch.ones(2),
+    }
+    save_file({**module.state_dict(), **extra}, tmp_path / "extra.safetensors")
+    with pytest.raises(
+        SourceError, match=r"unexpected: aux_head\.fc\.bias, head_dist\.bias, head_dist\.weight.*classes=0"
+    ):
+        vitrim.load("timm:deit_tiny_patch16_224", checkpoint=tmp_path / "extra.safetensors")
+    with caplog.at_level(logging.INFO, "vitrim.sources"):
+        model = vitrim.load("timm:deit_tiny_patch16_224", checkpoint=tmp_path / "extra.safetensors", classes=0)
+    assert "without its classifier: aux_head.fc.bias, head.bias, head.weight, head_dist.bias" in caplog.text
+    module.reset_classifier(0)
+    assert_same(module, model)
+
+
+def test_a_layer_in_front_of_the_classifier_is_not_left_out_in_silence(tiny: Any, tmp_path: Path) -> None:
+    module = tiny()
+    torch.save({**module.state_dict(), "pre_logits.fc.weight": torch.ones(24, 24)}, tmp_path / "old.pth")
+    with pytest.raises(SourceError, match=r"pre_logits.*classes=0"):
+        vitrim.load("timm:deit_tiny_patch16_224", checkpoint=tmp_path / "old.pth")
+    assert vitrim.load("timm:deit_tiny_patch16_224", checkpoint=tmp_path / "old.pth", classes=0).spec.outputs == ()
+
+
+def test_a_quantised_file_is_refused(tiny: Any, tmp_path: Path) -> None:
+    state = tiny().state_dict()
+    state["blocks.0.attn.qkv.weight"] = torch.ones(72, 24, dtype=torch.int8)
+    save_file(state, tmp_path / "q.safetensors")
+    with pytest.raises(SourceError, match=r"blocks\.0\.attn\.qkv\.weight \(int8\).*quantised"):
+        vitrim.load("timm:deit_tiny_patch16_224", checkpoint=tmp_path / "q.safetensors")
+
+
 # ----------------------------------------------------------------------------------------------------------------- back
 
 
@@ -602,3 +743,100 @@ def test_a_module_made_back_has_the_same_spec() -> None:
 def test_a_model_built_here_goes_to_timm() -> None:
     spec = source.spec_of(small("deit_small_distilled_patch16_224"))
     assert_back(randomised(build(spec)))
+
+
+# ---------------------------------------------------------------------------------------------------- a folder for timm
+
+
+@torch.no_grad()
+def assert_written(model: Vit, out: Path) -> Any:
+    """timm makes and fills the module from the folder alone, and its logits are ours in float64."""
+    assert source.write(model, out) == out
+    assert sorted(path.name for path in out.iterdir()) == ["config.json", "model.safetensors"]
+    module = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+    x = images(module).double()
+    assert same(model.double()(x), module.double()(x))
+    return module
+
+
+WRITTEN = [
+    "vit_tiny_patch16_224",
+    "vit_base_patch16_siglip_224",
+    "vit_giantopt_patch16_siglip_256",
+    "vit_base_patch32_clip_224",
+    "vit_base_patch16_clip_quickgelu_224",
+    "vit_giant_patch14_reg4_dinov2",
+    "vit_small_patch14_dinov2",
+    "vit_little_patch16_reg4_gap_256",
+    "deit_tiny_distilled_patch16_224",
+    "deit3_small_patch16_224",
+]
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_a_written_folder_is_loaded_by_timm_with_the_same_logits(name: str, tmp_path: Path) -> None:
+    model = vitrim.from_model(small(name), verify=False)
+    module = assert_written(model, tmp_path / "out")
+    assert replace(source.spec_of(module), blocks=model.spec.blocks) == model.spec
+
+
+@pytest.mark.parametrize(
+    "case", ["an_encoder", "all_tokens", "an_oblong_image", "oblong_patches", "grey_images", "uneven_mlp", "no_biases",
+             "no_positions", "fc_norm", "pre_norm", "registers_without_rows", "map_pooling_over_prefix_tokens_too"]
+)  # fmt: skip
+def test_options_are_written_too(case: str, tmp_path: Path) -> None:
+    assert_written(vitrim.from_model(small("vit_tiny_patch16_224", **OPTIONS[case]), verify=False), tmp_path / "out")
+
+
+def test_a_compressed_model_is_written_with_its_labels_and_preprocessing_and_read_again(tmp_path: Path) -> None:
+    preprocess = Preprocess(
+        mean=(0.1, 0.2, 0.3),
+        std=(0.4, 0.5, 0.6),
+        size_px=(48, 48),
+        crop=0.8,
+        crop_mode="squash",
+        interpolation="bilinear",
+    )
+    model = vitrim.from_model(small("deit_tiny_patch16_224", depth=3), preprocess=preprocess, labels=tuple("abcde"))
+    model = weights.cut(model, [weights.Keep(hidden=tuple(range(17)))] * 3, method="test")
+    module = assert_written(weights.exact_tail(model), tmp_path / "out")
+    data = timm.data.resolve_model_data_config(module)
+    assert (tuple(data["mean"]), tuple(data["std"]), data["input_size"]) == (
+        preprocess.mean,
+        preprocess.std,
+        (3, 48, 48),
+    )
+    assert (data["crop_pct"], data["crop_mode"], data["interpolation"]) == (0.8, "squash", "bilinear")
+    again = vitrim.load(f"timm:local-dir:{tmp_path / 'out'}")
+    assert (again.config.labels, again.config.preprocess) == (tuple("abcde"), preprocess)
+    assert again.spec == model.spec
+    assert again.provenance["source"] == "timm:local-dir:out"
+    (tmp_path / "out" / "model.safetensors").unlink()
+    (tmp_path / "ours").mkdir()
+    (tmp_path / "ours" / "config.json").write_text("{}")
+    for name in ("out", "nowhere", "ours"):
+        with pytest.raises(SourceError, match=f"'timm:local-dir:{name}' is no folder that timm loads"):
+            vitrim.load(f"timm:local-dir:{tmp_path / name}")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["label_names"] == list("abcde")
+
+
+def test_swiglu_without_layer_scale_is_written_with_one_of_ones(tmp_path: Path) -> None:
+    model = weights.fold_layer_scale(vitrim.from_model(small("vit_giant_patch14_dinov2")))
+    module = assert_written(model.double(), tmp_path / "out")
+    assert torch.equal(module.blocks[1].ls2.gamma, torch.ones(24, dtype=torch.float64))
+
+
+def test_what_timm_has_no_architecture_for_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+    odd = vitrim.from_model(small("vit_tiny_patch16_224", norm_layer=partial(nn.LayerNorm, eps=1e-12)))
+    with pytest.raises(SourceError, match="none of its architectures with plain MLPs has norms of eps 1e-12"):
+        source.write(odd, tmp_path / "out")
+    cut = weights.cut(vitrim.from_model(small("deit_tiny_patch16_224")), [None, weights.Keep(mlp=False)], method="test")
+    with pytest.raises(SourceError, match="block 1 has no MLP"):
+        source.write(cut, tmp_path / "out")
+    model = vitrim.from_model(small("deit_tiny_patch16_224"))
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(SourceError, match="'file' is there already"):
+        source.write(model, tmp_path / "file")
+    with pytest.raises(SourceError, match="could not be written"):
+        source.write(model, tmp_path / "file" / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -1,26 +1,47 @@
-"""timm's plain Vision Transformers as specs, from a table made by `scripts/make_architectures.py`.
+"""Named Vision Transformers as specs, from tables made by `scripts/make_architectures.py`: `FAMILY.json` for each family.
 
-So that the cost of a named model needs neither torch nor timm. Standard library only. A name may carry timm's tag
-(`vit_base_patch16_224.augreg_in21k`): the table knows where a tag differs from its architecture (image size, classes).
+So that the cost of a named model needs neither torch nor the family's package. Standard library only. A name may carry the
+tag of one set of weights (`vit_base_patch16_224.augreg_in21k`, `vit_b_16.IMAGENET1K_SWAG_E2E_V1`): the table knows where
+a tag differs from its architecture (image size, classes).
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import cache
 from importlib import resources
 from typing import Any
 
-from ..spec import Attention, Block, ConvStem, Mlp, ModelSpec, Output, Pool, Position
+from ..spec import (
+    Attention,
+    Block,
+    ConvStem,
+    Mlp,
+    ModelSpec,
+    Output,
+    Pool,
+    Position,
+    Stem,
+    T2TPerformer,
+    T2TTransformer,
+)
+
+FAMILIES = ("timm", "torchvision", "t2t")
+"""Families that have a table, as names begin with them (`torchvision:vit_b_16`)."""
 
 DEFAULTS: Mapping[str, Any] = {
     "image": [224, 224],
     "patch": [16, 16],
     "channels": 3,
+    "stem": "conv",
     "stem_bias": True,
+    "token_dim": 64,
+    "features": 32,
     "prefix": "cls",
     "position": "learned",
     "prefix_rows": True,
+    "resize": "bicubic_antialias",
     "pre_norm": False,
     "final_norm": True,
     "pool_norm": False,
@@ -33,26 +54,29 @@ DEFAULTS: Mapping[str, Any] = {
     "pool": "cls",
     "classes": 1000,
 }
-"""Fields that an entry of the table leaves out; `width`, `depth`, `heads` and `hidden` always stand there."""
+"""Fields that an entry of a table leaves out; `width`, `depth`, `heads` and `hidden` always stand there.
+
+A map pooling has the heads, the units and the activation of the blocks.
+"""
 
 
-def names() -> list[str]:
-    """Every name that the timm source reads, without tags, sorted."""
-    return sorted(_table())
+def names(family: str = "timm") -> list[str]:
+    """Every name in a family's table, without tags, sorted: what that family's source reads. Empty for another family."""
+    return sorted(_table(family))
 
 
-def tags(name: str) -> list[str]:
-    """timm's tags of pretrained weights for an architecture, sorted; empty for an unknown name."""
-    return sorted(_table().get(name, {}).get("tags", {}))
+def tags(name: str, family: str = "timm") -> list[str]:
+    """The family's tags of published weights for an architecture, sorted; empty for an unknown name."""
+    return sorted(_table(family).get(name, {}).get("tags", {}))
 
 
-def spec(name: str, classes: int | None = None) -> ModelSpec | None:
-    """The spec of a timm model by name, with or without a tag; None if the table does not have it.
+def spec(name: str, classes: int | None = None, *, family: str = "timm") -> ModelSpec | None:
+    """The spec of a family's model by name, with or without a tag; None if the table does not have it.
 
     classes: of the classifier; 0 gives an encoder without one, None what the named model has.
     """
     base, _, tag = name.partition(".")
-    entry = _table().get(base)
+    entry = _table(family).get(base)
     if entry is None or (tag and tag not in entry["tags"]):
         return None
     fields = {**entry, **(entry["tags"][tag] if tag else {})}
@@ -96,24 +120,46 @@ def expand(fields: Mapping[str, Any]) -> ModelSpec:
         image_px=(height, width),
         patch_px=(patch_h, patch_w),
         channels=f["channels"],
-        stem=ConvStem(bias=f["stem_bias"]),
+        stem=_stem(f),
         width=f["width"],
         prefix=prefix,
-        position=Position(kind=f["position"], grid=(height // patch_h, width // patch_w), prefix_rows=f["prefix_rows"]),
+        position=Position(
+            kind=f["position"],
+            grid=(height // patch_h, width // patch_w),
+            prefix_rows=f["prefix_rows"],
+            resize=f["resize"],
+        ),
         pre_norm=f["pre_norm"],
         final_norm=f["final_norm"],
         pool_norm=f["pool_norm"],
         norm_eps=f["eps"],
         blocks=(block,) * f["depth"],
-        pool=Pool(kind=f["pool"]),
+        pool=_pool(f),
         outputs=tuple(outputs) if f["classes"] else (),
     )
 
 
-def _table() -> dict[str, Any]:
-    text = resources.files(__package__).joinpath("timm.json").read_text(encoding="utf-8")
+def _stem(f: Mapping[str, Any]) -> Stem:
+    if f["stem"] == "conv":
+        return ConvStem(bias=f["stem_bias"])
+    if f["stem"] == "t2t_transformer":
+        return T2TTransformer(token_dim=f["token_dim"])
+    return T2TPerformer(token_dim=f["token_dim"], features=f["features"])
+
+
+def _pool(f: Mapping[str, Any]) -> Pool:
+    if f["pool"] == "map":
+        return Pool(kind="map", heads=f["heads"], hidden=f["hidden"], act=f["kind"])
+    return Pool(kind=f["pool"])
+
+
+@cache
+def _table(family: str) -> Mapping[str, Any]:
+    if family not in FAMILIES:
+        return {}
+    text = resources.files(__package__).joinpath(f"{family}.json").read_text(encoding="utf-8")
     models: dict[str, Any] = json.loads(text)["models"]
     return models
 
 
-__all__ = ["DEFAULTS", "expand", "names", "spec", "tags"]
+__all__ = ["DEFAULTS", "FAMILIES", "expand", "names", "spec", "tags"]

@@ -6,6 +6,9 @@ Neither help, nor `cost` of a name or a folder, nor a usage error imports torch.
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
@@ -33,11 +36,33 @@ class Verbs(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with _said_on_stderr():
+                return super().invoke(ctx)
         except (VitrimError, OSError) as error:
             if isinstance(error, BrokenPipeError):  # the reader of our output went away; click leaves quietly
                 raise
             raise Failed(error) from error
+
+
+class _Said(logging.Handler):
+    """What the package logs, as a line on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        click.echo(record.getMessage(), err=True)
+
+
+@contextmanager
+def _said_on_stderr() -> Iterator[None]:
+    """Shows what the package says beside its results, such as which classifier was kept; the caller's logging stays."""
+    logger, handler = logging.getLogger("vitrim"), _Said()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 @click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

@@ -41,9 +41,7 @@ def readable(labels: Sequence[str]) -> tuple[str, ...]:
 
     info = ImageNetInfo("imagenet-1k" if len(labels) <= 1000 else "imagenet-22k")
     known = set(info.label_names())
-    return tuple(
-        info.label_name_to_description(label).split(",")[0] if label in known else label for label in labels
-    )
+    return tuple(info.label_name_to_description(label).split(",")[0] if label in known else label for label in labels)
 
 
 def _readings(data: list[str], model: list[str]) -> Iterator[tuple[list[str], list[str]]]:

@@ -104,8 +104,11 @@ def write(model: Vit, format: str, out: str | Path, *, force: bool = False) -> P
 
     format: `timm` (a folder for `local-dir:`), `hf` (a folder for `from_pretrained`), `torchvision` or `t2t` (a state dict
     that loads strictly).  force: replace what is there.
-    Raises SourceError naming the block that the family cannot say.
+    Blocks of which nothing is left are left out, which changes no output.
+    Raises SourceError naming the block (counted without those) that the family cannot say.
     """
+    from ..weights import without_empty
+
     if format not in FORMATS:
         raise SourceError(f"format={format!r}{did_you_mean(format, FORMATS)}; expected one of {', '.join(FORMATS)}.")
     place = Path(out)
@@ -113,7 +116,7 @@ def write(model: Vit, format: str, out: str | Path, *, force: bool = False) -> P
         raise SourceError(f"{place.name!r} is there already; pass force (--force) to replace it, or another place.")
     place.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=place.parent, prefix=".", suffix=".partial") as staging:
-        made = Path(_source(FORMATS[format]).write(model, Path(staging) / place.name))
+        made = Path(_source(FORMATS[format]).write(without_empty(model), Path(staging) / place.name))
         if place.is_dir() and not place.is_symlink():
             os.rename(place, Path(staging) / "replaced")
         os.replace(made, place)
@@ -180,8 +183,11 @@ def _saved(text: str, family: str, rest: str) -> Vit:
 def _near(text: str) -> str:
     from .. import architectures
 
-    near = did_you_mean(text.partition(".")[0], architectures.names())
-    return near.replace("'", "'timm:", 1)
+    base = text.partition(".")[0]
+    for family in architectures.FAMILIES:
+        if near := did_you_mean(base, architectures.names(family)):
+            return near.replace("'", f"'{family}:", 1)
+    return ""
 
 
 __all__ = ["FORMATS", "from_model", "load", "write"]

@@ -1,12 +1,16 @@
 """Local files of weights: `.safetensors`, or `.pth`, `.pt`, `.bin` and the like, read without running their code.
 
 A training checkpoint is unwrapped: the averaged weights before the raw ones (`state_dict_ema`, `model_ema`,
-`state_dict`, `model`), the prefixes of wrappers stripped.
+`state_dict`, `model` ...), the prefixes of wrappers stripped. `reconciled` takes what is left to the names of a family:
+a prefix that every name shares goes (Lightning's `model.`), split queries, keys and values are joined. Nothing is left
+out but classifiers, and those only where the caller asks for none (`without_heads`).
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import logging
 import pickle
 import re
 from collections.abc import Iterable, Mapping
@@ -15,14 +19,24 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import SourceError
+from ..files import make_whole, sync_file, write_text
 
-WRAPPED = ("state_dict_ema", "model_ema", "state_dict", "model")
+WRAPPED = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "net")
 PREFIXES = ("module.", "_orig_mod.")
 SHOWN = 10
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+"""Files of a folder that `write` makes, as timm, transformers and the Hub name them."""
+SPLIT = tuple(
+    tuple(style.format(part) for part in parts)
+    for style in ("{}", "{}_proj", "to_{}", "w{}", "{}_proj_weight")
+    for parts in (("q", "k", "v"), ("query", "key", "value"))
+)
+"""Names under which files hold queries, keys and values apart, beside where a family joins them."""
+LOG = logging.getLogger("vitrim.sources")
 
 
 def read(path: Path) -> dict[str, Tensor]:
@@ -50,7 +64,75 @@ def read(path: Path) -> dict[str, Tensor]:
             f"{path.name} holds more than tensors ({listed(strange)}). Save the weights alone by "
             "torch.save(model.state_dict(), ...)."
         )
-    return {_stripped(key): value for key, value in state.items()}
+    if all(key.startswith("module.") for key in state if key != "n_averaged"):  # the counter of torch's averaged model
+        state = {key: value for key, value in state.items() if key != "n_averaged"}
+    stripped = {_stripped(key): value for key, value in state.items()}
+    if len(stripped) != len(state):
+        twice = [key for key in state if key != _stripped(key) and _stripped(key) in state]
+        raise SourceError(
+            f"{path.name} holds weights twice, with the prefix of a wrapper and without: {listed(twice)}. Save one of them alone "
+            "by torch.save(model.state_dict(), ...)."
+        )
+    return stripped
+
+
+def reconciled(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, file: str) -> dict[str, Tensor]:
+    """A file's tensors under a family's names, as far as that changes no number: what still does not fit, `check` says.
+
+    expected: the family's own tensors by name.  Raises SourceError where a weight is stored as whole numbers (quantised).
+    """
+    state = dict(state)
+    shared = _shared_prefix(state, expected)
+    if shared:
+        LOG.info("%s: every name begins with %r, which is left out.", file, shared)
+        state = {key.removeprefix(shared): value for key, value in state.items()}
+    for name in expected:
+        if name not in state:
+            _join(state, name)
+    whole = [
+        f"{key} ({str(value.dtype).removeprefix('torch.')})"
+        for key, value in state.items()
+        if key in expected and expected[key].is_floating_point() and not value.is_floating_point()
+    ]
+    if whole:
+        raise SourceError(
+            f"{file} holds whole numbers instead of weights in floating point: {listed(whole)}. A quantised model is not read; "
+            "save the weights that it was made from."
+        )
+    return state
+
+
+def without_heads(state: Mapping[str, Tensor], *, file: str) -> dict[str, Tensor]:
+    """The tensors without classifiers of any name, auxiliary ones included; what goes is told in the log."""
+    gone = [key for key in state if _is_head(key)]
+    if gone:
+        LOG.info("%s: without its classifier: %s.", file, listed(gone))
+    return {key: value for key, value in state.items() if key not in gone}
+
+
+def write(
+    out: Path, state: Mapping[str, Tensor], config: Mapping[str, Any], *, metadata: Mapping[str, str] | None = None
+) -> Path:
+    """A folder with `model.safetensors` and `config.json`, whole or not at all; gives the folder. Raises SourceError.
+
+    metadata: further texts for the header of the weights.
+    """
+    if out.exists():
+        raise SourceError(f"{out.name!r} is there already; choose another name, or remove it.")
+
+    def fill(staging: Path) -> None:
+        save_file(dict(state), staging / WEIGHTS, metadata={"format": "pt", **(metadata or {})})
+        sync_file(staging / WEIGHTS)
+        write_text(staging / CONFIG, json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n")
+
+    try:
+        make_whole(out, fill)
+    except (OSError, SafetensorError) as error:
+        raise SourceError(
+            f"{out.name!r} could not be written ({getattr(error, 'strerror', None) or error}); nothing is left of it. Give a "
+            "folder in which files can be written."
+        ) from error
+    return out
 
 
 def check(
@@ -70,8 +152,10 @@ def check(
         if names
     ]
     if faults:
+        only_heads = not missing and not shapes and all(_is_head(key) for key in unexpected)
+        advice = " Or leave every classifier out (classes=0)." if only_heads else ""
         raise SourceError(
-            f"{path.name} does not fit {model}; {'; '.join(faults)}. Name the model that it was saved from."
+            f"{path.name} does not fit {model}; {'; '.join(faults)}. Name the model that it was saved from.{advice}"
         )
 
 
@@ -87,9 +171,9 @@ def _unpickled(path: Path) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace]):  # DeiT's files carry their training arguments
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if named := re.search(r"GLOBAL ([\w.]+)", str(error)):
+        if named := re.search(r"GLOBAL ([\w.]+)|class '?([\w.]+)", str(error)):
             raise SourceError(
-                f"{path.name} holds an object of class {named[1]}, which is not read because loading it may run code. Where you "
+                f"{path.name} holds an object of class {named[1] or named[2]}, which is not read because loading it may run code. Where you "
                 "trust the file, load it yourself and save the weights alone by torch.save(model.state_dict(), ...)."
             ) from None
         raise SourceError(f"{path.name} is no file of torch.save. Expected a .safetensors, .pth or .pt file.") from None
@@ -115,8 +199,45 @@ def _stripped(key: str) -> str:
     return key
 
 
+def _is_head(key: str) -> bool:
+    """Whether a tensor stands behind the pooled features."""
+    return bool(re.search(r"head|classif|aux|pre_logits", key.partition(".")[0]))
+
+
+def _shared_prefix(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
+    """The first parts that all names have in common and no expected name has; "" where there are none.
+
+    Taken only where names of the family come out.
+    """
+    firsts = {key.partition(".")[0] for key in state}
+    shared, rest = "", list(state)
+    while len(firsts) == 1 and all("." in key for key in rest) and not any(key in expected for key in rest):
+        shared += f"{firsts.pop()}."
+        rest = [key.partition(".")[2] for key in rest]
+        firsts = {key.partition(".")[0] for key in rest}
+    return shared if any(key in expected for key in rest) else ""
+
+
+def _join(state: dict[str, Tensor], name: str) -> None:
+    """Make the joined `name` of queries, keys and values, if the file holds the three apart in its place."""
+    named = re.fullmatch(r"(.*\.)(?:qkv\.|in_proj_)(weight|bias)", name)
+    if named is None:
+        return
+    place, kind = named[1], f".{named[2]}"
+    for style in SPLIT:
+        ending = "" if style[0].endswith("_weight") else kind
+        keys = [f"{place}{part}{ending}" for part in style]
+        if (ending or kind == ".weight") and all(key in state for key in keys):
+            thirds = [state[key] for key in keys]
+            if len({third.shape for third in thirds}) == 1:
+                state[name] = torch.cat(thirds)
+                for key in keys:
+                    del state[key]
+            return
+
+
 def _kind(value: Any) -> str:
     return "nothing" if value in (None, {}) else f"a {type(value).__name__}"
 
 
-__all__ = ["check", "listed", "read"]
+__all__ = ["CONFIG", "WEIGHTS", "check", "listed", "read", "reconciled", "without_heads", "write"]

@@ -9,6 +9,7 @@ Refuses  by its name whatever the spec cannot say. Parts are recognised by their
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,12 @@ from ..errors import SourceError, did_you_mean
 from ..model import Vit
 from ..spec import Config, ModelSpec, Preprocess
 from . import checkpoints, parity
-from .timm_back import to_module, to_timm
+from .timm_back import to_module, to_timm, write
 from .timm_structure import ADVICE, family, refused, spec_of, weights_of
 
 NETWORK = ("huggingface_hub", "httpx", "httpcore", "requests", "urllib3", "safetensors")
 """Packages whose errors mean that a download failed or broke off."""
+LOG = logging.getLogger("vitrim.sources")
 
 
 def from_module(
@@ -126,6 +128,11 @@ def _create(name: str, *, pretrained: bool = False, **options: Any) -> Any:
         return timm.create_model(name, pretrained=pretrained, **options)
     except Exception as error:
         what, why = ("weights" if pretrained else "description"), type(error).__name__
+        if name.startswith("local-dir:") and isinstance(error, (OSError, RuntimeError, KeyError, ValueError)):
+            raise SourceError(
+                f"{_source(name)!r} is no folder that timm loads ({next(iter(str(error).splitlines()), why)}). Expected its config.json and model.safetensors, as "
+                "`vitrim export --format timm` writes them."
+            ) from error
         if pretrained and isinstance(error, RuntimeError) and "No pretrained weights" in str(error):
             why = "timm knows of none"
         elif not isinstance(error, OSError) and type(error).__module__.split(".")[0] not in NETWORK:
@@ -146,19 +153,26 @@ def _with_checkpoint(name: str, path: Path, classes: int | None) -> nn.Module:
         module = _create(name)
     if not isinstance(module, VisionTransformer):
         spec_of(module)  # says what it has that a plain one has not
+    state = checkpoints.reconciled(state, module.state_dict(), file=path.name)
     _check_tables(module, state, path)
+    if classes != 0 and any(key.startswith("pre_logits.") for key in state):
+        raise SourceError(
+            f"{path.name} has a layer between pooling and classifier (pre_logits), which vitrim cannot take in. Leave it out "
+            "together with the classifier (classes=0)."
+        )
     if set(state) != set(module.state_dict()):
         state = _renamed(state, module)
     found = state["head.weight"].shape[0] if "head.weight" in state else 0
     if classes == 0:
-        state = {key: value for key, value in state.items() if not key.startswith(("head.", "head_dist."))}
-        found = 0
+        state, found = checkpoints.without_heads(state, file=path.name), 0
     elif classes is not None and classes != found:
         raise SourceError(
             f"classes={classes}: the classifier in {path.name} has {found} classes. Leave classes out to keep it, or give the "
             "model a new head (`vitrim train --new-head`)."
         )
     if found != module.num_classes:
+        if found:
+            LOG.info("%s: its classifier of %d classes is kept.", path.name, found)
         with torch.device("meta"):
             module.reset_classifier(found)
     expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
@@ -216,12 +230,19 @@ def _labels(module: nn.Module) -> tuple[str, ...] | None:
     return tuple(known)
 
 
+def _source(name: str) -> str:
+    """The name as vitrim's users write it, without the place of a local folder."""
+    if name.startswith("local-dir:"):
+        return f"timm:local-dir:{Path(name.removeprefix('local-dir:')).name}"
+    return name if ":" in name else f"timm:{name}"
+
+
 def _provenance(name: str, module: nn.Module, weights: str | None) -> dict[str, Any]:
     cfg = getattr(module, "pretrained_cfg", {})
     hub = cfg.get("hf_hub_id") if weights == "pretrained" else None
     licence = cfg.get("license") if weights == "pretrained" else None
     return {
-        "source": name if ":" in name else f"timm:{name}",
+        "source": _source(name),
         "weights": weights or "random",
         "timm": timm.__version__,
         **({"base_model": hub} if hub else {}),
@@ -229,4 +250,4 @@ def _provenance(name: str, module: nn.Module, weights: str | None) -> dict[str, 
     }
 
 
-__all__ = ["from_module", "load", "spec_of", "to_module", "to_timm", "weights_of"]
+__all__ = ["from_module", "load", "spec_of", "to_module", "to_timm", "weights_of", "write"]

@@ -1,11 +1,13 @@
-"""Our model -> arguments and state dict of timm's `VisionTransformer`, where timm can say it."""
+"""Our model -> arguments and state dict of timm's `VisionTransformer`, and the folder that timm loads, where timm can say it."""
 
 from __future__ import annotations
 
 import math
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from timm.layers import LayerNorm, SwiGLUPacked
 from timm.models import VisionTransformer
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from ..errors import SourceError
 from ..model import Vit
 from ..spec import Attention, ConvStem, Mlp, ModelSpec, Prefix
+from . import checkpoints
 from .timm_structure import places_of, spec_of
 
 
@@ -28,6 +31,7 @@ def to_timm(model: Vit, *, layer_scale: bool = False) -> tuple[dict[str, Any], d
     spec = model.spec
     a, m = _equal_halves(spec)
     _check_sayable(spec)
+    _check_pool(spec, a, m)
     scaled = layer_scale or any(
         half.layer_scale for block in spec.blocks for half in (block.attention, block.mlp) if half is not None
     )
@@ -36,7 +40,8 @@ def to_timm(model: Vit, *, layer_scale: bool = False) -> tuple[dict[str, Any], d
         "patch_size": spec.patch_px,
         "in_chans": spec.channels,
         "num_classes": spec.classes or 0,
-        "global_pool": {"cls": "token", "mean": "avg", "none": ""}[spec.pool.kind],
+        "global_pool": {"cls": "token", "mean": "avg", "map": "map", "none": ""}[spec.pool.kind],
+        "pool_include_prefix": spec.pool.kind == "map" and bool(spec.prefix),
         "embed_dim": spec.width,
         "depth": len(spec.blocks),
         "num_heads": a.heads,
@@ -67,6 +72,66 @@ def to_module(model: Vit, *, layer_scale: bool = False) -> nn.Module:
     module = _shell(model.spec, kwargs)
     module.load_state_dict(state, strict=True, assign=True)
     return module.eval()
+
+
+HOSTS = (
+    ("vit_base_patch16_224", 1e-6, False),
+    ("vit_base_patch16_clip_224", 1e-5, False),
+    ("vit_giant_patch14_dinov2", 1e-6, True),
+    ("deit_tiny_distilled_patch16_224", 1e-6, False),
+)
+"""Architectures of timm's, the eps of their norms, and whether their MLPs are swiglu: what a JSON file cannot say otherwise."""
+
+
+def write(model: Vit, out: Path) -> Path:
+    """A folder as timm has it on the Hub: `timm.create_model("local-dir:OUT", pretrained=True)` gives the same logits.
+
+    Preprocessing and class names go along. Raises SourceError as `to_timm` does, and where none of timm's architectures
+    has these norms and MLPs, which timm takes as classes and not as JSON.
+    """
+    spec = model.spec
+    swiglu, distilled = any(b.mlp is not None and b.mlp.kind == "swiglu" for b in spec.blocks), "dist" in spec.prefix
+    hosts = [
+        host for host, eps, gated in HOSTS if eps == spec.norm_eps and gated == swiglu and distilled == ("dist" in host)
+    ]
+    kwargs, state = to_timm(model, layer_scale=swiglu)  # the one host of swiglu has LayerScale, and None cannot undo it
+    if not hosts:
+        raise _unsayable(
+            f"none of its architectures with {'a distillation token and ' if distilled else ''}"
+            f"{'swiglu' if swiglu else 'plain'} MLPs has norms of eps {spec.norm_eps!r}"
+        )
+    arguments = {
+        key: value for key, value in kwargs.items() if key not in ("norm_layer", "mlp_layer") and value is not None
+    }
+    arguments = {key: value for key, value in arguments.items() if key != "act_layer" or isinstance(value, str)}
+    with torch.device("meta"):
+        made = timm.create_model(hosts[0], **arguments)
+    assert spec_of(made) == spec_of(_shell(spec, kwargs)), hosts[0]
+    preprocess = model.config.preprocess
+    told: dict[str, Any] = {}
+    if preprocess is not None:
+        told = {"mean": preprocess.mean, "std": preprocess.std, "interpolation": preprocess.interpolation}
+        told.update(crop_pct=preprocess.crop, crop_mode=preprocess.crop_mode)
+    config: dict[str, Any] = {
+        "architecture": hosts[0],
+        "num_classes": spec.classes or 0,
+        "num_features": spec.width,
+        "global_pool": kwargs["global_pool"],
+        "model_args": arguments,
+        "pretrained_cfg": {
+            "input_size": (spec.channels, *spec.image_px),
+            "fixed_input_size": True,
+            "num_classes": spec.classes or 0,
+            "pool_size": None,
+            "first_conv": "patch_embed.proj",
+            "classifier": ["head", "head_dist"] if distilled else "head",
+            "custom_load": False,
+            **told,
+        },
+    }
+    if model.config.labels is not None:
+        config["label_names"] = model.config.labels
+    return checkpoints.write(out, state, config)
 
 
 def _shell(spec: ModelSpec, kwargs: dict[str, Any]) -> nn.Module:
@@ -128,7 +193,6 @@ def _check_sayable(spec: ModelSpec) -> None:
         f"its stem is a {type(spec.stem).__name__}": not isinstance(spec.stem, ConvStem),
         "a norm before the blocks beside a bias in the stem": spec.pre_norm and getattr(spec.stem, "bias", False),
         f"its prefix tokens are {spec.prefix!r}": spec.prefix != canonical,
-        f"its pooling is {spec.pool.kind!r}": spec.pool.kind not in ("cls", "mean", "none"),
         "a norm before and another after pooling": spec.final_norm and spec.pool_norm,
         "a norm behind no pooling": spec.pool.kind == "none" and spec.pool_norm,
         f"its position table is for {spec.position.grid}, not {spec.grid} patches": spec.position.kind != "none"
@@ -145,6 +209,19 @@ def _check_sayable(spec: ModelSpec) -> None:
     for fault, there in faults.items():
         if there:
             raise _unsayable(fault)
+
+
+def _check_pool(spec: ModelSpec, a: Attention, m: Mlp) -> None:
+    """Refuse a map pooling that differs from the blocks, whose arguments timm gives it."""
+    if spec.pool.kind != "map":
+        return
+    for name, here, blocks in (
+        ("heads", spec.pool.heads, a.heads),
+        ("MLP units", spec.pool.hidden, m.hidden),
+        ("activation", spec.pool.act, m.kind),
+    ):
+        if here != blocks:
+            raise _unsayable(f"its map pooling differs from the blocks ({name} {here!r}, there {blocks!r})")
 
 
 def _mlp_ratio(rows: int, width: int) -> float:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 from timm.layers import Attention as TimmAttention
-from timm.layers import GluMlp, LayerScale, PatchEmbed, RmsNorm, SwiGLU
+from timm.layers import AttentionPoolLatent, GluMlp, LayerScale, PatchEmbed, RmsNorm, SwiGLU
 from timm.layers import Mlp as TimmMlp
 from timm.models import VisionTransformer
 from timm.models.deit import VisionTransformerDistilled
@@ -100,7 +100,7 @@ def spec_of(module: nn.Module) -> ModelSpec:
     prefix = _prefix(module, distilled)
     position = _position(module, len(prefix))
     norms = {name: _norm(getattr(module, name), name, eps) for name in ("norm_pre", "norm", "fc_norm")}
-    pool, pool_norm = _pool(module, prefix), norms["fc_norm"]
+    pool, pool_norm = _pool(module, prefix, eps), norms["fc_norm"]
     if pool.kind == "none":  # a norm behind no pooling is the final norm by another name
         norms["norm"], pool_norm = norms["norm"] or pool_norm, pool_norm and norms["norm"]
     patch_px = tuple(module.patch_embed.patch_size)
@@ -141,6 +141,8 @@ def weights_of(module: Any, spec: ModelSpec) -> dict[str, Tensor]:
             value = value.reshape(-1, spec.width)  # 1 P D -> P D
         elif name == "position":
             value = value.squeeze(0)
+        elif name == "pool.latent":
+            value = value.flatten()  # 1 1 D -> D
         parts.setdefault(name, {})[order] = value
     for name, pieces in parts.items():
         weights[name] = (
@@ -180,8 +182,9 @@ def _stem(module: VisionTransformer) -> ConvStem:
     if not isinstance(embed.norm, nn.Identity):
         raise refused(f"a norm in its patch embedding ({type(embed.norm).__name__})")
     proj, patch = embed.proj, tuple(embed.patch_size)
-    if (proj.kernel_size, proj.stride, proj.padding, proj.dilation, proj.groups) != (patch, patch, (0, 0), (1, 1), 1):
-        raise refused(f"patches that overlap or leave gaps (kernel {proj.kernel_size}, stride {proj.stride})")
+    kernel, stride = tuple(proj.kernel_size), tuple(proj.stride)  # lists, where a JSON file told them to timm
+    if (kernel, stride, proj.padding, proj.dilation, proj.groups) != (patch, patch, (0, 0), (1, 1), 1):
+        raise refused(f"patches that overlap or leave gaps (kernel {kernel}, stride {stride})")
     if embed.img_size is None:
         raise refused("no image size; make it with img_size=")
     return ConvStem(bias=proj.bias is not None)
@@ -218,9 +221,13 @@ def _norm(norm: nn.Module, where: str, eps: set[float]) -> bool:
     return True
 
 
-def _pool(module: VisionTransformer, prefix: tuple[Any, ...]) -> Pool:
+def _pool(module: VisionTransformer, prefix: tuple[Any, ...], eps: set[float]) -> Pool:
     if module.attn_pool is not None:
-        raise refused("map pooling" if module.global_pool == "map" else f"{module.global_pool!r} pooling")
+        if module.global_pool != "map":
+            raise refused(f"{module.global_pool!r} pooling")
+        if prefix and not module.pool_include_prefix:
+            raise refused("map pooling over the patch tokens alone, beside prefix tokens")
+        return _map_pool(module.attn_pool, module.embed_dim, eps)
     if module.global_pool == "token":
         return Pool(kind="cls")
     if module.global_pool == "":
@@ -230,6 +237,41 @@ def _pool(module: VisionTransformer, prefix: tuple[Any, ...]) -> Pool:
     if module.pool_include_prefix and prefix:
         raise refused("average pooling over the prefix tokens too (pool_include_prefix)")
     return Pool(kind="mean")
+
+
+def _map_pool(pool: Any, width: int, eps: set[float]) -> Pool:
+    """Attention pooling with one learned query and an MLP behind it, as SigLIP has it; any other is refused by its part."""
+    if type(pool) is not AttentionPoolLatent:
+        raise refused(f"map pooling of another design ({type(pool).__name__})")
+    mlp: Any = pool.mlp
+    faults = {
+        "without an MLP": mlp is None,
+        "with a position table of its own": pool.pos_embed is not None,
+        f"with {pool.latent_len} queries": pool.latent_len != 1,
+        f"that gives {pool.pool!r} of its queries": pool.pool not in ("token", "avg"),  # one query: either gives it
+        "without a projection of its query": isinstance(pool.q, nn.Identity),
+        "with norms of queries and keys": not isinstance(pool.q_norm, nn.Identity)
+        or not isinstance(pool.k_norm, nn.Identity),
+        f"of another width than {width}": (pool.latent_dim, pool.out_features) != (width, width),
+    }
+    for fault, there in faults.items():
+        if there:
+            raise refused(f"map pooling {fault}")
+    if type(mlp) is not TimmMlp or not isinstance(mlp.norm, nn.Identity):
+        raise refused(f"map pooling with an MLP of another design ({type(mlp).__name__})")
+    _linears(pool, ("q", "kv", "proj"), "map pooling")
+    _linears(mlp, ("fc1", "fc2"), "map pooling")
+    if any(part.bias is None for part in (pool.q, pool.kv, pool.proj, mlp.fc1, mlp.fc2)):
+        raise refused("map pooling without biases")
+    if not _norm(pool.norm, "map pooling", eps):
+        raise refused("map pooling without a norm")
+    act = _activation(mlp.act, "map pooling")
+    if act not in ("gelu", "gelu_tanh"):
+        raise refused(f"map pooling with the activation {act}")
+    last: Any = mlp.fc2
+    return Pool(
+        kind="map", heads=pool.num_heads, hidden=last.in_features, act="gelu_tanh" if act == "gelu_tanh" else "gelu"
+    )
 
 
 def _block(block: nn.Module, where: str, eps: set[float]) -> Block:
@@ -394,6 +436,17 @@ def places_of(module: Any, spec: ModelSpec) -> dict[str, tuple[str, int]]:
         pair(f"{theirs}.mlp.fc2", f"{ours}.mlp.fc2", mlp.fc2_bias)
         if mlp.layer_scale:
             add(f"{theirs}.ls2.gamma", f"{ours}.mlp.gamma")
+    if spec.pool.kind == "map":
+        add("attn_pool.latent", "pool.latent")
+        for theirs, ours in (
+            ("q", "q"),
+            ("kv", "kv"),
+            ("proj", "out"),
+            ("norm", "norm"),
+            ("mlp.fc1", "fc1"),
+            ("mlp.fc2", "fc2"),
+        ):
+            pair(f"attn_pool.{theirs}", f"pool.{ours}")
     for output in spec.outputs:
         pair(output.name, f"heads.{output.name}", output.bias)
     return places

@@ -1,0 +1,83 @@
+"""What a disturbance of the stream does to the outputs, in their own unit, without running the rest of the network.
+
+A classifier's outputs are its class probabilities p, and the unit is the divergence KL(dense || changed) in nats. With random
+signs e, the gradients g of sum_c sqrt(p_c) e_c log p_c (p held fixed) have E[g g^T] = J^T (diag p - p p^T) J, so that
+1/2 E[(sum over tokens of g . d)^2] is, to second order, the divergence that a change d of the stream causes. It takes the
+direction of d into account, and the tokens together: errors that cancel on the way to the class token cost nothing.
+An encoder's output is its feature divided by its length, the unit the squared error of that, and E[(g . d)^2] estimates it.
+
+Shapes: B batch, N tokens, D width, K draws of signs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from vitrim.model import Gates, Vit
+
+OPEN = Gates(policy="open")
+
+
+def outcome(result: Tensor, *, classifies: bool) -> Tensor:
+    """What divergences are measured on: log-probabilities, or features divided by their length.  [B, ...] -> [B, C]"""
+    return result.log_softmax(-1) if classifies else F.normalize(result.flatten(1), dim=-1)
+
+
+def divergence(before: Tensor, after: Tensor, *, classifies: bool) -> Tensor:
+    """Of each image, [B] float64: KL(before || after) of log-probabilities, or the squared error of unit features."""
+    before, after = before.double(), after.double()
+    if classifies:
+        return (before.exp() * (before - after)).sum(-1).clamp_min(0)
+    return (before - after).square().sum(-1)
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """of: by the names of `Vit.forward`, [K, B, N, D].  outcome: [B, C] of the undisturbed network."""
+
+    of: dict[str, Tensor]
+    outcome: Tensor
+    classifies: bool
+
+    def cost(self, name: str, change: Tensor) -> Tensor:
+        """[K, B] float64 summands whose mean estimates the divergence that a change [B, N, D] of this stream causes."""
+        return self.squared(torch.einsum("kbnd,bnd->kb", self.of[name], change))
+
+    def squared(self, along: Tensor) -> Tensor:
+        """The same from the sums over tokens of g . d.  [K, B]"""
+        return along.double().square() * (0.5 if self.classifies else 1.0)
+
+
+def gradients(model: Vit, x: Tensor, names: Sequence[str], *, draws: int, generator: torch.Generator) -> Gradients:
+    """Gradients at these places for `draws` sign vectors an image; a place that the outputs do not see has zeros.
+
+    x: B C h w. The signs come from the generator, on the CPU. Memory: the graph of one batch, and K streams a place.
+    """
+    like = next(model.parameters())
+    classifies = bool(model.spec.outputs)
+    with torch.enable_grad():
+        found = model(x.to(like).requires_grad_(), gates=OPEN, want=(*names, "logits"))
+        streams = [found[name] for name in names]
+        answer = outcome(found["logits"], classifies=classifies)
+        scale = (answer.detach() / 2).exp() if classifies else torch.ones_like(answer)
+        drawn: list[tuple[Tensor | None, ...]] = []
+        for draw in range(draws):
+            signs = (torch.randint(0, 2, answer.shape, generator=generator) * 2 - 1).to(answer)
+            drawn.append(
+                torch.autograd.grad(
+                    (scale * signs * answer).sum(), streams, retain_graph=draw + 1 < draws, allow_unused=True
+                )
+            )
+    of = {
+        name: torch.stack([torch.zeros_like(streams[j]) if g[j] is None else g[j] for g in drawn]).detach()  # type: ignore[misc]
+        for j, name in enumerate(names)
+    }
+    return Gradients(of=of, outcome=answer.detach(), classifies=classifies)
+
+
+__all__ = ["Gradients", "divergence", "gradients", "outcome"]

@@ -1,0 +1,118 @@
+"""How much the outputs mind a disturbance of the stream, at each place and kind of token: a Fisher matrix without labels.
+
+With random signs e_c, the gradient g of sum_c sqrt(p_c) e_c log p_c (p held fixed) has E[g g^T] = J^T (diag p - p p^T) J,
+the Fisher matrix of the class probabilities: half of its quadratic form is the divergence that a small disturbance causes.
+An encoder without a classifier has random signs over its features instead, which gives J^T J.
+
+Shapes: B batch, N tokens, D width, P prefix tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vitrim.errors import DataError
+from vitrim.model import Gates, Vit
+
+LEAST = 1 / 64
+"""The least weight of a token beside the heaviest: a regression needs its rows."""
+RIDGE = 1e-3
+
+
+@dataclass
+class Site:
+    """One place in the stream.  tokens: [P + 1] mean squared gradient of a token, by prefix token, patches last.
+
+    matrix: [D, D] sum of g^T g over all tokens; float64 on the CPU.
+    """
+
+    tokens: Tensor
+    matrix: Tensor
+
+    def weights(self, tokens: int) -> Tensor:
+        """[tokens] regression weights, 1 for the heaviest: the root of the gradient's share, at least `LEAST`."""
+        top = self.tokens.max().clamp_min(1e-300)
+        kinds = (self.tokens / top).sqrt().clamp_min(LEAST)
+        prefix = len(kinds) - 1
+        return torch.cat([kinds[:prefix], kinds[prefix:].expand(max(tokens - prefix, 0))])[:tokens]
+
+    @property
+    def metric(self) -> Tensor:
+        """[D, D] for errors of the stream, its mean diagonal 1, with a small ridge."""
+        size = len(self.matrix)
+        mean = self.matrix.diagonal().mean()
+        eye = torch.eye(size, dtype=self.matrix.dtype)
+        if not float(mean) > 0:
+            return eye  # nothing that is read depends on this place
+        return (self.matrix / mean + RIDGE * eye) / (1 + RIDGE)
+
+
+def sensitivity(
+    model: Vit,
+    batches: Iterable[Tensor],
+    *,
+    draws: int = 2,
+    seed: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, Site]:
+    """The sites `mid:i` (after the attention of block i) and `block:i` (after its MLP), by the names of `Vit.forward`.
+
+    draws: sign vectors an image. Memory: the activations of one batch with its graph. progress: told the images done.
+    Raises DataError without images.
+    """
+    names = tuple(f"{kind}:{i}" for i in range(len(model.blocks)) for kind in ("mid", "block"))
+    prefix, width = len(model.spec.prefix), model.spec.width
+    sites = {
+        name: Site(
+            tokens=torch.zeros(prefix + 1, dtype=torch.float64), matrix=torch.zeros(width, width, dtype=torch.float64)
+        )
+        for name in names
+    }
+    counts = {name: torch.zeros(prefix + 1, dtype=torch.float64) for name in names}
+    generator = torch.Generator().manual_seed(seed)
+    like = next(model.parameters())
+    done = 0
+    for x in batches:
+        with torch.enable_grad():
+            start = x.to(like).detach().requires_grad_()  # a graph from the images on, whatever parameters are frozen
+            found = model(start, gates=Gates(policy="open"), want=(*names, "logits"))
+            result = found["logits"]
+            taps = [found[name] for name in names]
+            if model.spec.outputs:
+                logs = result.log_softmax(-1)
+                scale = logs.detach().exp().sqrt()
+            else:
+                logs, scale = result, torch.ones_like(result)
+            for draw in range(draws):
+                signs = (torch.randint(0, 2, logs.shape, generator=generator) * 2 - 1).to(logs)
+                gradients = torch.autograd.grad(
+                    (scale * signs * logs).sum(), taps, retain_graph=draw + 1 < draws, allow_unused=True
+                )
+                for name, g in zip(names, gradients, strict=True):
+                    if g is not None:
+                        _count(sites[name], counts[name], g, prefix)
+        done += len(x)
+        if progress is not None:
+            progress(done)
+    if not done:
+        raise DataError("sensitivity: no images. Pass a few hundred unlabelled ones.")
+    for name in names:
+        sites[name].tokens /= counts[name].clamp_min(1)
+    return sites
+
+
+def _count(site: Site, count: Tensor, g: Tensor, prefix: int) -> None:
+    squares = g.square().sum(-1).sum(0).to("cpu", torch.float64)  # N
+    site.tokens[:prefix] += squares[:prefix]
+    site.tokens[prefix] += squares[prefix:].sum()
+    count[:prefix] += len(g)
+    count[prefix] += len(g) * (g.shape[1] - prefix)
+    flat = g.flatten(0, 1)
+    site.matrix += (flat.mT @ flat).to("cpu", torch.float64)
+
+
+__all__ = ["Site", "sensitivity"]

@@ -1,0 +1,472 @@
+"""Hugging Face: transformers' plain Vision Transformers -> spec and weights, and back where transformers can say it.
+
+Source   transformers 5.9 and later: ViT, DeiT, DINOv2 (with and without registers), CLIP and SigLIP vision towers,
+         ViT-MAE and MSN.
+Takes    a folder that `save_pretrained` wrote, a name on the Hub, either with a local checkpoint, or a module from memory.
+Gives    our model with the same numbers: float32, on the CPU, in eval mode; labels and image settings come along.
+Refuses  by its name whatever the spec cannot say. Code that comes with weights is never run (`trust_remote_code`).
+
+What an encoder gives is its pooled vector: the class token after the last norm (DINOv2's and CLIP's `pooler_output`;
+`last_hidden_state[:, 0]` elsewhere), SigLIP's attention pooling, or all normed tokens where SigLIP has no head. ViT's and
+DeiT's pooler (a further linear and tanh behind the class token) cannot be said: it is left out, which the log and the
+provenance tell. ViT-MAE is taken with no patch masked and none moved. Of a pretraining or two-tower model the encoder is taken.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers.configuration_utils import PreTrainedConfig
+
+from ..errors import SourceError
+from ..model import Vit
+from ..spec import Config, ModelSpec, Preprocess
+from . import checkpoints, parity
+from .huggingface_back import quiet, to_module, write
+from .huggingface_structure import (
+    ADVICE,
+    BASE_MODELS,
+    DESIGNS,
+    ENCODERS,
+    OTHERS,
+    class_name,
+    encoder_of,
+    left_out,
+    other,
+    parts_of,
+    refused,
+    spec_of,
+    weights_of,
+)
+
+LOG = logging.getLogger("vitrim.sources")
+INTERPOLATIONS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
+"""Pillow's numbers, which image processors store."""
+NETWORK = ("huggingface_hub", "httpx", "httpcore", "requests", "urllib3")
+"""Packages whose errors mean that a download failed or broke off."""
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+MEND = (
+    "Pass a folder that save_pretrained wrote (hf:FOLDER), or a Hub name with a local file of weights (--checkpoint PATH, "
+    "checkpoint=)."
+)
+
+
+def from_module(
+    module: nn.Module,
+    *,
+    preprocess: Preprocess | None = None,
+    labels: tuple[str, ...] | None = None,
+    verify: bool = True,
+    provenance: dict[str, Any] | None = None,
+) -> Vit:
+    """Our model with a copy of a transformers module's numbers; the module and the random state stay as they are.
+
+    preprocess: a module carries none; where its family resizes positions unasked (DINOv2), its size is the spec's.
+    labels: None takes the configuration's `id2label`, unless that only counts (`LABEL_0`).
+    verify: run both on one random image and compare; False trusts the classes of the module's parts.
+    """
+    whole = class_name(module)
+    encoder, left = encoder_of(module)
+    provenance = provenance or {}
+    left = (*provenance.get("left_out", ()), *left, *left_out(encoder))
+    design = DESIGNS[class_name(encoder)]
+    image_px = preprocess.size_px if preprocess is not None and design.any_size else None
+    spec = spec_of(encoder, image_px)
+    if "pooler" in left:
+        LOG.warning(
+            "%s: its pooler (a linear and %s behind the class token) is left out; features are last_hidden_state[:, 0].",
+            whole,
+            getattr(encoder.config, "pooler_act", "an activation"),
+        )
+    task = "classification" if any(output.name != "projection" for output in spec.outputs) else "features"
+    config = Config(
+        spec=spec,
+        task=task,  # type: ignore[arg-type]
+        preprocess=preprocess,
+        labels=labels or (_labels(encoder, spec) if task == "classification" else None),
+    )
+    told = {**provenance, "architecture": class_name(encoder), **({"left_out": list(left)} if left else {})}
+    with torch.device("meta"):  # no memory and no random numbers for values that are replaced at once
+        model = Vit(config, provenance=told)
+    model.load_state_dict(weights_of(encoder, spec), strict=True, assign=True)
+    if model.position is not None:
+        model.position.requires_grad_(spec.position.kind == "learned")
+    model.eval()
+    if verify:
+        parity.verify(
+            encoder,
+            model,
+            blocks=lambda theirs: parts_of(theirs).block_modules,
+            what=f"transformers' {class_name(encoder)}",
+            advice=ADVICE,
+            answer=lambda theirs, x: answer(theirs, x, spec),
+        )
+    return model
+
+
+def answer(module: Any, x: Tensor, spec: ModelSpec) -> Any:
+    """What a module says of images x [B, C, h, w]: its logits, its projection, or an encoder's pooled vector or tokens."""
+    design = DESIGNS[class_name(module)]
+    kwargs: dict[str, Any] = {}
+    with _unmasked(module):
+        if design.package == "vit_mae":
+            patches = (x.shape[-2] // spec.patch_px[0]) * (x.shape[-1] // spec.patch_px[1])
+            kwargs["noise"] = torch.arange(patches, dtype=x.dtype, device=x.device).expand(x.shape[0], -1)
+        out = module(x, **kwargs)
+    if isinstance(out, Tensor):
+        return out
+    if (logits := getattr(out, "logits", None)) is not None:  # a classifier of no classes gives what it would read
+        return logits
+    if spec.outputs:
+        return out.image_embeds
+    if design.pool == "map":
+        return out.last_hidden_state if out.pooler_output is None else out.pooler_output
+    return out.pooler_output if design.norm == "pooled" else out.last_hidden_state[:, 0]
+
+
+@contextmanager
+def _unmasked(module: Any) -> Iterator[None]:
+    """ViT-MAE without masking: its share is a setting that the module reads in each forward pass. It is put back."""
+    config: Any = getattr(module, "config", None)
+    share = getattr(config, "mask_ratio", None)
+    if share is None:
+        yield
+        return
+    config.mask_ratio = 0.0
+    try:
+        yield
+    finally:
+        config.mask_ratio = share
+
+
+def load(
+    name: str,
+    *,
+    pretrained: bool = True,
+    checkpoint: str | Path | None = None,
+    classes: int | None = None,
+    verify: bool = True,
+) -> Vit:
+    """A model by its folder or its name on the Hub (`google/vit-base-patch16-224`).
+
+    pretrained: its own weights, through `from_pretrained`; False: random ones.
+    checkpoint: a local file of weights instead; its classifier is kept whatever its size.
+    classes: None takes what the weights have; another number is refused unless the weights are random, but 0 drops the
+    classifier, which changes no other number.
+    """
+    kind, config, left = _described(name)
+    told: dict[str, Any] = {"source": f"hf:{name}", "transformers": transformers.__version__}
+    if left:
+        told["left_out"] = list(left)
+    design = DESIGNS[kind.__name__]
+    if checkpoint is not None:
+        path = Path(checkpoint)
+        module = _with_checkpoint(kind, config, path, classes, told, extra=bool(left))
+        told["weights"] = path.name
+    elif pretrained:
+        found = _classes(kind, config)
+        if classes is not None and classes not in (0, found):
+            raise SourceError(
+                f"classes={classes}: the weights of {name!r} have {found} classes. Leave classes out and give the model a new head "
+                "(`vitrim train --new-head`), or pass pretrained=False."
+            )
+        module = _pretrained(kind, config, name, extra=bool(left))
+        if classes == 0:
+            for head in design.classifiers:
+                setattr(module, head, nn.Identity())
+        told["weights"] = "pretrained"
+        if not Path(name).is_dir():
+            told["base_model"] = name
+    else:
+        _set_classes(kind, config, classes)
+        module = kind(config)
+        if getattr(module, "pooler", None) is not None:
+            module.pooler = None
+        told["weights"] = "random"
+    spec = spec_of(module)
+    preprocess = _preprocess(name, None if design.any_size else spec.image_px, spec.channels)
+    return from_module(module.eval(), preprocess=preprocess, verify=verify, provenance=told)
+
+
+def describe(name: str, classes: int | None = None) -> ModelSpec:
+    """The spec of a folder or Hub name from its configuration alone, without weights: for costs and plans."""
+    kind, config, _ = _described(name)
+    _set_classes(kind, config, classes)
+    with torch.device("meta"):
+        module = kind(config)
+    spec = spec_of(module)
+    preprocess = _preprocess(name, None, spec.channels) if DESIGNS[kind.__name__].any_size else None
+    return spec if preprocess is None else replace(spec, image_px=preprocess.size_px)
+
+
+# ------------------------------------------------------------------------------------------------------ names and files
+
+
+def _described(name: str) -> tuple[Any, Any, tuple[str, ...]]:
+    """The class to build, its configuration, and what of a larger model that leaves out.
+
+    Raises SourceError for another family, or a model with code of its own.
+    """
+    if not name:
+        raise SourceError(
+            "hf: names no model; expected hf:FOLDER or a name on the Hub, such as hf:facebook/dinov2-small."
+        )
+    path = Path(name)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise SourceError(f"the folder {name!r} has no config.json; expected a folder that save_pretrained wrote.")
+    if not path.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1 or path.is_file()):
+        raise SourceError(f"there is no folder {name!r}; expected a folder that save_pretrained wrote, or a Hub name.")
+    with quiet(), _fetching(name, "configuration"):
+        data, _ = PreTrainedConfig.get_config_dict(name)
+    model_type, named = str(data.get("model_type", "")), list(data.get("architectures") or ())
+    if any(key.startswith(("AutoModel", "AutoConfig")) for key in data.get("auto_map") or {}):
+        raise SourceError(
+            f"{name!r} brings code of its own (trust_remote_code), which vitrim never runs: weights should not be able to. {ADVICE}"
+        )
+    if data.get("quantization_config"):
+        method = data["quantization_config"].get("quant_method", "an unnamed method")
+        raise refused(f"quantised weights ({method}; name the model that it was made from)")
+    if model_type in OTHERS or (model_type not in BASE_MODELS and not named):
+        raise other(model_type, named[0] if named else name)
+    first = named[0] if named else BASE_MODELS[model_type]
+    left = (ENCODERS[first][2],) if first in ENCODERS else ()
+    first = ENCODERS[first][0] if first in ENCODERS else first
+    if first not in DESIGNS:
+        raise other(model_type, first)
+    kind = _class(first)
+    with quiet():
+        try:
+            return kind, kind.config_class.from_pretrained(name), left
+        except (StrictDataclassError, TypeError, ValueError) as error:
+            raise SourceError(
+                f"the configuration of {name!r} is not valid: {str(error).splitlines()[-1].strip()}."
+            ) from error
+
+
+def _class(name: str) -> Any:
+    package = DESIGNS[name].package
+    return getattr(import_module(f"transformers.models.{package}.modeling_{package}"), name)
+
+
+def _classes(kind: Any, config: Any) -> int:
+    """Classes of the configuration; 0 for an encoder."""
+    return int(config.num_labels) if DESIGNS[kind.__name__].classifiers else 0
+
+
+def _set_classes(kind: Any, config: Any, classes: int | None) -> None:
+    if classes is None or classes == _classes(kind, config):
+        return
+    if not DESIGNS[kind.__name__].classifiers:
+        raise SourceError(f"classes={classes}: {kind.__name__} is an encoder without classifier. Leave classes out.")
+    config.num_labels = classes
+
+
+def _pretrained(kind: Any, config: Any, name: str, *, extra: bool) -> Any:
+    """The module with its own weights. Raises SourceError where they are missing, damaged or do not fit.
+
+    extra: they are of a larger model.
+    """
+    with quiet(), _fetching(name, "weights"):
+        module, info = kind.from_pretrained(
+            name, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    _check_loaded(module, info, f"the weights of {name!r}", name, extra=extra)
+    return module
+
+
+def _with_checkpoint(
+    kind: Any, config: Any, path: Path, classes: int | None, told: dict[str, Any], *, extra: bool
+) -> Any:
+    """A module filled from a local file. Raises SourceError listing keys that are missing, too many or misshapen.
+
+    told: is given the classes, where the file's differ from the configuration's.  extra: as in `_pretrained`.
+    """
+    state = checkpoints.read(path)
+    heads = DESIGNS[kind.__name__].classifiers
+    for head in heads:
+        key = next((key for key in state if key == f"{head}.weight" or key.endswith(f".{head}.weight")), None)
+        found = 0 if key is None else state[key].shape[0]
+        if classes == 0:
+            state = {key: value for key, value in state.items() if f".{head}." not in f".{key}"}
+            found = 0
+        elif classes is not None and classes != found:
+            raise SourceError(
+                f"classes={classes}: the classifier in {path.name} has {found} classes. Leave classes out to keep it, or give the "
+                "model a new head (`vitrim train --new-head`)."
+            )
+        if found != config.num_labels and classes != 0:
+            said = f"{found} classes of {path.name}; the configuration says {config.num_labels}"
+            LOG.info("%s: kept the classifier as the file has it: %s.", path.name, said)
+            told["classifier"] = said
+        config.num_labels = found
+    if not heads and classes:
+        raise SourceError(f"classes={classes}: {kind.__name__} is an encoder without classifier. Leave classes out.")
+    with torch.device("meta"):
+        expected = kind(config).state_dict()
+    state = checkpoints.reconciled(state, expected, file=path.name)
+    with quiet(), torch.random.fork_rng(devices=[]):
+        module, info = kind.from_pretrained(
+            None,
+            config=config,
+            state_dict={key: value.float() for key, value in state.items()},
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    _check_loaded(module, info, f"the weights in {path.name}", kind.__name__, extra=extra)
+    return module
+
+
+def _check_loaded(module: Any, info: Mapping[str, Any], what: str, name: str, *, extra: bool = False) -> None:
+    """Refuse what was not found or not wanted; a pooler that the file lacks goes, since its numbers are random.
+
+    extra: the file is of a larger model, whose other parts are left.
+    """
+    missing = set(info["missing_keys"])
+    if getattr(module, "pooler", None) is not None and any(key.startswith("pooler.") for key in missing):
+        module.pooler = None
+    missing = {key for key in missing if "mask_token" not in key and not key.startswith("pooler.")}
+    shapes = [
+        f"{key} {tuple(found)} (expected {tuple(wanted)})" for key, found, wanted in sorted(info["mismatched_keys"])
+    ]
+    faults = [
+        f"{label}: {checkpoints.listed(sorted(keys))}"
+        for label, keys in (
+            ("missing", missing),
+            ("unexpected", () if extra else info["unexpected_keys"]),
+            ("of another shape", shapes),
+        )
+        if keys
+    ]
+    if faults:
+        raise SourceError(f"{what} do not fit {name}; {'; '.join(faults)}. Name the model that they were saved from.")
+
+
+@contextmanager
+def _fetching(name: str, what: str) -> Iterator[None]:
+    """Turn what transformers and the Hub raise into one sentence."""
+    one = "is" if what == "configuration" else "are"
+    try:
+        yield
+    except SafetensorError as error:
+        raise SourceError(
+            f"the {what} of {name!r} {one} no whole safetensors file ({error}). Copy or download the folder again."
+        ) from error
+    except Exception as error:
+        home = type(error).__module__.partition(".")[0]
+        if not isinstance(error, (OSError, ValueError, EOFError, UnpicklingError)) and home not in NETWORK:
+            raise
+        reasons, cause = set(), error.__cause__ or error.__context__
+        while cause is not None:
+            reasons.add(type(cause).__name__)
+            cause = cause.__cause__ or cause.__context__
+        if Path(name).is_dir():
+            why = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise SourceError(f"the {what} in {name!r} cannot be read ({why}). {MEND}") from error
+        if "GatedRepoError" in reasons:
+            said = f"{one} behind a gate: accept the licence on the Hub and log in (`hf auth login`)"
+        elif reasons & {"RepositoryNotFoundError", "HFValidationError"}:
+            said = f"{one} not on the Hub: there is no such model, or it is private (`hf auth login`)"
+        elif reasons & {"EntryNotFoundError", "RemoteEntryNotFoundError"}:
+            said = f"{one} not in its repository, which is none of transformers"
+        else:
+            said = f"{one} not on this machine and could not be fetched"
+        raise SourceError(f"the {what} of {name!r} {said}. {MEND}") from error
+
+
+# ------------------------------------------------------------------------------------------------------- what comes along
+
+
+def _labels(module: Any, spec: ModelSpec) -> tuple[str, ...] | None:
+    """Class names of the configuration; None where it only counts."""
+    named = {int(key): str(value) for key, value in (getattr(module.config, "id2label", None) or {}).items()}
+    count = spec.classes or 0
+    if sorted(named) != list(range(count)) or all(named[i] == f"LABEL_{i}" for i in range(count)):
+        return None
+    return tuple(named[i] for i in range(count))
+
+
+def _preprocess(name: str, image_px: tuple[int, int] | None, channels: int) -> Preprocess | None:
+    """The image processor's settings; None without one, or where they make no image of the model's size.
+
+    image_px: the size that the model takes; None: any.
+    """
+    from transformers import AutoImageProcessor
+
+    if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in PROCESSOR_FILES):
+        return None
+    with quiet():
+        try:
+            said = AutoImageProcessor.from_pretrained(name, trust_remote_code=False).to_dict()
+        except (OSError, ValueError) as error:
+            LOG.info("%s: no settings of an image processor (%s).", name, str(error).splitlines()[0])
+            return None
+    return preprocess_of(said, image_px, channels)
+
+
+def preprocess_of(
+    said: Mapping[str, Any], image_px: tuple[int, int] | None = None, channels: int = 3
+) -> Preprocess | None:
+    """An image processor's settings (its `to_dict()`) as ours; None where ours cannot say them.
+
+    Theirs resize both sides, or the shorter one, to `size`, and then crop the middle if `do_center_crop`.
+    image_px: the size that the model takes; None: any.  channels: that the model takes.
+    """
+    size, squash = _sides(said.get("size"))
+    final = _sides(said.get("crop_size"))[0] if said.get("do_center_crop") else size
+    if not said.get("do_resize", True) or not said.get("do_rescale", True) or size is None or final is None:
+        return None
+    if image_px is not None and final != image_px:
+        LOG.warning("its image processor makes %s x %s px, the model takes %s x %s: not taken.", *final, *image_px)
+        return None
+    shares = [_share(inner, outer) for inner, outer in zip(final, size, strict=True)]
+    if max(shares) > 1 or len(set(shares)) > 1 or (final[0] != final[1] and not squash):
+        return None
+    plain = not said.get("do_normalize", True)
+    mean, std = ((0.0,), (1.0,)) if plain else (said.get("image_mean") or (), said.get("image_std") or ())
+    mean, std = (tuple(float(value) for value in values) for values in (mean, std))
+    if len(mean) == len(std) == 1:
+        mean, std = mean * channels, std * channels
+    if len(mean) != channels or len(std) != channels:
+        return None
+    return Preprocess(
+        mean=mean,
+        std=std,
+        size_px=final,
+        crop=shares[0],
+        crop_mode="squash" if squash else "center",
+        interpolation=INTERPOLATIONS.get(int(said.get("resample", 2)), "bilinear"),
+    )
+
+
+def _sides(size: Any) -> tuple[tuple[int, int] | None, bool]:
+    """Height and width, and whether both are set (else the shorter side is, and the shape stays); None: neither."""
+    if isinstance(size, int):
+        return (size, size), False
+    said = dict(size or {})
+    if said.get("height") and said.get("width"):
+        return (int(said["height"]), int(said["width"])), True
+    edge = said.get("shortest_edge")
+    return (None if not edge or said.get("longest_edge") else (int(edge), int(edge))), False
+
+
+def _share(inner: int, outer: int) -> float:
+    """The crop from which `floor(inner / crop)` gives exactly `outer`, as the transforms take it."""
+    share = inner / outer
+    return share if share > 1 or math.floor(inner / share) == outer else inner / (outer + 0.5)
+
+
+__all__ = ["answer", "describe", "from_module", "load", "preprocess_of", "spec_of", "to_module", "weights_of", "write"]

@@ -1,0 +1,297 @@
+"""torchvision: its `VisionTransformer` -> spec and weights, and back where torchvision can say it.
+
+Source   torchvision's `models/vision_transformer.py` (0.20 and later).
+Takes    a name (`vit_b_16`, with or without the name of published weights), a module from memory, a name with a local
+         state dict, or a folder that `write` made.
+Gives    our model with the same numbers: float32, on the CPU, in eval mode.
+Refuses  by its name whatever the spec cannot say. Parts are recognised by their class and place, a changed forward by
+         running both networks on a random image, and every number of the module must have found its place.
+
+torchvision's own forward takes one image size. At another one ours resizes the position table bicubically with pixel
+centres aligned; torchvision's `interpolate_embeddings` aligns corners, which the spec cannot say: a state dict that it
+made is read at its own size, with its own table.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import pickle
+import re
+import sys
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torchvision.models import VisionTransformer
+
+from ..errors import SourceError, did_you_mean
+from ..model import Vit
+from ..spec import Config, ModelSpec, Preprocess
+from . import checkpoints, parity
+from .torchvision_back import to_module, to_torchvision, write
+from .torchvision_structure import ADVICE, refused, spec_of, weights_of
+
+LOG = logging.getLogger("vitrim.sources")
+
+
+def names() -> list[str]:
+    """torchvision's plain Vision Transformers, sorted."""
+    builders = ((name, torchvision.models.get_model_builder(name)) for name in torchvision.models.list_models())
+    return sorted(name for name, builder in builders if builder.__module__ == VisionTransformer.__module__)
+
+
+def weights_named(name: str) -> list[Any]:
+    """torchvision's weights enum members of an architecture, the default one first."""
+    enum = torchvision.models.get_model_weights(name)
+    return sorted(enum, key=lambda member: member is not enum["DEFAULT"])
+
+
+def module_named(name: str, **options: Any) -> Any:
+    """torchvision's module with random weights, of the image size and the classes of the named weights (the default ones
+    where the name says none: `vit_h_14`'s are for 518 px).  options: further arguments of `VisionTransformer`.
+    """
+    base, weights = _resolved(name)
+    own = {"image_size": weights.meta["min_size"][0], "num_classes": len(weights.meta["categories"])}
+    return torchvision.models.get_model(base, **{**own, **options})
+
+
+def load(
+    name: str,
+    *,
+    pretrained: bool = True,
+    checkpoint: str | Path | None = None,
+    classes: int | None = None,
+    verify: bool = True,
+) -> Vit:
+    """A torchvision model by name (`vit_b_16`, `vit_b_16.IMAGENET1K_V1`), or the folder that `write` made.
+
+    pretrained: the published weights, fetched by torchvision; the default ones where the name says none. False: random.
+    checkpoint: a local file of weights instead; its classifier and its image size are kept whatever they are.
+    classes: None takes what the weights have; another number is refused unless the weights are random, but 0 drops the
+    classifier, which changes no other number.
+    """
+    if "/" in name or (Path(name).is_dir() and name not in names()):
+        return _from_folder(Path(name), pretrained=pretrained, checkpoint=checkpoint, classes=classes, verify=verify)
+    base, weights = _resolved(name)
+    told = {"source": f"torchvision:{name}", "torchvision": torchvision.__version__}
+    builder = partial(torchvision.models.get_model, base)
+    if checkpoint is not None:
+        path = Path(checkpoint)
+        module = _filled(builder, path, checkpoints.read(path), f"torchvision's {name!r}", classes)
+        told["weights"], labels = path.name, None
+    elif pretrained:
+        module, labels = _published(name, weights), tuple(str(label) for label in weights.meta["categories"])
+        if classes is not None and classes != len(labels):
+            if classes:
+                raise _other_classes(classes, f"the weights of {name!r} have {len(labels)}")
+            module.heads, labels = nn.Identity(), None
+        told.update(weights="pretrained", weights_name=str(weights))
+        if "license" in weights.meta:
+            told["license"] = weights.meta["license"]
+    else:
+        module = module_named(name, **({"num_classes": classes} if classes else {}))
+        if classes == 0:
+            module.heads = nn.Identity()
+        told["weights"], labels = "random", None
+    return from_module(
+        module,
+        preprocess=_preprocess(weights, spec_of(module)),
+        labels=labels,
+        verify=verify,
+        provenance=told,
+    )
+
+
+def from_module(
+    module: nn.Module,
+    *,
+    preprocess: Preprocess | None = None,
+    labels: tuple[str, ...] | None = None,
+    verify: bool = True,
+    provenance: dict[str, Any] | None = None,
+) -> Vit:
+    """Our model with a copy of a torchvision module's numbers; the module and the random state stay as they are.
+
+    preprocess: a module of torchvision's carries none, so None means none.
+    verify: run both on one random image and compare; False trusts the classes of the module's parts.
+    """
+    spec = spec_of(module)
+    config = Config(
+        spec=spec, task="classification" if spec.outputs else "features", preprocess=preprocess, labels=labels
+    )
+    with torch.device("meta"):  # no memory and no random numbers for values that are replaced at once
+        model = Vit(config, provenance=provenance)
+    model.load_state_dict(weights_of(module, spec), strict=True, assign=True)
+    model.eval()
+    if verify:
+        parity.verify(
+            module,
+            model,
+            blocks=lambda theirs: list(theirs.encoder.layers),
+            what="torchvision's VisionTransformer",
+            advice=ADVICE,
+        )
+    return model
+
+
+# ------------------------------------------------------------------------------------------------------ names and files
+
+
+def _resolved(name: str) -> tuple[str, Any]:
+    """Architecture and weights enum member of a name. Raises SourceError with the near miss."""
+    base, _, tag = name.partition(".")
+    base = base.lower().removesuffix("_weights")  # str(ViT_B_16_Weights.IMAGENET1K_V1) is a name too
+    if base not in names():
+        if base in torchvision.models.list_models():
+            raise refused(f"another, convolutional or hierarchical design ({base})")
+        raise SourceError(
+            f"torchvision {torchvision.__version__} has no Vision Transformer {name!r}{did_you_mean(base, names())}; "
+            f"known: {', '.join(names())}."
+        )
+    members = {member.name: member for member in weights_named(base)}
+    if not tag:
+        return base, next(iter(members.values()))
+    if tag not in (*members, "DEFAULT"):
+        raise SourceError(
+            f"torchvision's {base!r} has no weights {tag!r}{did_you_mean(tag, members)}; known: {', '.join(members)}."
+        )
+    return base, members.get(tag, next(iter(members.values())))
+
+
+def _published(name: str, weights: Any) -> Any:
+    """torchvision's module with its published weights. Raises SourceError where they cannot be had."""
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # where torch says what it downloads
+            state = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        raise SourceError(
+            f"the weights of {name!r} are not on this machine and could not be fetched ({type(error).__name__}). Pass a local "
+            "file (--checkpoint PATH, checkpoint=), or take random weights (--no-pretrained, pretrained=False)."
+        ) from error
+    with torch.device("meta"):
+        module = module_named(name)
+    module.load_state_dict(state, strict=True, assign=True)
+    return module
+
+
+def _filled(builder: Any, path: Path, state: dict[str, Tensor], model: str, classes: int | None) -> Any:
+    """A module with a checkpoint's numbers, of its own image size and classes. Raises SourceError listing what does not fit."""
+    with torch.device("meta"):
+        plain = builder()
+    state = {re.sub(r"\.mlp\.linear_([12])\.", _mlp_renamed, key): value for key, value in state.items()}
+    state = checkpoints.reconciled(state, plain.state_dict(), file=path.name)
+    found = state["heads.head.weight"].shape[0] if "heads.head.weight" in state else 0
+    if classes == 0:
+        state = checkpoints.without_heads(state, file=path.name)
+    elif classes is not None and classes != found:
+        raise _other_classes(classes, f"the classifier in {path.name} has {found}")
+    elif found not in (0, plain.num_classes):
+        LOG.info("%s: its classifier of %d classes is kept.", path.name, found)
+    with torch.device("meta"):
+        module = builder(num_classes=found or 1, image_size=_image_px(plain, state, path))
+    if classes == 0 or not found:
+        module.heads = nn.Identity()
+    expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
+    checkpoints.check(path, {key: tuple(value.shape) for key, value in state.items()}, expected, model)
+    module.load_state_dict({key: value.float() for key, value in state.items()}, strict=True, assign=True)
+    return module.eval()
+
+
+def _mlp_renamed(match: re.Match[str]) -> str:
+    """torchvision's first names of the MLP's linears, which published files carry, as today's."""
+    return f".mlp.{ {'1': 0, '2': 3}[match[1]] }."
+
+
+def _image_px(module: Any, state: Mapping[str, Tensor], path: Path) -> int:
+    """The image size for which a state dict's position table was made: torchvision's images are square."""
+    table = state.get("encoder.pos_embedding")
+    if table is None or table.dim() != 3:
+        return int(module.image_size)
+    rows = table.shape[1] - 1
+    side = math.isqrt(rows)
+    if side * side != rows or not rows:
+        raise SourceError(
+            f"{path.name}: encoder.pos_embedding has {rows + 1} rows; expected one for the class token and a square of patches."
+        )
+    if side * module.patch_size != module.image_size:
+        LOG.info("%s: its image size of %d px is kept.", path.name, side * module.patch_size)
+    return side * int(module.patch_size)
+
+
+def _other_classes(classes: int, found: str) -> SourceError:
+    return SourceError(
+        f"classes={classes}: {found} classes. Leave classes out to keep them, or give the model a new head "
+        "(`vitrim train --new-head`)."
+    )
+
+
+def _preprocess(weights: Any, spec: ModelSpec) -> Preprocess | None:
+    """What the transforms of published weights do; None for a model of another size or other channels."""
+    transforms = weights.transforms()
+    if (transforms.crop_size[0],) * 2 != spec.image_px or len(transforms.mean) != spec.channels:
+        return None
+    return Preprocess(
+        mean=tuple(transforms.mean),
+        std=tuple(transforms.std),
+        size_px=spec.image_px,
+        crop=transforms.crop_size[0] / transforms.resize_size[0],
+        interpolation=transforms.interpolation.value,
+    )
+
+
+def _from_folder(
+    folder: Path, *, pretrained: bool, checkpoint: str | Path | None, classes: int | None, verify: bool
+) -> Vit:
+    """The model that `write` left in a folder."""
+    try:
+        values = json.loads((folder / checkpoints.CONFIG).read_text(encoding="utf-8"))
+        builder = partial(VisionTransformer, **values["kwargs"])
+        labels = None if values["labels"] is None else tuple(values["labels"])
+        told: dict[str, Any] = values["preprocess"] or {}
+        told = {key: tuple(value) if isinstance(value, list) else value for key, value in told.items()}
+        preprocess = Preprocess(**told) if told else None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SourceError(
+            f"{folder.name!r} is no folder that `vitrim export --format torchvision` wrote ({error}). Name one of "
+            f"{', '.join(names())}, with --checkpoint PATH for your own weights."
+        ) from error
+    path = folder / checkpoints.WEIGHTS if checkpoint is None else Path(checkpoint)
+    if pretrained or checkpoint is not None:
+        model = f"torchvision's VisionTransformer of {folder.name!r}"
+        module = _filled(builder, path, checkpoints.read(path), model, classes)
+    else:
+        module = builder(**({} if not classes else {"num_classes": classes}))
+        if classes == 0:
+            module.heads = nn.Identity()
+    spec = spec_of(module)
+    return from_module(
+        module,
+        preprocess=preprocess if preprocess and preprocess.size_px == spec.image_px else None,
+        labels=labels if labels and checkpoint is None and spec.classes == len(labels) else None,
+        verify=verify,
+        provenance={
+            "source": f"torchvision:{folder.name}",
+            "weights": path.name if pretrained or checkpoint is not None else "random",
+        },
+    )
+
+
+__all__ = [
+    "from_module",
+    "load",
+    "module_named",
+    "names",
+    "spec_of",
+    "to_module",
+    "to_torchvision",
+    "weights_named",
+    "weights_of",
+    "write",
+]
