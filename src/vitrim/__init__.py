@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from vitrim.hub import push
     from vitrim.methods import compress
     from vitrim.methods.comcat import ComcatConfig
+    from vitrim.methods.dcvit import DcvitConfig
+    from vitrim.methods.uvc import UvcConfig
     from vitrim.model import build
     from vitrim.objectives import train
     from vitrim.pipeline import RecoverConfig, recover, run, run_family
@@ -29,9 +31,11 @@ __version__ = "0.1.0"
 _HOMES = {
     "Budget": "budget",
     "ComcatConfig": "methods.comcat",
+    "DcvitConfig": "methods.dcvit",
     "ModelSpec": "spec",
     "RecoverConfig": "pipeline",
     "TrainConfig": "training",
+    "UvcConfig": "methods.uvc",
     "build": "model",
     "compress": "methods",
     "cost": "counting",
@@ -50,9 +54,11 @@ _HOMES = {
 __all__ = [
     "Budget",
     "ComcatConfig",
+    "DcvitConfig",
     "ModelSpec",
     "RecoverConfig",
     "TrainConfig",
+    "UvcConfig",
     "__version__",
     "build",
     "compress",

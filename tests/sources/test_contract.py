@@ -16,6 +16,7 @@ import pytest
 import torch
 from tests import t2t_reference
 from tests.methods.test_contract import SMALL as QUICK
+from tests.methods.test_contract import data_for
 from tests.sources import test_huggingface, test_timm, test_torchvision
 from torch import Tensor, nn
 
@@ -26,7 +27,7 @@ from vitrim.counting import cost
 from vitrim.errors import SourceError
 from vitrim.model import Vit
 from vitrim.sources import huggingface, t2t
-from vitrim.spec import Attention, Mlp, ModelSpec
+from vitrim.spec import Attention, Mlp, ModelSpec, Preprocess
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,13 +214,11 @@ def test_every_method_cuts_it_and_the_folder_gives_the_same_answers(case: str, m
     low, high = methods.plan(method, model.spec)["range"]["macs"]
     share = math.ceil(1000 * (0.35 * low + 0.65 * high) / high) / 1000
     config = methods.configure(method, {"budget": Budget(keep_macs=share), **QUICK[method]})
-    x = images(model.spec, 8).float()
-    labelled = methods.plan(method, model.spec)["needs"]["labels"]
-    model.config = replace(model.config, preprocess=None, labels=None)  # float images as the network takes them
+    how = Preprocess(mean=(0.5,) * model.spec.channels, std=(0.25,) * model.spec.channels, size_px=model.spec.image_px)
+    model.config = replace(model.config, preprocess=how, labels=None)
     with torch.enable_grad():
-        small = methods.compress(
-            model, config, data=(x, torch.arange(8) % (model.spec.classes or 1)) if labelled else x
-        )
+        small = methods.compress(model, config, data=data_for(model.spec, method))
+    x = images(model.spec, 8).float()
     assert cost(small.spec).macs <= share * cost(model.spec).macs
     small.save(tmp_path / "small")
     found, made = vitrim.load(tmp_path / "small"), small.model

@@ -29,6 +29,10 @@ def spec_named(name: str) -> ModelSpec:
         known = architectures.spec(rest, family=family)
         if known is not None:
             return known
+    if family == "hf":
+        from vitrim.sources import describe
+
+        return describe(rest)
     folder = BUILT_IN / rest if family == "builtin" else Path(name)
     if (folder / "config.json").is_file():
         return spec_in(folder / "config.json")
@@ -81,7 +85,7 @@ def cost(model: str, against: str | None, as_json: bool, quiet: bool) -> None:
 @click.command()
 @click.option("--model", required=True, metavar="MODEL", help="What to cut; only its shape is needed.")
 @click.option("--method", metavar="NAME[,NAME...]", help="Only these methods; all that exist by default.")
-@click.option("--variant", type=options.Named("whitened", "svd"), help="Of comcat: whitened (default) or svd.")
+@options.VARIANT
 @options.BUDGET
 @click.option("--freeze", metavar="PARTS", help="Parts to keep as they are: blocks.0-2,blocks.11.attention.")
 @options.OUTPUT
@@ -101,6 +105,10 @@ def plan(
     names = options.METHODS if method is None else tuple(name.strip() for name in method.split(","))
     for name in names:
         options.check_method(name)
+    if variant is not None:
+        names = names if method is not None else tuple(name for name in names if variant in options.VARIANTS[name])
+        for name in names or options.METHODS[:1]:
+            options.check_variant(variant, name)
     budgets = options.Limits(**limits).budgets()
     spec = spec_named(model)
     given = options.given({"variant": variant, "freeze": options.parts(freeze)})

@@ -17,9 +17,14 @@ if TYPE_CHECKING:
     from vitrim.budget import Budget
     from vitrim.model import Vit
 
-METHODS = ("comcat",)
-"""The methods that there are, known here without importing them; a test compares."""
-PLANNED = ("uvc", "usdc", "cait", "dcvit", "auto")
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "comcat": ("whitened", "svd"),
+    "dcvit": ("closed", "finetune"),
+    "uvc": (),
+}
+"""The methods that there are and their variants, the default first; known here without importing them, and a test compares."""
+METHODS = tuple(VARIANTS)
+PLANNED = ("usdc", "cait", "auto")
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
 
@@ -115,12 +120,22 @@ BUDGET = stack(
     click.option("--max-file-mb", type=POSITIVE, help="At most such a file."),
 )
 SPENT = stack(
+    click.option(
+        "--preset", type=Named("clean", "paper"), help="Of dcvit and uvc: clean (default), or the authors' values."
+    ),
+    click.option("--search-epochs", type=POSITIVE, help="Of uvc: length of the search."),
+    click.option("--search-steps", type=click.IntRange(min=1), help="The same in optimiser steps."),
     click.option("--freeze", metavar="PARTS", help="Parts to keep as they are: blocks.0-2,blocks.11.attention."),
     click.option("--images", type=click.IntRange(min=1), help="Unlabelled images that the method looks at."),
 )
+VARIANT = click.option(
+    "--variant",
+    metavar="NAME",
+    help="; ".join(f"of {method}: {' or '.join(names)}" for method, names in VARIANTS.items() if names) + ".",
+)
 METHOD = stack(
     click.option("--method", help="How to cut: comcat (default); `vitrim plan` compares."),
-    click.option("--variant", type=Named("whitened", "svd"), help="Of comcat: whitened (default) or svd, the paper's."),
+    VARIANT,
 )
 
 
@@ -242,6 +257,16 @@ def check_method(name: str) -> None:
     if name not in METHODS:
         hint = did_you_mean(name, METHODS) or "."
         raise click.UsageError(f"method {name!r} is not known; expected one of {', '.join(METHODS)}{hint}")
+
+
+def check_variant(name: str, method: str) -> None:
+    """Refuses a variant that the method has not, before anything is loaded."""
+    known = VARIANTS[method]
+    if not known:
+        raise click.UsageError(f"method {method!r} has no variants; leave --variant {name} out.")
+    if name not in known:
+        hint = did_you_mean(name, known) or "."
+        raise click.UsageError(f"--variant {name!r} is not known of {method}; expected one of {', '.join(known)}{hint}")
 
 
 def check_out(out: Path, *, force: bool, resume: bool = False) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -170,6 +171,9 @@ def compress(
     model: str | None,
     method: str | None,
     variant: str | None,
+    preset: str | None,
+    search_epochs: float | None,
+    search_steps: int | None,
     freeze: str | None,
     images: int | None,
     relative_to: str | None,
@@ -207,6 +211,8 @@ def compress(
     if name is None:
         raise click.UsageError("--model is missing; pass one, such as --model timm:deit_small_patch16_224.")
     options.check_method(method)
+    if variant is not None:
+        options.check_variant(variant, method)
     source = data_for(data, name)
     machine = {key: flags.pop(key) for key in ("device", "threads", "amp", "workers", "seed")}
     limits = options.Limits(**flags)
@@ -214,6 +220,9 @@ def compress(
     settings = options.section(values, "settings") | options.given(
         {
             "variant": variant,
+            "preset": preset,
+            "epochs": search_epochs,
+            "steps": search_steps,
             "images": images,
             "freeze": options.parts(freeze),
             "seed": machine["seed"],
@@ -288,10 +297,8 @@ def run_with(
     how = options.given({"workers": machine["workers"], "amp": machine["amp"], "device": place})
     learn = None
     if recovery is not None:
-        kind = {"device": place.split(":")[0]}  # the training loop takes the first of them
-        learn = read_config(
-            RecoverConfig, {**recovery, **how, **options.given({"seed": machine["seed"]}), **kind}, where="recover"
-        )
+        seed = options.given({"seed": machine["seed"]})
+        learn = read_config(RecoverConfig, {**recovery, **how, **seed, **kind_of(place)}, where="recover")
     target = None
     if timed is not None:
         aim = options.given({"threads": machine["threads"], "device": place})
@@ -301,10 +308,25 @@ def run_with(
         "measure": target,
         "evaluate": read_config(EvaluateConfig, {**judging, **how}, where="evaluate"),
     }
+    name, settings = method
+    own = {key: value for key, value in {**how, **kind_of(place)}.items() if key in settable(name)}
+    method = (name, {**own, **settings})
     with progress_on_stderr(quiet) as progress:
         if len(budgets) > 1:
             return run_family(model, configure(*method), budgets, progress=progress, **rest)
         return run(model, configure(*method), progress=progress, **rest)
+
+
+def settable(method: str) -> list[str]:
+    """What the config of a method can say."""
+    from vitrim.methods import CONFIGS
+
+    return [field.name for field in fields(CONFIGS[method])]
+
+
+def kind_of(device: str) -> dict[str, str]:
+    """The device as the training loop takes it: the first of its kind."""
+    return {"device": device.split(":")[0]}
 
 
 @click.command()

@@ -66,7 +66,7 @@ def gradients(model: Vit, x: Tensor, names: Sequence[str], *, draws: int, genera
         answer = outcome(found["logits"], classifies=classifies)
         scale = (answer.detach() / 2).exp() if classifies else torch.ones_like(answer)
         drawn: list[tuple[Tensor | None, ...]] = []
-        for draw in range(draws):
+        for draw in range(draws if names else 0):
             signs = (torch.randint(0, 2, answer.shape, generator=generator) * 2 - 1).to(answer)
             drawn.append(
                 torch.autograd.grad(

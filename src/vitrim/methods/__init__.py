@@ -11,15 +11,19 @@ from pydantic import ValidationError
 
 from vitrim.budget import Budget
 from vitrim.errors import ConfigError, VitrimError, did_you_mean
-from vitrim.methods import comcat
+from vitrim.methods import comcat, dcvit, uvc
 from vitrim.model import Vit
 from vitrim.result import Compressed
 from vitrim.spec import ModelSpec
 
-METHODS: dict[str, Callable[..., Compressed]] = {"comcat": comcat.compress}
-CONFIGS: dict[str, type] = {"comcat": comcat.ComcatConfig}
-PLANS: dict[str, Callable[..., dict[str, Any]]] = {"comcat": comcat.plan}
-FAMILIES: dict[str, Callable[..., list[Compressed]]] = {}
+METHODS: dict[str, Callable[..., Compressed]] = {
+    "comcat": comcat.compress,
+    "dcvit": dcvit.compress,
+    "uvc": uvc.compress,
+}
+CONFIGS: dict[str, type] = {"comcat": comcat.ComcatConfig, "dcvit": dcvit.DcvitConfig, "uvc": uvc.UvcConfig}
+PLANS: dict[str, Callable[..., dict[str, Any]]] = {"comcat": comcat.plan, "dcvit": dcvit.plan, "uvc": uvc.plan}
+FAMILIES: dict[str, Callable[..., list[Compressed]]] = {"dcvit": dcvit.compress_family}
 """Methods that score once for several budgets."""
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..model import Vit
-    from ..spec import Preprocess
+    from ..spec import ModelSpec, Preprocess
 
 FOREIGN = {
     "timm": "timm",
@@ -97,6 +97,12 @@ def from_model(
     return _source(family_of(module)).from_module(
         module, preprocess=preprocess, labels=labels, verify=verify, provenance=told
     )
+
+
+def describe(name: str) -> ModelSpec:
+    """The spec of a model of transformers from its configuration alone, a folder's or the Hub's. Raises SourceError."""
+    spec: ModelSpec = _source("huggingface").describe(name)
+    return spec
 
 
 def write(model: Vit, format: str, out: str | Path, *, force: bool = False) -> Path:
@@ -190,4 +196,4 @@ def _near(text: str) -> str:
     return ""
 
 
-__all__ = ["FORMATS", "from_model", "load", "write"]
+__all__ = ["FORMATS", "describe", "from_model", "load", "write"]

@@ -279,7 +279,7 @@ def _pretrained(kind: Any, config: Any, name: str, *, extra: bool) -> Any:
 
     extra: they are of a larger model.
     """
-    with quiet(), _fetching(name, "weights"):
+    with quiet(), _fetching(name, "weights"), torch.random.fork_rng(devices=[]):
         module, info = kind.from_pretrained(
             name, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
         )

@@ -205,10 +205,9 @@ def _made(model: Vit, name: str) -> nn.Module:
             getattr(block.attention, key) for block in spec.blocks for key in ("q_bias", "k_bias", "v_bias")
         )
     if design.package.startswith("dinov2"):
-        kwargs.update(_dinov2_mlp(m, spec.width, name), num_register_tokens=spec.prefix.count("reg"))
-        if design.package == "dinov2":
-            del kwargs["num_register_tokens"]
-            kwargs["use_mask_token"] = False
+        kwargs.update(_dinov2_mlp(m, spec.width, name))
+        if "reg" in spec.prefix:
+            kwargs["num_register_tokens"] = spec.prefix.count("reg")
     elif m.kind == "swiglu":
         raise _UnsayableError(f"block 0 has a gated MLP, and {name} has none")
     else:

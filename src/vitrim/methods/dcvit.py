@@ -1,0 +1,1761 @@
+"""DC-ViT: lose the attention of some blocks and part of their MLP, from a few unlabelled images, at any budget.
+
+Source   Zhang, Zhou, Wang, Wu, CVPR 2024, arXiv:2403.18708; mechanics from the authors' code (Michelia-zhx/dcvit), since the
+         paper's method section could not be read: DC-ViT-style (reconstructed).
+Takes    a ViT, a budget, and 50 to 1000 unlabelled images. Labels are never read.
+Gives    `finetune`: k blocks without attention, their MLP at a common width, by trials, ranking and progressive fine-tuning.
+         `closed` (ours): for each block one of {keep; keep attention, width m; no attention, width m; drop}, chosen by
+         dynamic programming over measured losses, and refitted front to back by regressions. Seconds, no gradient steps.
+Departs  `finetune`, preset `clean`: one channel subset a block, used in both stages; this project's MACs instead of the
+         authors' counter; the teacher's LayerNorm epsilon (in preset `paper` too: one network has one); a linear ramp of the
+         learning rate instead of a scaled loss; the model's own normalisation; optimiser steps instead of epochs; metric
+         images as tensors; the last trained block is L-1 at most. `closed` is not the paper's method and shares only the form
+         of its result.
+
+The file in order: config; what is possible; options and allocation; images; closed form; fine-tuning; the calls.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import shutil
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass as checked
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vitrim import checkpoints, weights
+from vitrim import closed_form as cf
+from vitrim import data as opened
+from vitrim.budget import RESOURCES, Budget, exceeded
+from vitrim.counting import FLOAT_BYTES, Cost, cost
+from vitrim.data import Augment, Images
+from vitrim.data.draws import mix, ranked
+from vitrim.errors import BudgetError, ConfigError, DataError, TrainingError
+from vitrim.freezing import frozen
+from vitrim.model import Gates, Stream, Vit
+from vitrim.objectives import Plain
+from vitrim.result import Compressed
+from vitrim.spec import Block, ModelSpec, Preprocess, SelectionStep, spec_hash, token_walk
+from vitrim.training import Batch, Step, TrainConfig, fit
+from vitrim.weights import Keep
+
+Progress = Callable[..., None]
+OPEN = Gates(policy="open")
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+FOLDS = 4
+"""Parts of the images of which one is left out at a time."""
+_ORDER, _SUBSET, _NOISE = 0x6463_6F72, 0x6463_7375, 0x6463_6E6F
+
+
+@checked(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class DcvitConfig:
+    """What to reach and how."""
+
+    budget: Budget | None = None
+    """Bounds on the result; None only where `compress_family` is given several."""
+    variant: Literal["closed", "finetune"] = "closed"
+    """`closed`: ours, by regressions, in seconds. `finetune`: the paper's, by gradient steps."""
+    images: int = 256
+    """Unlabelled images to use, drawn by seed. The paper has 50 to 1000."""
+    batch_size: int = 16
+    """Images at a time in statistics and scores; sets the memory."""
+    seed: int = 0
+    freeze: tuple[str, ...] = ()
+    """Parts to leave as they are: `blocks.0-2`, `blocks.11.attention`."""
+    device: str | None = None
+    """Where to compute, such as cuda; None: where the model is."""
+    align: int = 8
+    """closed: hidden widths are multiples of it, of less in narrow MLPs."""
+    ridge: float | None = None
+    """closed: strength of the pull towards inherited weights, as a share of the mean variance of the hidden units;
+    None: chosen for each block by leaving images out."""
+    weighted: bool = True
+    """closed: tokens and channels count by how much the outputs depend on them (one backward pass, no labels)."""
+    probe_images: int = 64
+    """closed: images, left out of the trial fits, on which each candidate's effect on the output is measured."""
+    hand_over: bool = False
+    """closed: the halves before a lost attention are refitted to carry what they can foretell of it. On the built-in model
+    it cost five points with 50 images and gave a third of one with 256."""
+    finetune_steps: int = 0
+    """closed: gradient steps on the teacher's features after the closed form."""
+    preset: Literal["clean", "paper"] = "clean"
+    """finetune: `paper` follows the authors' code in its quirks too."""
+    k: int | None = None
+    """finetune: how many blocks lose their attention; None: as few as the budget allows."""
+    steps: int = 2000
+    """finetune: optimiser steps of each trial and of each progressive stage; `paper` takes them as epochs."""
+    lr: float = 3e-5
+    """Top of the learning rate of every fine-tuning here."""
+    metric_images: int = 50
+    """finetune: synthetic images on which trials are compared."""
+    metric_steps: int = 2000
+    """finetune: steps of their synthesis."""
+    augment: Augment = Augment(randaugment="rand-m9-mstd0.5-inc1")
+    """How the images are varied in every fine-tuning here."""
+
+    def __post_init__(self) -> None:
+        least = {"images": 1, "batch_size": 1, "align": 1, "probe_images": 1, "steps": 1, "metric_images": 1}
+        least |= {"metric_steps": 1, "finetune_steps": 0, "seed": 0}
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                raise ConfigError(f"dcvit: {name}={getattr(self, name)!r}; expected {low} or more.")
+        if self.ridge is not None and not 0 < self.ridge < float("inf"):
+            raise ConfigError(f"dcvit: ridge={self.ridge!r}; expected a finite number above 0, such as 0.01, or none.")
+        if not 0 < self.lr < float("inf"):
+            raise ConfigError(f"dcvit: lr={self.lr!r}; expected a finite number above 0, such as 3e-5.")
+        if self.k is not None and self.k < 1:
+            raise ConfigError(
+                f"dcvit: k={self.k!r}; expected 1 block or more, or none to take as few as the budget allows."
+            )
+        wrong = {"closed": ("k", "preset"), "finetune": ("finetune_steps", "ridge")}[self.variant]
+        for name in wrong:
+            if getattr(self, name) not in (None, 0, "clean"):
+                raise ConfigError(
+                    f"dcvit: {name}={getattr(self, name)!r} has no meaning in variant {self.variant!r}; leave it out, or "
+                    f"choose variant={'finetune' if self.variant == 'closed' else 'closed'!r}."
+                )
+
+
+# -------------------------------------------------------------------------------------------------------- what is possible
+
+
+class Option(NamedTuple):
+    """What may become of one block. hidden: units that stay, 0 without an MLP."""
+
+    attention: bool
+    hidden: int
+
+
+Options = tuple[Option, ...]
+"""One for each block."""
+
+
+def dense_options(spec: ModelSpec) -> Options:
+    """The options that change nothing."""
+    return tuple(Option(b.attention is not None, 0 if b.mlp is None else b.mlp.hidden) for b in spec.blocks)
+
+
+def with_options(spec: ModelSpec, chosen: Sequence[Option]) -> ModelSpec:
+    """The spec that these options leave, as `weights.cut` does: without LayerScale."""
+    blocks = []
+    for block, option in zip(folded(spec).blocks, chosen, strict=True):
+        mlp = block.mlp
+        blocks.append(
+            replace(
+                block,
+                attention=block.attention if option.attention else None,
+                mlp=None if mlp is None or not option.hidden else replace(mlp, hidden=option.hidden),
+            )
+        )
+    return replace(spec, blocks=tuple(blocks))
+
+
+def folded(spec: ModelSpec) -> ModelSpec:
+    """The spec after `weights.fold_layer_scale`."""
+    return replace(
+        spec,
+        blocks=tuple(
+            replace(
+                b,
+                attention=None if b.attention is None else replace(b.attention, layer_scale=False),
+                mlp=None if b.mlp is None else replace(b.mlp, layer_scale=False),
+            )
+            for b in spec.blocks
+        ),
+    )
+
+
+def unit(hidden: int, align: int) -> int:
+    """Hidden units in one step: `align`, or an eighth of an MLP too narrow for eight of them."""
+    return max(1, min(align, hidden // 8))
+
+
+def block_options(spec: ModelSpec, index: int, fixed: frozenset[tuple[int, str]], *, align: int) -> list[Option]:
+    """What block `index` may become, the dense one first. fixed: halves that stay."""
+    block = spec.blocks[index]
+    attention, hidden = block.attention is not None, 0 if block.mlp is None else block.mlp.hidden
+    found = [Option(attention, hidden)]
+    may_lose = attention and (index, "attention") not in fixed
+    may_cut = hidden > 0 and (index, "mlp") not in fixed
+    step_ = unit(hidden, align)
+    widths = list(range(step_, hidden, step_)) if may_cut else []
+    found += [Option(attention, m) for m in widths]
+    if may_lose and hidden:
+        found += [Option(False, m) for m in [*widths, hidden]]
+    if (may_lose or not attention) and (may_cut or not hidden) and found[0] != Option(False, 0):
+        found.append(Option(False, 0))
+    return found
+
+
+def candidates(spec: ModelSpec, fixed: frozenset[tuple[int, str]]) -> list[int]:
+    """Blocks that `finetune` may compress: neither first nor last, with both halves, neither of them frozen."""
+    return [
+        i
+        for i in range(1, len(spec.blocks) - 1)
+        if spec.blocks[i].attention is not None
+        and spec.blocks[i].mlp is not None
+        and (i, "attention") not in fixed
+        and (i, "mlp") not in fixed
+    ]
+
+
+def _narrowed(spec: ModelSpec, blocks: Sequence[int], hidden: Mapping[int, int]) -> Options:
+    """Dense options but for `blocks`, which lose their attention and keep so many units."""
+    chosen = list(dense_options(spec))
+    for i in blocks:
+        chosen[i] = Option(False, hidden[i])
+    return tuple(chosen)
+
+
+def floor(spec: ModelSpec, config: DcvitConfig | None = None) -> Cost:
+    """The cheapest network that the method makes of this spec; frozen parts stay."""
+    config = config or DcvitConfig()
+    fixed = frozen(spec, config.freeze)
+    if config.variant == "finetune":
+        found = candidates(spec, fixed)[: config.k]
+        return cost(with_options(spec, _narrowed(spec, found, dict.fromkeys(found, 1))) if found else spec)
+    least = []
+    for i in range(len(spec.blocks)):
+        offered = block_options(spec, i, fixed, align=config.align)
+        least.append(min(offered, key=lambda option: (option.attention, option.hidden)))
+    return cost(with_options(spec, least))
+
+
+def step(spec: ModelSpec, config: DcvitConfig | None = None) -> dict[str, int]:
+    """The largest jump in cost between neighbouring results, by resource (law 7): one attention, or one step of width."""
+    config = config or DcvitConfig()
+    whole, base = cost(folded(spec)), dense_options(spec)
+    found = {name: getattr(cost(spec), name) - getattr(whole, name) for name in RESOURCES}
+    for i, option in enumerate(base):
+        changes = []
+        if option.attention:
+            changes.append(option._replace(attention=False))
+        if option.hidden > 1:
+            less = 1 if config.variant == "finetune" else unit(option.hidden, config.align)
+            changes.append(option._replace(hidden=option.hidden - less))
+        changes += [Option(option.attention, 0), *([Option(False, 1)] if option.hidden == 1 else [])]
+        for change in changes[: 2 if option.hidden > 1 else 3]:
+            if change == option:
+                continue
+            after = cost(with_options(spec, [*base[:i], change, *base[i + 1 :]]))
+            for name, most in found.items():
+                found[name] = max(most, getattr(whole, name) - getattr(after, name))
+    return found
+
+
+def plan(spec: ModelSpec, config: DcvitConfig | None = None) -> dict[str, Any]:
+    """What can be said from the spec alone: range, step, needs, what stays dense.
+
+    Raises BudgetError when the config's budget is out of reach, ConfigError when a frozen part is not there.
+    """
+    config = config or DcvitConfig()
+    fixed = frozen(spec, config.freeze)
+    reference, least = cost(spec), floor(spec, config)
+    if config.budget is not None:
+        config.budget.refuse_unreachable(floor=least, reference=reference, method="dcvit")
+        if config.variant == "finetune":
+            structure(spec, config, config.budget)
+    dense = {f"block {i} {half}": "frozen" for i, half in sorted(fixed)}
+    if spec.outputs:
+        dense["classifier"] = "kept dense"
+    if config.variant == "finetune":
+        open_ = candidates(spec, fixed)
+        for i in range(len(spec.blocks)):
+            if i not in open_ and f"block {i} attention" not in dense:
+                ends = i in (0, len(spec.blocks) - 1)
+                dense[f"block {i}"] = (
+                    "first and last block are never compressed" if ends else "a half of it is gone or frozen"
+                )
+    return {
+        "method": "dcvit",
+        "variant": config.variant,
+        "range": {name: [getattr(least, name), getattr(reference, name)] for name in RESOURCES},
+        "step": step(spec, config),
+        "needs": {
+            "images": config.images,
+            "labels": False,
+            "training": config.variant == "finetune" or config.finetune_steps > 0,
+        },
+        "dense": dense,
+    }
+
+
+# ------------------------------------------------------------------------------------------- structure of the paper's form
+
+
+def solve(total: float, attention: float, mlp: float, width: int, keep: float) -> tuple[int, float, int]:
+    """k, r and m = floor(width r) of the released code, from a kept share of `total` (section 4 of the code's solver).
+
+    attention, mlp: what one block's attention (with its norm) and its dense MLP of ratio 4 cost, in the unit of `total`.
+    Raises BudgetError where less than one attention has to go.
+    """
+    gone = (1 - keep) * total
+    if gone < attention:
+        raise BudgetError(
+            f"keep {keep!r}: {gone / total:.2%} would have to go, and one attention is {attention / total:.2%}, the least "
+            f"that this form removes. Keep {1 - attention / total:.4f} or less, or choose variant='closed'."
+        )
+    k = math.ceil(gone / (attention + mlp) - 1e-12)
+    ratio = 4 * (1 - (gone / k - attention) / mlp)
+    return k, ratio, math.floor(width * ratio + 1e-6)
+
+
+def paper_counts(spec: ModelSpec) -> tuple[int, int, int]:
+    """Total, attention and MLP of a block in the authors' counting: linears and norms, no attention products.
+
+    Of an untouched ViT with blocks alike; raises ConfigError for another.
+    """
+    alike = len({(b.attention, b.mlp, b.steps) for b in spec.blocks}) == 1
+    block = spec.blocks[0] if spec.blocks else Block(attention=None, mlp=None)
+    if not alike or block.attention is None or block.mlp is None or block.steps or block.mlp.kind == "swiglu":
+        raise ConfigError("dcvit: preset 'paper' counts blocks that are all alike and whole; choose preset='clean'.")
+    if block.mlp.hidden != 4 * spec.width:
+        raise ConfigError("dcvit: preset 'paper' knows MLPs four times as wide as the stream; choose preset='clean'.")
+    n, d = len(spec.prefix) + math.prod(spec.grid), spec.width
+    attention, mlp, norm = 4 * n * d * d + 4 * n * d, 8 * n * d * d, 4 * n * d
+    whole = cost(spec)
+    total = whole.stem_macs + whole.head_macs + len(spec.blocks) * (attention + mlp + norm) + norm
+    return total, attention, mlp
+
+
+@dataclass(frozen=True, kw_only=True)
+class Structure:
+    """How many blocks are compressed, and how many units each would keep if it were chosen first."""
+
+    k: int
+    hidden: dict[int, int]
+
+
+def structure(spec: ModelSpec, config: DcvitConfig, budget: Budget) -> Structure:
+    """k and the common share of hidden units, before any block is chosen: k is the least that the budget allows.
+
+    Blocks that cost differently: for the k cheapest, so that whichever are chosen, the budget can be met.
+    Raises BudgetError where no k fits.
+    """
+    reference, limits = cost(spec), budget.limits(cost(spec))
+    found = candidates(spec, frozen(spec, config.freeze))
+    if not exceeded(reference, limits):
+        return Structure(k=0, hidden={})
+    if not found:
+        raise BudgetError(
+            f"dcvit: variant 'finetune' compresses blocks between the first and the last, and none of {len(spec.blocks)} is "
+            "left whole and free. Choose variant='closed'."
+        )
+    if config.preset == "paper":
+        if set(limits) != {"macs"}:
+            raise ConfigError("dcvit: preset 'paper' meets MACs alone; choose preset='clean' for other limits.")
+        total, attention, mlp = paper_counts(spec)
+        k, _, m = solve(total, attention, mlp, spec.width, limits["macs"] / reference.macs)
+        if k <= len(found) and m >= 1:
+            trial = _narrowed(spec, found[:k], dict.fromkeys(found, m))
+            if not exceeded(cost(with_options(spec, trial)), limits):
+                return Structure(k=k, hidden=dict.fromkeys(found, m))
+    main = next(iter(limits))
+    saved = {
+        i: getattr(reference, main) - getattr(cost(with_options(spec, _narrowed(spec, [i], {i: 1}))), main)
+        for i in found
+    }
+    cheapest = sorted(found, key=lambda i: saved[i])
+    for k in range(1, len(found) + 1) if config.k is None else (config.k,):
+        if k > len(found):
+            raise BudgetError(f"dcvit: k={k} blocks; only {len(found)} can be compressed. Lower k.")
+        hidden = widest(spec, cheapest[:k], limits)
+        if hidden is None:
+            continue
+        if all(hidden[i] == dense_options(spec)[i].hidden for i in cheapest[:k]):
+            after = cost(with_options(spec, _narrowed(spec, cheapest[:k], hidden)))
+            slack = {name: limits[name] - getattr(after, name) for name in limits}
+            if all(value > 0.01 * getattr(reference, name) for name, value in slack.items()):
+                raise BudgetError(
+                    "dcvit: variant 'finetune' removes at least one attention for each block it compresses, "
+                    f"{', '.join(f'{getattr(reference, n) - getattr(after, n):,} {n}' for n in limits)} here, which is more "
+                    "than the budget asks for. Lower the budget or k, or choose variant='closed'."
+                )
+        share = min(hidden[i] / dense_options(spec)[i].hidden for i in cheapest[:k])
+        every = {i: max(1, math.floor(share * dense_options(spec)[i].hidden + 1e-6)) for i in found}
+        return Structure(k=k, hidden=every | hidden)
+    least = cost(with_options(spec, _narrowed(spec, found, dict.fromkeys(found, 1))))
+    budget.refuse_unreachable(floor=least, reference=reference, method="dcvit")
+    raise BudgetError(f"dcvit: k={config.k} blocks cannot meet the budget; raise k, or leave it out.")
+
+
+def widest(spec: ModelSpec, blocks: Sequence[int], limits: Mapping[str, int]) -> dict[int, int] | None:
+    """The widest MLPs of an equal share that meet the limits when these blocks lose their attention; None if none do.
+
+    What is left over goes to the first blocks, a unit each, so that the miss is below one unit.
+    """
+    dense = {i: dense_options(spec)[i].hidden for i in blocks}
+    top = max(dense.values())
+
+    def at(tick: int) -> dict[int, int]:
+        return {i: max(1, m * tick // top) for i, m in dense.items()}
+
+    def fits(hidden: Mapping[int, int]) -> bool:
+        return not exceeded(cost(with_options(spec, _narrowed(spec, blocks, hidden))), limits)
+
+    if not fits(at(0)):
+        return None
+    low, high = 0, top
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(at(middle)) else (low, middle - 1)
+    hidden = at(low)
+    for i in blocks:
+        if hidden[i] < dense[i] and fits(more := {**hidden, i: hidden[i] + 1}):
+            hidden = more
+    return hidden
+
+
+# -------------------------------------------------------------------------------------------------------------- allocation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """The options of one block with their predicted loss and exact costs, all [options]. moments: bytes at its widest."""
+
+    options: list[Option]
+    losses: np.ndarray
+    macs: np.ndarray
+    params: np.ndarray
+    moments: np.ndarray
+
+
+def tables(
+    spec: ModelSpec, losses: Sequence[Mapping[Option, float]], fixed: frozenset[tuple[int, str]], *, align: int
+) -> list[Table]:
+    """Costs of every option of every block.  losses: by block, of each of its options."""
+    base, walk = dense_options(spec), token_walk(spec)
+    found = []
+    for i, (block, at) in enumerate(zip(folded(spec).blocks, walk, strict=True)):
+        offered = block_options(spec, i, fixed, align=align)
+
+        def price(option: Option, i: int = i) -> tuple[int, int]:
+            one = cost(with_options(spec, [*base[:i], option, *base[i + 1 :]])).blocks[i]
+            return one.macs, one.params
+
+        exact: dict[Option, tuple[int, int]] = {}
+        for attention in {o.attention for o in offered}:  # linear in the width
+            widths = sorted({o.hidden for o in offered if o.attention == attention and o.hidden})
+            if len(widths) > 2:
+                (m0, p0), (m1, p1) = price(Option(attention, widths[0])), price(Option(attention, widths[1]))
+                gap = widths[1] - widths[0]
+                for w in widths:
+                    steps_ = (w - widths[0]) / gap
+                    exact[Option(attention, w)] = (m0 + round(steps_ * (m1 - m0)), p0 + round(steps_ * (p1 - p0)))
+        rows = [exact.get(o) or price(o) for o in offered]
+        moments = []
+        for o in offered:
+            numbers = 0
+            if (a := block.attention) is not None and o.attention:
+                numbers = 2 * at.keys.count * (spec.width + a.heads * (a.qk_dim + a.v_dim))
+            if o.hidden:
+                numbers = max(numbers, 2 * at.mlp.count * (spec.width + o.hidden))
+            moments.append(FLOAT_BYTES * numbers)
+        found.append(
+            Table(
+                options=offered,
+                losses=np.array([losses[i][o] for o in offered], dtype=np.float64),
+                macs=np.array([r[0] for r in rows], dtype=np.int64),
+                params=np.array([r[1] for r in rows], dtype=np.int64),
+                moments=np.array(moments, dtype=np.int64),
+            )
+        )
+    return found
+
+
+def allocate(spec: ModelSpec, rows: Sequence[Table], budget: Budget, *, reference: Cost | None = None) -> Options:
+    """The options of least total predicted loss within the budget: exact dynamic programming over the blocks.
+
+    Costs are rounded up to a grid of at least `closed_form.CELLS` (none at all where the costs have a common divisor that allows it),
+    so the result is never above; what rounding leaves is filled. Two limits are met by a sweep of their mixtures, limits on
+    memory by a sweep of caps on the widest moment. reference: what shares refer to; None: `spec`.
+    Raises BudgetError when even the cheapest options are above.
+    """
+    reference = reference or cost(spec)
+    cheapest = [row.options[int(np.lexsort((row.macs, row.params))[0])] for row in rows]
+    least = cost(with_options(spec, cheapest))
+    budget.refuse_unreachable(floor=least, reference=reference, method="dcvit")
+    limits = budget.limits(reference)
+    if not exceeded(cost(spec), limits):
+        return dense_options(spec)
+    rest = cost(folded(spec))
+    fixed_macs = rest.macs - sum(b.macs for b in rest.blocks)
+    fixed_params = rest.params - sum(b.params for b in rest.blocks)
+    plans: list[tuple[float, list[int]]] = []
+    for cap in _caps(rows, limits, least):
+        rooms = {
+            "macs": limits.get("macs", math.inf) - fixed_macs,
+            "params": limits.get("params", math.inf) - fixed_params,
+        }
+        if "file_bytes" in limits:
+            rooms["params"] = min(rooms["params"], limits["file_bytes"] // FLOAT_BYTES - fixed_params)
+        if "memory_bytes" in limits:
+            left = limits["memory_bytes"] - max(cap, least.activation_bytes)
+            rooms["params"] = min(rooms["params"], left // FLOAT_BYTES - fixed_params)
+        allowed = [np.flatnonzero(row.moments <= cap) for row in rows]
+        if any(not len(a) for a in allowed):
+            continue
+        chosen = _programme(rows, allowed, rooms)
+        if chosen is not None:
+            plans.append(_filled(rows, allowed, chosen, rooms))
+    assert plans, "the cheapest options are within the budget, so some plan is"
+    _, best = min(plans, key=lambda plan_: plan_[0])
+    return tuple(row.options[o] for row, o in zip(rows, best, strict=True))
+
+
+def _caps(rows: Sequence[Table], limits: Mapping[str, int], least: Cost) -> list[float]:
+    """Caps on the widest moment to try: some two dozen of those that options have."""
+    if "memory_bytes" not in limits:
+        return [math.inf]
+    every = np.unique(np.concatenate([row.moments for row in rows]))
+    lowest = max(int(row.moments.min()) for row in rows)
+    every = every[(every >= lowest) & (every <= limits["memory_bytes"])]
+    if not len(every):
+        every = np.array([lowest])
+    return [float(v) for v in np.unique(np.append(every[:: max(1, len(every) // 24)], every[-1]))]
+
+
+def _programme(rows: Sequence[Table], allowed: Sequence[np.ndarray], rooms: Mapping[str, float]) -> list[int] | None:
+    """Option of each block with the least total loss within the rooms for MACs and parameters; None if none fits."""
+    bounded = [name for name, room in rooms.items() if math.isfinite(room)]
+    if any(
+        rooms[name] < sum(getattr(row, name)[a].min() for row, a in zip(rows, allowed, strict=True)) for name in bounded
+    ):
+        return None
+    if not bounded:
+        return [int(a[row.losses[a].argmin()]) for row, a in zip(rows, allowed, strict=True)]
+    if len(bounded) == 1:
+        return _best(
+            rows,
+            allowed,
+            [getattr(row, bounded[0])[a] for row, a in zip(rows, allowed, strict=True)],
+            int(rooms[bounded[0]]),
+        )
+
+    def fits(chosen: Sequence[int]) -> bool:
+        return all(sum(getattr(row, n)[o] for row, o in zip(rows, chosen, strict=True)) <= rooms[n] for n in bounded)
+
+    best: tuple[float, list[int]] | None = None
+    scale = 1 << 40
+    for share in (0.0, 0.1, 0.25, 0.4, 0.5, 0.6, 0.75, 0.9, 1.0):
+        prices = [
+            np.ceil(
+                scale
+                * (share * row.macs[a] / max(rooms["macs"], 1) + (1 - share) * row.params[a] / max(rooms["params"], 1))
+            ).astype(np.int64)
+            for row, a in zip(rows, allowed, strict=True)
+        ]
+        low, high = 0.0, 1.0  # how far the mixture must be tightened so that both hold
+        for attempt in range(12):
+            bound = high if attempt == 0 else (low + high) / 2
+            chosen = _best(rows, allowed, prices, int(bound * scale))
+            good = chosen is not None and fits(chosen)
+            if good:
+                assert chosen is not None
+                total = sum(float(row.losses[o]) for row, o in zip(rows, chosen, strict=True))
+                if best is None or total < best[0]:
+                    best = total, chosen
+                if attempt == 0:
+                    break
+                low = bound
+            elif chosen is None:
+                low = bound
+            else:
+                high = bound
+    if best is not None:
+        return best[1]
+    # no mixture meets both: the cheapest in the sum of shares does if anything simple does
+    chosen = [
+        int(a[(row.macs[a] / rooms["macs"] + row.params[a] / rooms["params"]).argmin()])
+        for row, a in zip(rows, allowed, strict=True)
+    ]
+    return chosen if fits(chosen) else None
+
+
+def _best(
+    rows: Sequence[Table], allowed: Sequence[np.ndarray], prices: Sequence[np.ndarray], room: int
+) -> list[int] | None:
+    found = cf.knapsack([row.losses[a] for row, a in zip(rows, allowed, strict=True)], prices, room)
+    return None if found is None else [int(a[o]) for a, o in zip(allowed, found, strict=True)]
+
+
+def _filled(
+    rows: Sequence[Table], allowed: Sequence[np.ndarray], chosen: Sequence[int], rooms: Mapping[str, float]
+) -> tuple[float, list[int]]:
+    """Spend what is left: what lowers the loss most for its cost, then whatever fits. Nothing chosen gets smaller."""
+    chosen = list(chosen)
+    bounded = [name for name, room in rooms.items() if math.isfinite(room)]
+    left = {n: rooms[n] - sum(int(getattr(row, n)[o]) for row, o in zip(rows, chosen, strict=True)) for n in bounded}
+    while bounded:
+        best: tuple[float, float, int, int] | None = None
+        for i, (row, a) in enumerate(zip(rows, allowed, strict=True)):
+            now = chosen[i]
+            for o in a:
+                here, there = row.options[now], row.options[o]
+                if o == now or there.attention < here.attention or there.hidden < here.hidden:
+                    continue
+                needs = {n: int(getattr(row, n)[o]) - int(getattr(row, n)[now]) for n in bounded}
+                if any(needs[n] > left[n] for n in bounded):
+                    continue
+                share = max(needs[n] / max(rooms[n], 1) for n in bounded)
+                gain = float(row.losses[now] - row.losses[o]) / max(share, 1e-12)
+                if best is None or (gain, share) > best[:2]:
+                    best = gain, share, i, int(o)
+        if best is None:
+            break
+        _, _, i, o = best
+        for n in bounded:
+            left[n] -= int(getattr(rows[i], n)[o]) - int(getattr(rows[i], n)[chosen[i]])
+        chosen[i] = o
+    return sum(float(row.losses[o]) for row, o in zip(rows, chosen, strict=True)), chosen
+
+
+# ------------------------------------------------------------------------------------------------------------------ images
+
+
+class Inputs:
+    """The images as the network takes them, read anew by each pass, in an order drawn by seed. Labels stay unread."""
+
+    def __init__(self, model: Vit, source: Any, config: DcvitConfig) -> None:
+        if source is None:
+            raise DataError(
+                "dcvit: no images were given; expected 50 to 1000 unlabelled ones. Pass data=, such as a folder."
+            )
+        self.seed = config.seed
+        self.preprocess = model.config.preprocess
+        self.images: Images | None = None
+        if self.preprocess is None:
+            if not (isinstance(source, Tensor) and source.is_floating_point() and source.dim() == 4):
+                raise DataError(
+                    "dcvit: the model does not say how images are normalised, and these are not the network's own input. "
+                    "Load it with preprocess=, or pass a float tensor [n, C, h, w] that is ready for it."
+                )
+            order = torch.randperm(len(source), generator=torch.Generator().manual_seed(config.seed))
+            self.tensor: Tensor = source[order[: config.images]]
+            self.count = len(self.tensor)
+            self.mark = f"{float(self.tensor.double().sum()):.17g} {tuple(self.tensor.shape)}"
+        else:
+            images = opened.open(source, labelled=False).take(config.images, config.seed, balanced=False)
+            self.images = images
+            self.shuffled = images.subset(ranked(config.seed, _ORDER, images.rows))
+            self.count = len(images)
+            self.mark = images.fingerprint()["sha256"]
+        if not self.count:
+            raise DataError("dcvit: no images. Pass 50 to 1000 unlabelled ones.")
+        if self.count < 8:
+            warnings.warn(
+                f"dcvit: {self.count} images; expected 50 to 1000. The fit rests on their tokens alone.", stacklevel=4
+            )
+        self.batch_size = max(1, min(config.batch_size, self.count // (2 * FOLDS)))
+
+    def batches(self) -> Iterator[Tensor]:
+        """[B, C, h, w] each, the same in every pass."""
+        if self.preprocess is None:
+            yield from self.tensor.split(self.batch_size)
+            return
+        for x, _ in opened.batches(self.shuffled, opened.evaluation(self.preprocess), self.batch_size):
+            yield x
+
+    def streams(self, model: Vit) -> Iterator[Stream]:
+        """What enters the first block. Raises DataError when all images are equal."""
+        like = next(model.parameters())
+        first: Tensor | None = None
+        differ = self.count == 1
+        for x in self.batches():
+            first = x[:1] if first is None else first
+            differ = differ or bool((x != first).any())
+            yield model.embed(x.to(like))
+        if not differ:
+            raise DataError(f"dcvit: all {self.count} images are equal; expected different photos. Check the folder.")
+
+
+def divergence(before: Tensor, after: Tensor, *, classifies: bool) -> float:
+    """KL(before || after) of the class probabilities, a mean over images; of features the relative squared error."""
+    before, after = before.double().cpu(), after.double().cpu()
+    if not classifies:
+        return float((before - after).square().sum() / before.square().sum().clamp_min(1e-300))
+    p, q = before.log_softmax(-1), after.log_softmax(-1)
+    return max(float((p.exp() * (p - q)).sum(-1).mean()), 0.0)
+
+
+# ------------------------------------------------------------------------------------------- closed form: the score of a block
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """One way to cut an MLP. order [M], errors [M + 1]: of the elimination.
+
+    levels, losses: kept widths at which the effect on the output was measured, and the effect.
+    """
+
+    order: Tensor
+    errors: Tensor
+    ridge: float
+    levels: list[int]
+    losses: list[float]
+
+    def loss(self, hidden: int) -> float:
+        """Predicted effect on the output at a width: measured effects joined by powers of the local error."""
+        known = sorted((self._error(m), max(loss, 1e-300)) for m, loss in zip(self.levels, self.losses, strict=True))
+        errors = [error for error, _ in known]
+        losses = [float(v) for v in np.maximum.accumulate([loss for _, loss in known])]
+        here = self._error(hidden)
+        if here <= errors[0]:
+            return losses[0] * here / errors[0]
+        for (e0, e1), (l0, l1) in zip(pairwise(errors), pairwise(losses), strict=True):
+            if here <= e1:
+                return l0 * (l1 / l0) ** (math.log(here / e0) / max(math.log(e1 / e0), 1e-12))
+        return losses[-1] * here / errors[-1]
+
+    def _error(self, hidden: int) -> float:
+        return max(float(self.errors[hidden]), 1e-300)
+
+    def kept(self, hidden: int) -> tuple[int, ...]:
+        """Units that stay at a width, ascending."""
+        return tuple(sorted(int(u) for u in self.order[len(self.order) - hidden :]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """What one block minds. whole: its curve with the attention kept; bare: without it; gone: the loss of its drop.
+
+    lost: the loss of its attention where it has no MLP. None: not on offer.
+    """
+
+    whole: Curve | None = None
+    bare: Curve | None = None
+    gone: float | None = None
+    lost: float | None = None
+
+    def losses(self, offered: Sequence[Option]) -> dict[Option, float]:
+        """Of each option; the first is the dense one."""
+        found: dict[Option, float] = {}
+        for n, option in enumerate(offered):
+            if n == 0:
+                found[option] = 0.0
+            elif option == Option(False, 0):
+                value = self.gone if self.gone is not None else self.lost
+                assert value is not None
+                found[option] = value
+            else:
+                curve = self.whole if option.attention == offered[0].attention else self.bare
+                assert curve is not None
+                found[option] = curve.loss(option.hidden)
+        return found
+
+
+class Linear(NamedTuple):
+    """The last linear of an MLP as a regression sees it: y = H prior outputs^T + bias.
+
+    prior: [M, E]. outputs: [D, E] the second factor, None if dense. bias: whether it has one.
+    """
+
+    prior: Tensor
+    outputs: Tensor | None
+    bias: bool
+
+
+def last_linear(block: Any) -> Linear:
+    """fc2, or fc2's first factor: the ranks of a factored MLP stay, and its second factor is not refitted."""
+    mlp = block.mlp
+    if mlp.fc2a is None:
+        return Linear(mlp.fc2.weight.detach().double().T, None, mlp.fc2.bias is not None)
+    return Linear(mlp.fc2a.weight.detach().double().T, mlp.fc2.weight.detach().double(), mlp.fc2.bias is not None)
+
+
+def _seen(stats: cf.Regression, linear: Linear, metric: Tensor | None) -> tuple[cf.Regression, Tensor | None]:
+    """The regression and its metric in the space of the linear that is refitted; exact for a fixed second factor B.
+
+    With F the metric, the best target in B's image is y F B (B^T F B)^-1, and errors there weigh B^T F B.
+    """
+    if linear.outputs is None:
+        return stats, metric
+    b = linear.outputs.to(stats.x)
+    fb = b if metric is None else metric.to(b) @ b
+    inner = b.mT @ fb
+    return stats.on(fb @ torch.linalg.pinv(inner, hermitian=True)), inner
+
+
+def solve_linear(
+    stats: cf.Regression, linear: Linear, *, ridge: float, keep: Tensor | None, metric: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """New weights [K, E] and bias [D] or None.  stats: in the output's own space."""
+    inner, _ = _seen(stats, linear, metric)
+    w, b = cf.refit(inner, linear.prior, ridge=ridge, keep=keep, bias=linear.bias)
+    if b is None or linear.outputs is None:
+        return w, b
+    mean = (stats.x if keep is None else stats.x[keep.to(stats.x.device)]) / stats.weight
+    return w, stats.y / stats.weight - mean @ w @ linear.outputs.to(w).mT
+
+
+@dataclass
+class Scoring:
+    """What the blocks' scores are measured with."""
+
+    base: Vit
+    held: cf.Held
+    sites: dict[str, cf.Site] | None
+    config: DcvitConfig
+    fixed: frozenset[tuple[int, str]]
+    answers: list[Tensor]
+    probes: list[int]
+    """Batches that measure; they are left out of the trial fits."""
+
+    def site(self, index: int, kind: str = "block") -> cf.Site | None:
+        return None if self.sites is None else self.sites[f"{kind}:{index}"]
+
+
+def _metric(site: cf.Site | None, device: torch.device) -> Tensor | None:
+    return None if site is None else site.metric.to("cpu" if device.type == "mps" else device)
+
+
+def _weights(site: cf.Site | None, stream: Stream) -> Tensor | None:
+    """Of the tokens of a stream, [N]."""
+    return None if site is None else site.weights(stream.x.shape[1]).to(stream.x)
+
+
+@torch.no_grad()
+def score_block(s: Scoring, index: int) -> Score:
+    """Curves and measured losses of one block, from the stream that the dense model hands it.
+
+    One pass over the held stream for the statistics, and one over the probe images for each candidate.
+    """
+    block: Any = s.base.blocks[index]
+    spec = s.base.spec.blocks[index]
+    offered = block_options(s.base.spec, index, s.fixed, align=s.config.align)
+    cuts = any(o.attention == offered[0].attention and 0 < o.hidden < offered[0].hidden for o in offered)
+    bares = offered[0].attention and any(not o.attention and o.hidden for o in offered)
+    drops = Option(False, 0) in offered[1:]
+    whole = bare = None
+    if cuts or bares:
+        folds = _block_statistics(s, index, whole=cuts, bare=bares)
+        if cuts:
+            whole = _curve(s, index, folds["whole"], attention=offered[0].attention)
+        if bares:
+            bare = _curve(s, index, folds["bare"], attention=False)
+    gone = _measure(s, index, partial(_without_block, block)) if drops else None
+    lost = None
+    if spec.mlp is None and drops:
+        lost, gone = gone, None
+    return Score(whole=whole, bare=bare, gone=gone, lost=lost)
+
+
+def _entry(block: Any, stream: Stream) -> Stream:
+    return cf.after_steps(block, stream, "start")
+
+
+def _through(block: Any, stream: Stream) -> Stream:
+    after: Stream = block(stream, None, OPEN)[0]
+    return after
+
+
+def _without_block(block: Any, stream: Stream) -> Stream:
+    return cf.after_steps(block, cf.after_steps(block, cf.narrowed(block, _entry(block, stream)), "mid"), "end")
+
+
+def _block_statistics(s: Scoring, index: int, *, whole: bool, bare: bool) -> dict[str, list[cf.Regression]]:
+    block: Any = s.base.blocks[index]
+    site = s.site(index)
+    m = s.base.spec.blocks[index].mlp
+    assert m is not None
+    device = next(s.base.parameters()).device
+    names = [name for name, wanted in (("whole", whole), ("bare", bare)) if wanted]
+    folds = {
+        name: [cf.Regression.empty(m.hidden, s.base.spec.width, device=device) for _ in range(FOLDS)] for name in names
+    }
+    for number, stream in enumerate(s.held.batches(device)):
+        entry = _entry(block, stream)
+        mid, _ = cf.attend(block, entry)
+        if whole:
+            inner = cf.after_steps(block, mid, "mid")
+            hidden = cf.expand(block, inner)
+            update = block.mlp(block.norm2(inner.x), soft={})
+            folds["whole"][number % FOLDS].add(hidden, update, _weights(site, inner))
+        if bare:
+            theirs, ours = cf.following(block, mid, cf.narrowed(block, entry), "mid")
+            target = cf.through_mlp(block, theirs).x - ours.x
+            folds["bare"][number % FOLDS].add(cf.expand(block, ours), target, _weights(site, ours))
+    return folds
+
+
+def _curve(s: Scoring, index: int, folds: list[cf.Regression], *, attention: bool) -> Curve:
+    """Ridge, order and errors from all images; effects measured on images that the trial fits have not seen."""
+    block: Any = s.base.blocks[index]
+    linear = last_linear(block)
+    metric = _metric(s.site(index), folds[0].x.device)
+    inner = [_seen(fold, linear, metric)[0] for fold in folds if fold.weight > 0]
+    inner_metric = _seen(folds[0], linear, metric)[1]
+    hidden = len(linear.prior)
+    ridge = s.config.ridge or cf.choose_ridge(
+        inner, linear.prior, keep=torch.arange(0, hidden, 2), bias=linear.bias, metric=inner_metric
+    )
+    total = _sum(inner)
+    found = cf.eliminate(total, linear.prior, ridge=ridge, bias=linear.bias, metric=inner_metric)
+    trial = _sum([fold for n, fold in enumerate(folds) if n % FOLDS != FOLDS - 1 and fold.weight > 0] or folds)
+    levels = _levels(
+        hidden, unit(hidden, s.config.align), top=not attention and s.base.spec.blocks[index].attention is not None
+    )
+    losses = []
+    for m in levels:
+        keep = found.kept(m)
+        w, b = solve_linear(trial, linear, ridge=ridge, keep=keep, metric=metric)
+        run = partial(_cut_block, block, attention=attention, linear=linear, keep=keep, w=w, b=b)
+        losses.append(_measure(s, index, run))
+    return Curve(order=found.order, errors=found.errors, ridge=ridge, levels=levels, losses=losses)
+
+
+def _sum(folds: Sequence[cf.Regression]) -> cf.Regression:
+    total = folds[0]
+    for fold in folds[1:]:
+        total = total + fold
+    return total
+
+
+def _levels(hidden: int, step_: int, *, top: bool) -> list[int]:
+    """Widths to measure at: a half, an eighth and the least; all of it too where the attention is gone."""
+    found = {max(step_, hidden // 2), max(step_, hidden // 8), min(step_, hidden)}
+    return sorted(found | ({hidden} if top else set()))
+
+
+def _cut_block(
+    block: Any, stream: Stream, *, attention: bool, linear: Linear, keep: Tensor, w: Tensor, b: Tensor | None
+) -> Stream:
+    """The block with a cut and refitted MLP, with or without its attention."""
+    entry = _entry(block, stream)
+    mid = cf.attend(block, entry)[0] if attention else cf.narrowed(block, entry)
+    inner = cf.after_steps(block, mid, "mid")
+    update = cf.expand(block, inner)[..., keep.to(inner.x.device)] @ w.to(inner.x)
+    if linear.outputs is not None:
+        update = update @ linear.outputs.to(inner.x).mT
+    if b is not None:
+        update = update + b.to(inner.x)
+    return cf.after_steps(block, inner._replace(x=inner.x + update), "end")
+
+
+def _measure(s: Scoring, index: int, run: Callable[[Stream], Stream]) -> float:
+    """Divergence of the output on the probe images when block `index` is replaced by `run`."""
+    device = next(s.base.parameters()).device
+    found = [
+        cf.answers(s.base, run(stream), index + 1)
+        for number, stream in enumerate(s.held.batches(device))
+        if number in s.probes
+    ]
+    before = torch.cat(s.answers)
+    return divergence(before, torch.cat([a.cpu() for a in found]), classifies=bool(s.base.spec.outputs))
+
+
+@torch.no_grad()
+def score(
+    base: Vit,
+    inputs: Inputs,
+    config: DcvitConfig,
+    *,
+    fixed: frozenset[tuple[int, str]],
+    room: Path,
+    folder: Path | None,
+    resume: bool,
+    progress: Progress | None,
+) -> tuple[list[Score], dict[str, cf.Site] | None]:
+    """Scores of all blocks, in one walk of the dense stream.  base: LayerScale folded.
+
+    room: for held streams. folder: where each scored block is noted, so that a killed scoring goes on behind it.
+    """
+    device = next(base.parameters()).device
+    held = cf.Held(room, "dense")
+    held.fill(inputs.streams(base))
+    number = len(held.parts)
+    probes: list[int] = []
+    left = config.probe_images
+    for n in [*range(FOLDS - 1, number, FOLDS)] or [number - 1]:
+        if left > 0:
+            probes.append(n)
+            left -= len(held.parts[n].x)
+    answers_ = [cf.answers(base, stream, 0).cpu() for n, stream in enumerate(held.batches(device)) if n in probes]
+    scores: list[Score] = []
+    identity = _identity(base.spec, inputs, config)
+    if folder is not None:
+        scores = _noted(folder, identity, resume=resume)
+    sites = None
+    if config.weighted:
+
+        def told(done: int) -> None:
+            if progress is not None:
+                progress("sensitivity", done, inputs.count)
+
+        sites = cf.sensitivity(base, inputs.batches(), seed=config.seed, progress=told)
+    s = Scoring(base=base, held=held, sites=sites, config=config, fixed=fixed, answers=answers_, probes=probes)
+    began, behind = time.monotonic(), len(scores)
+    for i, block in enumerate(base.blocks):
+        if i >= behind:
+            scores.append(score_block(s, i))
+            if folder is not None:
+                _note(folder, identity, scores)
+            if progress is not None:
+                each = (time.monotonic() - began) / (i + 1 - behind)
+                progress("score", i + 1, len(base.blocks), seconds_left=each * (len(base.blocks) - i - 1))
+        if i + 1 < len(base.blocks):
+            held.advance(partial(_through, block), device)
+    return scores, sites
+
+
+def _identity(spec: ModelSpec, inputs: Inputs, config: DcvitConfig) -> dict[str, Any]:
+    """What must agree for noted scores to belong to this run."""
+    free = ("ridge", "weighted", "probe_images", "batch_size", "images", "seed", "align", "freeze", "variant", "preset")
+    more = ("steps", "lr", "metric_images", "metric_steps", "k")
+    names = free if config.variant == "closed" else (*free, *more)
+    values = {name: getattr(config, name) for name in names}
+    return {**values, "freeze": list(config.freeze), "spec": spec_hash(spec), "data": inputs.mark}
+
+
+def _note(folder: Path, identity: Mapping[str, Any], scores: Sequence[Score]) -> None:
+    tensors: dict[str, Tensor] = {}
+    rows = []
+    for i, one in enumerate(scores):
+        row: dict[str, Any] = {"gone": one.gone, "lost": one.lost}
+        for name in ("whole", "bare"):
+            curve: Curve | None = getattr(one, name)
+            row[name] = None
+            if curve is not None:
+                tensors[f"{i}/{name}/order"], tensors[f"{i}/{name}/errors"] = curve.order, curve.errors
+                row[name] = {"ridge": curve.ridge, "levels": curve.levels, "losses": curve.losses}
+        rows.append(row)
+    if not tensors:
+        tensors["none"] = torch.zeros(1)
+    checkpoints.write(folder / "scores", len(scores), tensors, {"run": dict(identity), "rows": rows})
+
+
+def _noted(folder: Path, identity: Mapping[str, Any], *, resume: bool) -> list[Score]:
+    """Scores that a killed run left. Raises TrainingError when they are of another run, or not to be taken up."""
+    checkpoints.sweep(folder / "scores")
+    path = checkpoints.newest(folder / "scores")
+    if path is None:
+        return []
+    tensors, values = checkpoints.read(path)
+    _same_run(folder, path.name, values["run"], identity, resume=resume)
+    scores = []
+    for i, row in enumerate(values["rows"]):
+        curves = {
+            name: None
+            if row[name] is None
+            else Curve(order=tensors[f"{i}/{name}/order"], errors=tensors[f"{i}/{name}/errors"], **row[name])
+            for name in ("whole", "bare")
+        }
+        scores.append(Score(**curves, gone=row["gone"], lost=row["lost"]))
+    return scores
+
+
+def _same_run(folder: Path, name: str, before: Mapping[str, Any], now: Mapping[str, Any], *, resume: bool) -> None:
+    if not resume:
+        raise TrainingError(
+            f"{folder.name}/ holds a dcvit run already ({name}); nothing is overwritten. Pass resume=True (--resume) to go on "
+            "with it, or choose another folder."
+        )
+    for key, value in now.items():
+        if before.get(key) != value:
+            raise TrainingError(
+                f"{folder.name}/ holds another run: {key} was {before.get(key)!r} and is {value!r}. Resume with the same "
+                "settings and data, or choose another folder."
+            )
+
+
+# ---------------------------------------------------------------------------------------------- closed form: the network
+
+
+def keeps_of(spec: ModelSpec, chosen: Sequence[Option], scores: Sequence[Score]) -> list[Keep | None]:
+    """What stays of each block, as `weights.cut` takes it; None where nothing goes."""
+    keeps: list[Keep | None] = []
+    for dense, option, one in zip(dense_options(spec), chosen, scores, strict=True):
+        if option == dense:
+            keeps.append(None)
+            continue
+        hidden = None
+        if 0 < option.hidden < dense.hidden:
+            curve = one.whole if option.attention == dense.attention else one.bare
+            assert curve is not None
+            hidden = curve.kept(option.hidden)
+        keeps.append(Keep(attention=option.attention, mlp=option.hidden > 0, hidden=hidden))
+    return keeps
+
+
+@torch.no_grad()
+def reconstruct(
+    base: Vit,
+    keeps: Sequence[Keep | None],
+    sites: Mapping[str, cf.Site] | None,
+    inputs: Inputs,
+    config: DcvitConfig,
+    *,
+    fixed: frozenset[tuple[int, str]],
+    room: Path,
+    progress: Progress | None,
+) -> Vit:
+    """Cut, then refit front to back: on the stream that the cut network has by then, towards the teacher's.
+
+    With `hand_over`, a half also takes on what it can foretell of the update that is lost right behind it. Halves in front
+    of the first change, and frozen ones, are left alone.
+    """
+    small = weights.cut(base, keeps, method="dcvit", variant="closed")
+    if all(keep is None for keep in keeps):
+        return small
+    device = next(base.parameters()).device
+    theirs, ours = cf.Held(room, "teacher"), cf.Held(room, "student")
+    theirs.fill(inputs.streams(base))
+    changed = False  # whether the student's stream differs from the teacher's behind what was done so far
+
+    def pairs() -> Iterator[tuple[Stream, Stream]]:
+        if not ours.parts:
+            yield from ((t, t) for t in theirs.batches(device))
+        else:
+            yield from zip(theirs.batches(device), ours.batches(device), strict=True)
+
+    began = time.monotonic()
+    for i in range(len(keeps)):
+        tb: Any = base.blocks[i]
+        new: Any = small.blocks[i]
+        carries = config.hand_over and _loses_next(base.spec, keeps, i)
+        here = keeps[i] is not None
+        if new.spec.attention is not None and (i, "attention") not in fixed and (changed or carries):
+            # what an MLP behind token steps would be given back has other rows than the heads
+            carries_here = carries and not cf.has_steps(tb, "mid")
+            site = None if sites is None else sites[f"mid:{i}"]
+            rows = _Rows(new.attention.out.in_features, base.spec.width, device=device, lost=carries_here)
+            for number, (t, s) in enumerate(pairs()):
+                t, s = cf.following(tb, t, s, "start")
+                aim, (mid, heads) = cf.attend(tb, t)[0], cf.attend(new, s)
+                assert heads is not None
+                update, lost = aim.x - cf.narrowed(new, s).x, None
+                if carries_here:
+                    out = cf.through_mlp(tb, aim)
+                    lost = cf.lookahead(base, small, i, out).x - out.x
+                rows.add(number, heads, update, lost, _weights(site, mid))
+            _refit_out(new.attention.out, rows, _metric(site, device))
+            changed = True
+        if new.spec.mlp is not None and (i, "mlp") not in fixed and (changed or here or carries):
+            site = None if sites is None else sites[f"block:{i}"]
+            rows = _Rows(new.spec.mlp.hidden, base.spec.width, device=device, lost=carries)
+            for number, (t, s) in enumerate(pairs()):
+                t, s = cf.following(tb, t, s, "start")
+                t, s = cf.following(tb, cf.attend(tb, t)[0], cf.attend(new, s)[0], "mid")
+                aim = cf.through_mlp(tb, t)
+                lost = cf.lookahead(base, small, i, aim).x - aim.x if carries else None
+                rows.add(number, cf.expand(new, s), aim.x - s.x, lost, _weights(site, s))
+            _refit_last(new, rows, config.ridge, _metric(site, device))
+            changed = True
+        if i + 1 < len(base.blocks):
+            changed = changed or here
+            _advance(theirs, ours, pairs(), tb, new, both=changed)
+        if progress is not None:
+            each = (time.monotonic() - began) / (i + 1)
+            progress("refit", i + 1, len(base.blocks), seconds_left=each * (len(base.blocks) - i - 1))
+    return small
+
+
+def _loses_next(spec: ModelSpec, keeps: Sequence[Keep | None], index: int) -> bool:
+    """Whether what comes right behind block `index` is lost: the next block's attention, if there was one."""
+    if index + 1 >= len(spec.blocks) or (keep := keeps[index + 1]) is None:
+        return False
+    block = spec.blocks[index + 1]
+    return (block.attention is not None and not keep.attention) or (block.attention is None and not keep.mlp)
+
+
+def _advance(
+    theirs: cf.Held, ours: cf.Held, pairs: Iterator[tuple[Stream, Stream]], tb: Any, sb: Any, *, both: bool
+) -> None:
+    """Both streams to the next block; the student's is held apart once it differs."""
+    theirs.begin()
+    ours.begin()
+    for t, s in pairs:
+        t, s = cf.following(tb, t, s, "start")
+        t, s = cf.following(tb, cf.attend(tb, t)[0], cf.attend(sb, s)[0], "mid")
+        t, s = cf.following(tb, cf.through_mlp(tb, t), cf.through_mlp(sb, s), "end")
+        theirs.put(t)
+        if both:
+            ours.put(s)
+    theirs.end()
+    ours.end()
+
+
+class _Rows:
+    """Regressions of one half in folds: of its own target, and of the update that is lost right behind it."""
+
+    def __init__(self, inputs: int, width: int, *, device: torch.device, lost: bool) -> None:
+        self.width, self.lost = width, lost
+        outputs = 2 * width if lost else width
+        self.folds = [cf.Regression.empty(inputs, outputs, device=device) for _ in range(FOLDS)]
+
+    def add(self, number: int, x: Tensor, own: Tensor, lost: Tensor | None, weights_: Tensor | None) -> None:
+        """Batch `number`: inputs [B, N, M], targets [B, N, D]."""
+        y = own if lost is None else torch.cat([own, lost], dim=-1)
+        self.folds[number % FOLDS].add(x, y, weights_)
+
+    def split(self) -> tuple[list[cf.Regression], list[cf.Regression]]:
+        """Folds of the own target and of what is lost (none if nothing is)."""
+        if not self.lost:
+            return self.folds, []
+        eye = torch.eye(2 * self.width)
+        return ([f.on(eye[:, : self.width]) for f in self.folds], [f.on(eye[:, self.width :]) for f in self.folds])
+
+
+def _refit_out(out: nn.Linear, rows: _Rows, metric: Tensor | None) -> None:
+    """The output projection, towards its own target, and carrying what it can foretell of the lost update."""
+    linear = Linear(out.weight.detach().double().T, None, out.bias is not None)
+    w, b = _refit(linear, rows, None, metric)
+    out.weight.copy_(w.T.to(out.weight))
+    if b is not None:
+        out.bias.copy_(b.to(out.bias))
+
+
+def _refit_last(block: Any, rows: _Rows, ridge: float | None, metric: Tensor | None) -> None:
+    """The same of the MLP's last linear."""
+    linear = last_linear(block)
+    w, b = _refit(linear, rows, ridge, metric)
+    target = block.mlp.fc2 if linear.outputs is None else block.mlp.fc2a
+    target.weight.copy_(w.T.to(target.weight))
+    if b is not None:
+        block.mlp.fc2.bias.copy_(b.to(block.mlp.fc2.bias))
+
+
+def _refit(linear: Linear, rows: _Rows, ridge: float | None, metric: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Weights and bias: the own target with a ridge towards the inherited weights, the lost update with one towards none."""
+    own, lost = rows.split()
+    w, b = solve_linear(_sum(own), linear, ridge=ridge or _left_out(own, linear, metric), keep=None, metric=metric)
+    if lost:
+        nothing = linear._replace(prior=torch.zeros_like(linear.prior))
+        more, shift = solve_linear(
+            _sum(lost),
+            nothing,
+            ridge=_left_out(lost, nothing, metric, (*cf.RIDGES, 10.0, 1e6)),
+            keep=None,
+            metric=metric,
+        )
+        w, b = w + more, None if b is None or shift is None else b + shift
+    return w, b
+
+
+def _left_out(
+    folds: Sequence[cf.Regression], linear: Linear, metric: Tensor | None, ridges: Sequence[float] = cf.RIDGES
+) -> float:
+    """The ridge that does best on images left out."""
+    seen = [_seen(fold, linear, metric) for fold in folds]
+    return cf.choose_ridge([s for s, _ in seen], linear.prior, bias=linear.bias, metric=seen[0][1], ridges=ridges)
+
+
+# ----------------------------------------------------------------------------------------------------------- fine-tuning
+
+
+class Mimic(Plain):
+    """The teacher's token features after the final norm; squared error, a mean over all elements. No labels, no logits.
+
+    Trains everything up to and including block `last`, and the final norm; later blocks and the classifier are frozen, and
+    gradients pass through them. warmup_epochs: the released code's loss scaling, 0 in the first epoch; 0: none.
+    """
+
+    def __init__(self, teacher: Vit, *, last: int, fixed: frozenset[tuple[int, str]], warmup_epochs: int = 0) -> None:
+        super().__init__()
+        self.teacher, self.last, self.fixed, self.warmup_epochs = teacher, last, fixed, warmup_epochs
+
+    def trained(self, name: str) -> bool:
+        """Whether the parameter of this name learns."""
+        parts = name.split(".")
+        if parts[0] in ("heads", "pool", "pool_norm"):
+            return False
+        if parts[0] != "blocks":
+            return True
+        half = {"norm1": "attention", "norm2": "mlp"}.get(parts[2], parts[2])
+        return int(parts[1]) <= self.last and (int(parts[1]), half) not in self.fixed
+
+    def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        first = next(model.parameters())
+        self.teacher = self.teacher.to(first.device)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and self.trained(name))
+        return [{"params": [p for p in model.parameters() if p.requires_grad]}]
+
+    def loss(self, model: nn.Module, batch: Batch, step: Step) -> Tensor:
+        with torch.no_grad():
+            aim = self.teacher(batch.images, gates=OPEN, want=("tokens",))["tokens"]
+        found = model(batch.images, gates=OPEN, want=("tokens",))["tokens"]
+        scale = min(1.0, step.epoch / self.warmup_epochs) if self.warmup_epochs else 1.0
+        return scale * F.mse_loss(found, aim)
+
+
+def finetune(
+    student: Vit,
+    teacher: Vit,
+    inputs: Inputs,
+    config: DcvitConfig,
+    *,
+    last: int,
+    steps: int,
+    fixed: frozenset[tuple[int, str]],
+    out: Path | None,
+    resume: bool,
+    progress: Progress | None,
+) -> Vit:
+    """The student after section 8's fine-tuning; what was given is trained in place. Float32 (or the model's own) throughout."""
+    if inputs.images is None:
+        raise DataError(
+            "dcvit: fine-tuning varies the images, and needs to know how the model normalises them. Load it with preprocess=."
+        )
+    paper = config.variant == "finetune" and config.preset == "paper"
+    batch = min(64, inputs.count)
+    settings = TrainConfig(
+        steps=steps * -(-inputs.count // batch) if paper else steps,
+        batch_size=batch,
+        lr=config.lr,
+        min_lr=0.0,
+        warmup=0.0 if paper else min(0.5, 20 / max(steps, 40)),
+        weight_decay=1e-4,
+        clip=None,
+        augment=config.augment,
+        seed=config.seed,
+        device=_kind(student),
+        log_every=max(1, steps // 20),
+    )
+    own = student.config
+    if paper and own.preprocess is not None and len(own.preprocess.mean) == 3:
+        student.config = replace(own, preprocess=replace(own.preprocess, mean=IMAGENET[0], std=IMAGENET[1]))
+    wanted = {name: p.requires_grad for name, p in student.named_parameters()}
+    try:
+        fit(
+            student,
+            Mimic(teacher, last=last, fixed=fixed, warmup_epochs=20 if paper else 0),
+            inputs.images,
+            settings,
+            out=out,
+            resume=resume,
+            progress=progress,
+        )
+    finally:
+        student.config = own
+        for name, p in student.named_parameters():
+            p.requires_grad_(wanted[name])
+    return student
+
+
+def _kind(model: Vit) -> Any:
+    return next(model.parameters()).device.type
+
+
+def synthesise(
+    teacher: Vit, count: int, steps: int, *, seed: int, size_px: tuple[int, int], progress: Progress | None = None
+) -> Tensor:
+    """Images [count, C, h, w] that the teacher finds typical of as many classes, from noise: the metric set.
+
+    DeepInversion (arXiv 1912.08795) without its feature term: cross entropy, total variation 1e-4, norm 1e-5; Adam 0.25
+    with betas 0.5 and 0.9, 100 steps of warm-up, half a cosine. The whole batch with the lowest loss is kept. With fewer
+    classes than images, classes repeat.
+    """
+    preprocess, spec = teacher.config.preprocess, teacher.spec
+    assert spec.classes is not None
+    like = next(teacher.parameters())
+    generator = torch.Generator().manual_seed(int(mix(seed, _NOISE)[0] >> np.uint64(1)))
+    shape = (count, spec.channels, *size_px)
+    classes = torch.cat([torch.randperm(spec.classes, generator=generator) for _ in range(-(-count // spec.classes))])
+    classes = classes[:count].sort().values.to(like.device)
+    images = torch.randn(shape, generator=generator).to(like).requires_grad_()
+    low = high = None
+    if preprocess is not None:
+        mean, std = (torch.tensor(v).view(-1, 1, 1).to(like) for v in (preprocess.mean, preprocess.std))
+        low, high = -mean / std, (1 - mean) / std
+    optimizer = torch.optim.Adam([images], lr=0.25, betas=(0.5, 0.9), eps=1e-8)
+    best, lowest = images.detach().clone(), math.inf
+    warm = min(100, max(1, steps // 10))
+    reach = max(1, round(30 / 224 * max(size_px)))
+    for at in range(steps):
+        rate = (at + 1) / warm if at < warm else 0.5 * (1 + math.cos(math.pi * (at - warm) / max(1, steps - warm)))
+        for group in optimizer.param_groups:
+            group["lr"] = 0.25 * rate
+        drawn = torch.randint(-reach, reach + 1, (2,), generator=generator).tolist()
+        turned = images.roll(drawn, dims=(2, 3))
+        if bool(torch.rand((), generator=generator) < 0.5):
+            turned = turned.flip(3)
+        with torch.enable_grad():
+            logits = teacher(turned, gates=OPEN)
+            spread = sum(
+                d.square().sum().clamp_min(1e-20).sqrt() ** 0.6
+                for d in (
+                    turned[..., :, 1:] - turned[..., :, :-1],
+                    turned[..., 1:, :] - turned[..., :-1, :],
+                    turned[..., 1:, 1:] - turned[..., :-1, :-1],
+                    turned[..., 1:, :-1] - turned[..., :-1, 1:],
+                )
+            )
+            loss = F.cross_entropy(logits, classes) + 1e-4 * spread + 1e-5 * turned.flatten(1).norm(dim=1).mean()
+            (gradient,) = torch.autograd.grad(loss, images)
+        now = float(loss.detach())
+        if now < lowest:
+            best, lowest = images.detach().clone(), now
+        images.grad = gradient
+        optimizer.step()
+        if low is not None and high is not None:
+            with torch.no_grad():
+                images.copy_(images.clamp(low, high))
+        if progress is not None:
+            progress("synthesise", at + 1, steps, loss=now)
+    return best
+
+
+def jpeg_round_trip(images: Tensor, preprocess: Preprocess) -> Tensor:
+    """The released code's way of the metric images over the disk: stretched, JPEG, resized, cropped, ImageNet constants."""
+    from PIL import Image
+    from torchvision.transforms import functional as transforms
+
+    found = []
+    height, width = images.shape[-2:]
+    for image in images.cpu().float():
+        low, high = image.min(), image.max()
+        pixels = ((image - low) / (high - low).clamp_min(1e-12) * 255).round().to(torch.uint8)
+        file = io.BytesIO()
+        transforms.to_pil_image(pixels).save(file, format="JPEG")
+        with Image.open(file) as back:
+            resized = transforms.resize(back.convert("RGB"), round(min(height, width) * 256 / 224))
+        x = transforms.to_tensor(transforms.center_crop(resized, [height, width]))
+        found.append(transforms.normalize(x, *IMAGENET))
+    return torch.stack(found).to(images)
+
+
+def subset(hidden: int, keep: int, *, seed: int, block: int, draw: int = 0) -> tuple[int, ...]:
+    """A uniform subset of the hidden units, sorted: a function of (seed, block, draw) alone."""
+    return tuple(sorted(int(u) for u in ranked(seed, _SUBSET, block, draw, np.arange(hidden))[:keep]))
+
+
+def _narrow(student: Vit, index: int, hidden: int, config: DcvitConfig, *, draw: int = 0) -> tuple[Vit, Keep]:
+    """The student with one block compressed, weights inherited as they are, and what was kept."""
+    mlp = student.spec.blocks[index].mlp
+    assert mlp is not None
+    keep = Keep(attention=False, hidden=subset(mlp.hidden, hidden, seed=config.seed, block=index, draw=draw))
+    keeps: list[Keep | None] = [None] * len(student.spec.blocks)
+    keeps[index] = keep
+    return weights.cut(student, keeps, method="dcvit", variant="finetune"), keep
+
+
+@torch.no_grad()
+def _mismatch(teacher: Vit, student: Vit, x: Tensor, batch_size: int) -> float:
+    """KL(teacher || student) on the metric images; of an encoder the relative error of its features."""
+    like = next(teacher.parameters())
+    before, after = (
+        torch.cat([cf.answers(net, net.embed(part.to(like)), 0).cpu() for part in x.split(batch_size)])
+        for net in (teacher, student)
+    )
+    return divergence(before, after, classifies=bool(teacher.spec.outputs))
+
+
+def by_finetuning(
+    base: Vit,
+    inputs: Inputs,
+    config: DcvitConfig,
+    budget: Budget,
+    reference: ModelSpec,
+    *,
+    fixed: frozenset[tuple[int, str]],
+    folder: Path | None,
+    resume: bool,
+    progress: Progress | None,
+) -> tuple[Vit, list[Keep | None], list[dict[str, Any]], dict[str, Any]]:
+    """The paper's way: structure, metric images, a trial for each candidate, progressive compression.
+
+    Gives the student, what was kept of each block, the history and the report.
+    """
+    shape = structure(reference, config, budget)
+    limits = budget.limits(cost(reference))
+    none: list[Keep | None] = [None] * len(base.blocks)
+    if not shape.k:
+        return base, none, [], {"k": 0}
+    paper = config.preset == "paper"
+    state = _Trials(folder, {**_identity(reference, inputs, config), "limits": limits}, resume=resume)
+    if state.metric is None:
+        state.metric = _metric_set(base, inputs, config, progress)
+        state.save()
+    found = candidates(reference, fixed)
+    for done, i in enumerate(found, start=1):
+        if str(i) in state.scores:
+            continue
+        student, _ = _narrow(base, i, shape.hidden[i], config)
+        place = None if folder is None else folder / f"trial-{i}"
+        finetune(
+            student, base, inputs, config, last=min(i + 1, len(base.blocks) - 1), steps=config.steps, fixed=fixed,
+            out=place, resume=resume, progress=_told(progress, f"trial of block {i}, {done} of {len(found)}"),
+        )  # fmt: skip
+        state.note(i, _mismatch(base, student, state.metric, config.batch_size), student)
+        if place is not None:
+            shutil.rmtree(place, ignore_errors=True)
+    order = sorted(found, key=lambda i: (state.scores[str(i)], i))[: shape.k]
+    hidden = widest(reference, order, limits) if not paper else None
+    hidden = hidden or {i: shape.hidden[i] for i in order}
+    first = order[0]
+    student, keep = _narrow(base, first, shape.hidden[first], config)
+    student.load_state_dict({n: t.to(next(base.parameters())) for n, t in state.best.items()})
+    keeps = list(none)
+    keeps[first] = keep
+    widths = {**hidden, first: shape.hidden[first]}  # the trial's own: it is not trained again
+    for nth, i in enumerate(order[1:], start=1):
+        student, keeps[i] = _narrow(student, i, widths[i], config, draw=nth if paper else 0)
+        place = None if folder is None else folder / f"stage-{i}"
+        last = min(max(order[: nth + 1]) + 1, len(base.blocks) - 1)
+        finetune(
+            student, base, inputs, config, last=last, steps=config.steps, fixed=fixed, out=place, resume=resume,
+            progress=_told(progress, f"compress block {i}, {nth} of {shape.k - 1}"),
+        )  # fmt: skip
+    history = [{"stage": "trial", "block": i, "mismatch": state.scores[str(i)]} for i in found]
+    report = {"k": shape.k, "order": order, "metric": state.kind, "preset": config.preset, "steps": config.steps}
+    return student, keeps, history, report
+
+
+def _metric_set(base: Vit, inputs: Inputs, config: DcvitConfig, progress: Progress | None) -> Tensor:
+    """Images in the network's own input, on the CPU."""
+    if not base.spec.outputs:  # nothing to synthesise from: the images themselves, as the paper's ablation has them
+        return torch.cat(list(inputs.batches()))[: config.metric_images].cpu()
+    images = synthesise(
+        base, config.metric_images, config.metric_steps, seed=config.seed, size_px=base.spec.image_px, progress=progress
+    )
+    preprocess = base.config.preprocess
+    if config.preset == "paper" and preprocess is not None and len(preprocess.mean) == 3:
+        images = jpeg_round_trip(images, preprocess)
+    return images.cpu()
+
+
+class _Trials:
+    """What the trials of a run have found: metric images, scores, and the best student's weights. Saved as they come."""
+
+    def __init__(self, folder: Path | None, identity: Mapping[str, Any], *, resume: bool) -> None:
+        self.folder = None if folder is None else folder / "trials"
+        self.identity = dict(identity)
+        self.metric: Tensor | None = None
+        self.scores: dict[str, float] = {}
+        self.best: dict[str, Tensor] = {}
+        if folder is None or self.folder is None:
+            return
+        checkpoints.sweep(self.folder)
+        if (path := checkpoints.newest(self.folder)) is not None:
+            tensors, values = checkpoints.read(path)
+            _same_run(folder, path.name, values["run"], self.identity, resume=resume)
+            self.metric = tensors.pop("metric")
+            self.best = {name.removeprefix("best/"): tensor for name, tensor in tensors.items()}
+            self.scores = dict(values["scores"])
+
+    def note(self, block: int, mismatch: float, student: Vit) -> None:
+        """A trial is over."""
+        if mismatch < min(self.scores.values(), default=math.inf):
+            self.best = {name: tensor.detach().cpu().clone() for name, tensor in student.state_dict().items()}
+        self.scores[str(block)] = mismatch
+        self.save()
+
+    def save(self) -> None:
+        """To the folder, if there is one."""
+        if self.folder is None:
+            return
+        assert self.metric is not None
+        tensors = {"metric": self.metric, **{f"best/{name}": tensor for name, tensor in self.best.items()}}
+        checkpoints.write(self.folder, len(self.scores), tensors, {"run": self.identity, "scores": self.scores})
+
+    @property
+    def kind(self) -> str:
+        return "synthetic images" if self.metric is not None else "none"
+
+
+def _told(progress: Progress | None, what: str) -> Progress | None:
+    if progress is None:
+        return None
+
+    def tell(stage: str, done: int, total: int, **facts: Any) -> None:
+        progress(what, done, total, **facts)
+
+    return tell
+
+
+# ------------------------------------------------------------------------------------------------------------- the method
+
+
+def compress(
+    model: Vit,
+    config: DcvitConfig,
+    *,
+    data: Any = None,
+    progress: Progress | None = None,
+    folder: Path | None = None,
+    resume: bool = False,
+) -> Compressed:
+    """Compress `model` to the config's budget; `model` is left as it was.
+
+    data: images, whatever `vitrim.data.open` takes (labels are not read); a float tensor [n, C, h, w] is taken as the
+    network's own input if the model says no preprocessing. folder: where partial state goes, so that a killed run can go on
+    with resume. Raises BudgetError before anything is read when the budget is out of reach, ConfigError for a frozen part
+    that is not there, DataError for images that are missing or all equal.
+    """
+    if config.budget is None:
+        raise ConfigError("dcvit: no budget. To halve the operations, pass budget=Budget(keep_macs=0.5).")
+    return compress_family(model, config, [config.budget], data=data, progress=progress, folder=folder, resume=resume)[
+        0
+    ]
+
+
+def compress_family(
+    model: Vit,
+    config: DcvitConfig,
+    budgets: Sequence[Budget],
+    *,
+    data: Any = None,
+    progress: Progress | None = None,
+    folder: Path | None = None,
+    resume: bool = False,
+) -> list[Compressed]:
+    """One compressed model for each budget, from one scoring of the blocks; arguments as for `compress`.
+
+    The config's own budget is not looked at. All budgets are checked before anything is read.
+    """
+    if not budgets:
+        raise ConfigError(
+            "dcvit: no budgets. Pass one or more, such as [Budget(keep_macs=0.8), Budget(keep_macs=0.5)]."
+        )
+    fixed = frozen(model.spec, config.freeze)
+    reference = cost(model)
+    least = floor(model.spec, config)
+    for budget in budgets:
+        budget.refuse_unreachable(floor=least, reference=reference, method="dcvit")
+        if config.variant == "finetune":
+            structure(model.spec, config, budget)
+    device = torch.device(config.device) if config.device is not None else next(model.parameters()).device
+    home = next(model.parameters()).device
+    base = weights.fold_layer_scale(model).to(device).eval()
+    inputs = Inputs(model, data, config)
+    results = []
+    with tempfile.TemporaryDirectory(prefix="vitrim-") as temporary:
+        room = Path(temporary)
+        scores: list[Score] = []
+        sites: dict[str, cf.Site] | None = None
+        if config.variant == "closed" and any(exceeded(reference, b.limits(reference)) for b in budgets):
+            scores, sites = score(
+                base, inputs, config, fixed=fixed, room=room, folder=folder, resume=resume, progress=progress
+            )
+        for n, budget in enumerate(budgets):
+            own = None if folder is None else (folder if len(budgets) == 1 else folder / f"member-{n}")
+            if not exceeded(reference, budget.limits(reference)):
+                results.append(_unchanged(model, config))
+            elif config.variant == "closed":
+                found = _closed(
+                    model, base, scores, sites, inputs, config, budget,
+                    fixed=fixed, room=room, folder=own, resume=resume, progress=progress,
+                )  # fmt: skip
+                found.model.to(home)
+                results.append(found)
+            else:
+                student, keeps, history, report = by_finetuning(
+                    base, inputs, config, budget, model.spec,
+                    fixed=fixed, folder=own, resume=resume, progress=progress,
+                )  # fmt: skip
+                done = _finished(model, base, student.to(home), keeps, config)
+                report = {"variant": "finetune", **report, "blocks": _rows(model.spec, done.spec)}
+                results.append(
+                    Compressed(model=done, method="dcvit", variant="finetune", history=history, report=report)
+                )
+    return results
+
+
+def _closed(
+    model: Vit,
+    base: Vit,
+    scores: Sequence[Score],
+    sites: Mapping[str, cf.Site] | None,
+    inputs: Inputs,
+    config: DcvitConfig,
+    budget: Budget,
+    *,
+    fixed: frozenset[tuple[int, str]],
+    room: Path,
+    folder: Path | None,
+    resume: bool,
+    progress: Progress | None,
+) -> Compressed:
+    losses = [one.losses(block_options(model.spec, i, fixed, align=config.align)) for i, one in enumerate(scores)]
+    rows = tables(model.spec, losses, fixed, align=config.align)
+    chosen = allocate(model.spec, rows, budget)
+    keeps = keeps_of(model.spec, chosen, scores)
+    small = reconstruct(base, keeps, sites, inputs, config, fixed=fixed, room=room, progress=progress)
+    if config.finetune_steps:
+        last = max((i for i, keep in enumerate(keeps) if keep is not None), default=0)
+        finetune(
+            small, base, inputs, config, last=min(last + 1, len(base.blocks) - 1), steps=config.finetune_steps, fixed=fixed,
+            out=None if folder is None else folder / "finetune", resume=resume, progress=_told(progress, "finetune"),
+        )  # fmt: skip
+    predicted = sum(loss[option] for loss, option in zip(losses, chosen, strict=True))
+    report = {
+        "variant": "closed",
+        "metric": "KL to the given model" if model.spec.outputs else "relative error of the features",
+        "predicted": predicted,
+        "handed_over": config.hand_over,
+        "images": inputs.count,
+        "probe_images": min(config.probe_images, inputs.count),
+        "blocks": _rows(model.spec, small.spec, [loss[o] for loss, o in zip(losses, chosen, strict=True)], scores),
+    }
+    history = [{"stage": "allocate", "predicted": predicted}]
+    done = _finished(model, base, small, keeps, config)
+    return Compressed(model=done, method="dcvit", variant="closed", history=history, report=report)
+
+
+def _unchanged(model: Vit, config: DcvitConfig) -> Compressed:
+    """A copy: the budget asks for nothing."""
+    step_ = SelectionStep(
+        method="dcvit", variant=config.variant, parent=spec_hash(model.spec), blocks=(None,) * len(model.spec.blocks)
+    )
+    same = weights.with_spec(model, model.spec, model.state_dict(), step_)
+    report = {"variant": config.variant, "blocks": _rows(model.spec, model.spec)}
+    return Compressed(model=same, method="dcvit", variant=config.variant, report=report)
+
+
+def _finished(model: Vit, base: Vit, small: Vit, keeps: Sequence[Keep | None], config: DcvitConfig) -> Vit:
+    """The result with one selection step, from the given model to it, in that model's mode."""
+    step_ = SelectionStep(
+        method="dcvit",
+        variant=config.variant,
+        parent=spec_hash(model.spec),
+        refit=True,
+        blocks=tuple(
+            None if keep is None else _kept(block, keep) for block, keep in zip(model.spec.blocks, keeps, strict=True)
+        ),
+    )
+    small.selection = model.selection.then(step_)
+    return small.train(model.training)
+
+
+def _kept(block: Block, keep: Keep) -> dict[str, Any]:
+    """The selection's entry of a block, in the form that `weights.cut` writes."""
+    entry: dict[str, Any] = {}
+    if block.attention is not None:
+        entry["attention"] = {"heads": None, "qk": None, "v": None} if keep.attention else "gone"
+    if block.mlp is not None:
+        entry["mlp"] = {"hidden": None if keep.hidden is None else list(keep.hidden)} if keep.mlp else "gone"
+    return entry
+
+
+def _rows(
+    dense: ModelSpec, small: ModelSpec, losses: Sequence[float] | None = None, scores: Sequence[Score] | None = None
+) -> list[dict[str, Any]]:
+    """What became of each block; plain JSON values."""
+    rows = []
+    for i, (before, after) in enumerate(zip(dense_options(dense), dense_options(small), strict=True)):
+        row: dict[str, Any] = {
+            "block": i,
+            "attention": "kept" if after.attention else ("lost" if before.attention else "none"),
+            "hidden": after.hidden,
+            "of": before.hidden,
+        }
+        if losses is not None and scores is not None:
+            curve = scores[i].whole if after.attention == before.attention else scores[i].bare
+            row |= {"predicted": losses[i], "ridge": None if curve is None else curve.ridge}
+        rows.append(row)
+    return rows
