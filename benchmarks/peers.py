@@ -17,6 +17,10 @@ from vitrim.model import Vit
 from vitrim.pipeline import RecoverConfig
 
 
+class OutOfReach(Exception):
+    """A budget that dropping whole blocks does not meet."""
+
+
 @torch.no_grad()
 def streams(model: Vit, x: Tensor, names: tuple[str, ...], batch: int = 50) -> dict[str, Tensor]:
     """Named streams of all images, [n, N, D]."""
@@ -30,7 +34,7 @@ def dropped(model: Vit, order: list[int], limit: int) -> tuple[Vit, list[int]]:
         small = weights.drop(model, blocks=order[:count])
         if cost(small).macs <= limit:
             return small, order[:count]
-    raise ValueError(f"even without its blocks the model has more than {limit:,} MACs.")
+    raise OutOfReach(f"even without its blocks the model has more than {limit:,} MACs.")
 
 
 def by_similarity(model: Vit, x: Tensor) -> list[int]:
@@ -73,16 +77,25 @@ def refitted_range(model: Vit, x: Tensor, limit: int) -> Vit:
     return small
 
 
-def tuned(model: Vit, data: object, limit: int, *, trial_steps: int, steps: int, batch: int, seed: int) -> Vit:
-    """Blocks dropped by how well the network recovers without each, then its features matched on the images."""
+def taught(small: Vit, teacher: Vit, data: object, *, steps: int, batch: int, seed: int) -> tuple[Vit, float]:
+    """Features and answers matched on the images for some steps; the mean of the last losses."""
+    config = RecoverConfig(steps=steps, batch_size=batch, lr=5e-4, objective="label_free", seed=seed, device="cpu")
+    found = vitrim.recover(small, teacher=teacher, data=data, config=config)
+    losses = [line["loss"] for line in found.history if line["kind"] == "train"]
+    return found.model, sum(losses[-5:]) / len(losses[-5:])
 
-    def taught(small: Vit, length: int) -> tuple[Vit, float]:
-        config = RecoverConfig(steps=length, batch_size=batch, lr=5e-4, objective="label_free", seed=seed, device="cpu")
-        found = vitrim.recover(small, teacher=model, data=data, config=config)
-        losses = [line["loss"] for line in found.history if line["kind"] == "train"]
-        return found.model, sum(losses[-5:]) / len(losses[-5:])
 
-    depth = len(model.blocks)
-    losses = [taught(weights.drop(model, blocks=[i]), trial_steps)[1] for i in range(depth)]
-    order = sorted(range(depth), key=lambda i: losses[i])
-    return taught(dropped(model, order, limit)[0], steps)[0]
+def by_recoverability(model: Vit, data: object, *, steps: int, batch: int, seed: int) -> list[int]:
+    """Blocks by how well the network recovers without each, the best first."""
+    losses = [
+        taught(weights.drop(model, blocks=[i]), model, data, steps=steps, batch=batch, seed=seed)[1]
+        for i in range(len(model.blocks))
+    ]
+    return sorted(range(len(losses)), key=lambda i: losses[i])
+
+
+def dropped_and_tuned(
+    model: Vit, data: object, order: list[int], limit: int, *, trial_steps: int, steps: int, batch: int, seed: int
+) -> Vit:
+    """The model without the blocks that are first in order, then taught. trial_steps: what made the order."""
+    return taught(dropped(model, order, limit)[0], model, data, steps=steps, batch=batch, seed=seed)[0]

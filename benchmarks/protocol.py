@@ -59,6 +59,12 @@ def accuracy(model: Vit, images: Images, amp: str = "no") -> tuple[float, list[b
     return 100 * found["top1"], found["correct"]
 
 
+def answers(model: Vit, images: Images) -> tuple[float, list[bool], list[int]]:
+    """Top-1 in percent, whether each image was right, and what was said of it."""
+    found = vitrim.evaluate(model, images, batch_size=250)
+    return 100 * found["top1"], found["correct"], list(found["predictions"])
+
+
 def latency(models: Mapping[str, Vit], *, batches: Sequence[int], runs: int) -> list[dict[str, Any]]:
     """Measured against ideal speed on one thread, models in turns."""
     rows = timing.measure(models, batch_sizes=batches, threads=1, runs=runs)
