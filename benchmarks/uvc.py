@@ -1,0 +1,245 @@
+"""UVC's learned widths and skipping against its parts left out, and against peers, after equal recovery.
+
+    python benchmarks/uvc.py --data PATH/TO/cifar10          two CPU cores, about an hour; ablations at one budget
+    python benchmarks/uvc.py --data PATH/TO/cifar10 --full   the larger built-in model, on an accelerator
+
+Search, recovery and calibration use the built-in sample (with --full: --data's training split). Test rows are all of --data's.
+Needs the extra `bench` (Torch-Pruning). Writes benchmarks/results/uvc-MODEL.jsonl and docs/benchmarks/uvc-MODEL.md; `--table` only
+the latter. Rows are kept as they come: a stopped run goes on with `--resume`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import protocol
+import pruned
+
+import vitrim
+from vitrim import data as rooms
+from vitrim import recipes
+from vitrim.counting import cost
+from vitrim.model import Vit
+from vitrim.objectives import train
+from vitrim.pipeline import RecoverConfig
+from vitrim.training import TrainConfig, read_config
+
+DOCS = Path(__file__).parents[1] / "docs" / "benchmarks"
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "UVC without gates": {"gates": "none"},
+    "UVC without widths": {"widths": False},
+    "UVC without distillation": {"distill": False},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="CIFAR-10 as a folder of Parquet files; its test split is scored")
+    parser.add_argument("--full", action="store_true")
+    parser.add_argument(
+        "--recipe", action="store_true", help="also train a network of each size by the built-in model's recipe"
+    )
+    parser.add_argument("--resume", action="store_true", help="keep the rows that are there")
+    parser.add_argument("--table", action="store_true", help="only make the table from the rows that are there")
+    options = parser.parse_args()
+    name = "cifar10-vit-tiny" if options.full else "cifar10-vit-micro"
+    place = protocol.RESULTS / f"uvc-{name}.jsonl"
+    if not options.table:
+        Run(name, options.data, place, full=options.full, resume=options.resume, recipe=options.recipe).all()
+    DOCS.mkdir(parents=True, exist_ok=True)
+    (DOCS / f"uvc-{name}.md").write_text(table(name, protocol.read(place)), encoding="utf-8")
+
+
+class Run:
+    """All rows, each written when it is done."""
+
+    def __init__(self, name: str, data: str, place: Path, *, full: bool, resume: bool, recipe: bool) -> None:
+        self.name, self.place, self.full, self.data, self.recipe = name, place, full, data, recipe
+        self.dense = vitrim.load(f"builtin:{name}")
+        self.source: Any = data if full else "sample"
+        self.test = rooms.open(data, split="test", labelled=True)
+        self.facts = {"model": name, "data": rooms.open(self.source).fingerprint(), "test_images": len(self.test)}
+        self.rows: list[dict[str, Any]] = protocol.read(place) if resume and place.is_file() else []
+        self.search: dict[str, Any] = {"epochs": 30.0, "batch_size": 512} if full else {"steps": 600, "batch_size": 64}
+        self.search |= {"amp": "bf16", "device": "auto" if full else "cpu"}
+        self.base, self.right = protocol.accuracy(self.dense, self.test)
+        self.control_right = self.right
+
+    def all(self) -> None:
+        """Dense and control, then each budget and seed."""
+        self.add("dense", 1.0, 0, None, self.dense)
+        for seed in (0, 1, 2) if self.full else (0,):
+            self.control(seed)
+            for keep in (0.7, 0.5, 0.35, 0.2) if self.full else (0.5, 0.25, 0.15):
+                self.budget(keep, seed, ablate=self.full or keep == 0.25)
+
+    def recovery(self, seed: int, *, long: bool = False) -> RecoverConfig:
+        """The protocol's; long: as many steps as search and recovery have together."""
+        if self.full:
+            return RecoverConfig(epochs=50.0 if long else 20.0, batch_size=512, seed=seed, amp="bf16", device="auto")
+        return RecoverConfig(steps=1000 if long else 400, batch_size=64, seed=seed, amp="bf16", device="cpu")
+
+    def control(self, seed: int) -> None:
+        """The dense model with the same recovery; what rows are compared with."""
+        model, seconds = protocol.recovered(self.dense, self.dense, self.source, self.recovery(seed))
+        self.add("control (dense, same recovery)", 1.0, seed, seconds, model, before=self.base)
+        self.control_right = protocol.accuracy(model, self.test)[1]
+
+    def budget(self, keep: float, seed: int, *, ablate: bool) -> None:
+        """Every row of one budget."""
+        limit = int(keep * cost(self.dense).macs)
+        budget = vitrim.Budget(keep_macs=keep)
+        found = self.one("UVC", keep, seed, lambda: self.uvc(budget, seed))
+        if found is not None:
+            self.one(
+                "UVC's widths, units at random", keep, seed, lambda: (pruned.random_like(self.dense, found, seed), {})
+            )
+            self.one(
+                "from scratch, UVC's shape, same steps",
+                keep,
+                seed,
+                lambda: (pruned.from_scratch(found, seed), {}),
+                long=True,
+                lr=5e-4,
+            )
+            if self.recipe:
+                self.one(
+                    "from scratch, UVC's shape, full recipe",
+                    keep,
+                    seed,
+                    lambda: (self.by_recipe(found, seed), {}),
+                    recover=False,
+                )
+        self.one(
+            "magnitude, equal shares",
+            keep,
+            seed,
+            lambda: (pruned.nearest(lambda s: pruned.by_magnitude(self.dense, s), limit), {}),
+        )
+        self.one("Torch-Pruning (group Taylor)", keep, seed, lambda: (self.torch_pruning(limit, seed), {}))
+        for label, method in (("DC-ViT closed", "dcvit"), ("COMCAT whitened", "comcat")):
+            small = self.one(label, keep, seed, lambda method=method: (self.closed(method, budget, seed), {}))
+            if method == "comcat" and small is not None:
+                self.one(
+                    f"{label}, recovered for UVC's search too", keep, seed, lambda small=small: (small, {}), long=True
+                )
+        if ablate:
+            for label, changes in ABLATIONS.items():
+                self.one(label, keep, seed, lambda changes=changes: self.uvc(budget, seed, **changes))
+
+    def uvc(self, budget: vitrim.Budget, seed: int, **changes: Any) -> tuple[Vit, dict[str, Any]]:
+        config = vitrim.UvcConfig(budget=budget, seed=seed, **self.search, **changes)
+        made = vitrim.compress(self.dense, config, data=self.source)
+        report = {key: value for key, value in made.report.items() if not isinstance(value, (dict, list))}
+        shares = {key: value for key, value in made.report.items() if key in ("shares", "saving", "finaliser")}
+        return made.model, {"search": self.search, "told": report | shares}
+
+    def closed(self, method: str, budget: vitrim.Budget, seed: int) -> Vit:
+        config = vitrim.methods.configure(method, {"budget": budget, "seed": seed})
+        return vitrim.compress(self.dense, config, data=self.source).model
+
+    def torch_pruning(self, limit: int, seed: int) -> Vit:
+        how = self.dense.config.preprocess
+        assert how is not None
+        images = rooms.open(self.source, split="train", labelled=True).take(256, seed)
+        x, y = next(iter(rooms.batches(images, rooms.evaluation(how), 256)))
+        return pruned.torch_pruning(self.dense, x, y, limit)
+
+    def by_recipe(self, small: Vit, seed: int) -> Vit:
+        start = pruned.from_scratch(small, seed)
+        return train(start, self.data, read_config(TrainConfig, recipes.read(self.name)["train"], where="recipe")).model
+
+    def one(
+        self,
+        row: str,
+        keep: float,
+        seed: int,
+        make: Any,
+        *,
+        long: bool = False,
+        lr: float | None = None,
+        recover: bool = True,
+    ) -> Vit | None:
+        """Cut, score, recover, score, time; gives the network before recovery, or None where the budget is out of reach."""
+        if any((r["row"], r["keep"], r["seed"]) == (row, keep, seed) for r in self.rows):
+            return None
+        began = time.monotonic()
+        try:
+            small, told = make()
+        except vitrim.errors.VitrimError as error:  # a row that says so
+            self.add(row, keep, seed, None, None, refused=str(error))
+            return None
+        spent = time.monotonic() - began
+        before = protocol.accuracy(small, self.test)[0]
+        final, seconds = small, None
+        if recover:
+            how = self.recovery(seed, long=long)
+            if lr is not None:
+                how = vitrim.RecoverConfig(**{**vars(how), "lr": lr})
+            final, seconds = protocol.recovered(small, self.dense, self.source, how)
+        self.add(row, keep, seed, seconds, final, before=before, search_s=spent, **told)
+        return small
+
+    def add(self, row: str, keep: float, seed: int, seconds: float | None, model: Vit | None, **told: Any) -> None:
+        if any((r["row"], r["keep"], r["seed"]) == (row, keep, seed) for r in self.rows):
+            return
+        facts: dict[str, Any] = {"row": row, "keep": keep, "seed": seed, "recovery_s": seconds, **told}
+        if model is not None:
+            top1, right = protocol.accuracy(model, self.test)
+            facts |= {"top1": top1, **protocol.described(model, self.dense)}
+            facts["against_dense"] = protocol.difference(self.right, right)
+            facts["against_control"] = protocol.difference(self.control_right, right)
+            if model is not self.dense:
+                facts["speed"] = protocol.latency({"dense": self.dense, "small": model}, batches=(1, 8, 64), runs=15)
+        self.rows.append({**facts, **self.facts, **protocol.conditions()})
+        protocol.write(self.place, self.rows)
+        said = "refused" if model is None else f"{told.get('before', facts['top1']):.2f} -> {facts['top1']:.2f}"
+        protocol.say(f"{row:>45} keep {keep:.2f} seed {seed}: {said}")
+
+
+def table(name: str, found: list[dict[str, Any]]) -> str:
+    """Markdown of the rows, the mean over seeds."""
+    first = found[0]
+    timed = next(row for row in found if "speed" in row)
+    batches = [speed["batch"] for speed in timed["speed"]]
+    searched = next((row["search"] for row in found if "search" in row), {})
+    length = f"{searched.get('steps')} steps" if searched.get("steps") else f"{searched.get('epochs')} epochs"
+    seeds = len({row["seed"] for row in found})
+    lines = [
+        f"# UVC on `builtin:{name}`",
+        "",
+        f"Made by `benchmarks/uvc.py` from `benchmarks/results/uvc-{name}.jsonl`. Top-1 on {first['test_images']:,} CIFAR-10 test images, {seeds} "
+        f"seed{'s' if seeds > 1 else ''}; UVC's search: {length} of {searched.get('batch_size')} images; recovery: the protocol's, distilled from the dense model, the "
+        "same for every row but those that say otherwise. Differences in points with their paired bootstrap interval (95 %). Speed: PyTorch "
+        f"eager, one thread, float32, {timed['speed'][0]['device_name']}, interleaved with the dense model, median of 15.",
+        "",
+        "| row | asked | MACs kept | parameters kept | before recovery | after | after, against control | seconds to find it | "
+        + " | ".join(f"speed at {batch}" for batch in batches)
+        + " | ideal |",
+        "| --- |" + " --- |" * (8 + len(batches)),
+    ]
+    for row in found:
+        if "refused" in row:
+            lines.append(f"| {row['row']} | {row['keep']:.0%} | {row['refused']} |" + " |" * (6 + len(batches)))
+            continue
+        speed = [f"{s['measured']:.2f}" for s in row.get("speed", [])] or [""] * len(batches)
+        ideal = f"{row['speed'][0]['ideal']:.2f}" if "speed" in row else ""
+        before = f"{row['before']:.2f}" if "before" in row else ""
+        spent = f"{row['search_s']:.0f}" if row.get("search_s") is not None else ""
+        against = "" if row["row"] == "dense" else protocol.points(row["against_control"])
+        cells = [row["row"], f"{row['keep']:.0%}", f"{row['kept_macs']:.1%}", f"{row['kept_params']:.1%}", before]
+        cells += [f"{row['top1']:.2f}", against, spent, *speed, ideal]
+        lines.append("| " + " | ".join(cells) + " |")
+    told = [row for row in found if row["row"].startswith("UVC") and row.get("told")]
+    if told:
+        lines += ["", "What the searches say of themselves:", ""]
+        lines += [f"- {row['row']} at {row['keep']:.0%}: {row['told']}" for row in told]
+    lines += ["", f"Conditions: { ({key: first[key] for key in ('versions', 'processor', 'threads')}) }."]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
