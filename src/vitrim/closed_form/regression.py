@@ -78,6 +78,13 @@ class Regression:
     def __add__(self, other: Regression) -> Regression:
         return Regression(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
 
+    def of(self, keep: Tensor) -> Regression:
+        """The same rows with the inputs `keep` [K] alone."""
+        keep = keep.to(self.x.device)
+        return Regression(
+            weight=self.weight, x=self.x[keep], y=self.y, xx=self.xx[keep][:, keep], xy=self.xy[keep], yy=self.yy
+        )
+
     def on(self, outputs: Tensor) -> Regression:
         """The same rows with targets y @ outputs.  outputs: [D, E]."""
         outputs = outputs.to(self.x)
@@ -189,15 +196,15 @@ def choose_ridge(
     full = [fold for fold in folds if fold.weight > 0]
     if len(full) < 2:
         return max(ridges)
+    if keep is not None:
+        full, prior = [fold.of(keep) for fold in full], prior[keep]
     whole = _total(full)
-    errors = []
-    for ridge in ridges:
-        error = 0.0
-        for fold in full:
-            rest = _without(whole, fold)
-            w, b = refit(rest, prior, ridge=ridge, keep=keep, bias=bias)
-            error += loss(fold, w, b, keep=keep, metric=metric) * fold.weight
-        errors.append(error)
+    errors = [0.0] * len(ridges)
+    for fold in full:
+        rest = _without(whole, fold)
+        for n, ridge in enumerate(ridges):
+            w, b = refit(rest, prior, ridge=ridge, bias=bias)
+            errors[n] += loss(fold, w, b, metric=metric) * fold.weight
     return ridges[min(range(len(ridges)), key=errors.__getitem__)]
 
 

@@ -23,10 +23,10 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -86,7 +86,8 @@ class DcvitConfig:
     weighted: bool = True
     """closed: tokens and channels count by how much the outputs depend on them (one backward pass, no labels)."""
     probe_images: int = 64
-    """closed: images, left out of the trial fits, on which each candidate's effect on the output is measured."""
+    """closed: images, left out of the trial fits, on which each candidate's effect on the output is measured; as many serve
+    the backward pass of `weighted`."""
     hand_over: bool = False
     """closed: the halves before a lost attention are refitted to carry what they can foretell of it. On the built-in model
     it cost five points with 50 images and gave a third of one with 256."""
@@ -150,9 +151,9 @@ def dense_options(spec: ModelSpec) -> Options:
 
 
 def with_options(spec: ModelSpec, chosen: Sequence[Option]) -> ModelSpec:
-    """The spec that these options leave, as `weights.cut` does: without LayerScale."""
+    """The spec that these options leave.  spec: LayerScale folded where it is to go."""
     blocks = []
-    for block, option in zip(folded(spec).blocks, chosen, strict=True):
+    for block, option in zip(spec.blocks, chosen, strict=True):
         mlp = block.mlp
         blocks.append(
             replace(
@@ -164,19 +165,18 @@ def with_options(spec: ModelSpec, chosen: Sequence[Option]) -> ModelSpec:
     return replace(spec, blocks=tuple(blocks))
 
 
-def folded(spec: ModelSpec) -> ModelSpec:
-    """The spec after `weights.fold_layer_scale`."""
-    return replace(
-        spec,
-        blocks=tuple(
-            replace(
-                b,
-                attention=None if b.attention is None else replace(b.attention, layer_scale=False),
-                mlp=None if b.mlp is None else replace(b.mlp, layer_scale=False),
-            )
-            for b in spec.blocks
-        ),
-    )
+def folded(spec: ModelSpec, fixed: Collection[tuple[int, str]] = ()) -> ModelSpec:
+    """The spec after `weights.fold_layer_scale`.  fixed: halves that keep theirs."""
+
+    def one(i: int, block: Block) -> Block:
+        a, m = block.attention, block.mlp
+        return replace(
+            block,
+            attention=a if a is None or (i, "attention") in fixed else replace(a, layer_scale=False),
+            mlp=m if m is None or (i, "mlp") in fixed else replace(m, layer_scale=False),
+        )
+
+    return replace(spec, blocks=tuple(one(i, block) for i, block in enumerate(spec.blocks)))
 
 
 def unit(hidden: int, align: int) -> int:
@@ -225,9 +225,10 @@ def floor(spec: ModelSpec, config: DcvitConfig | None = None) -> Cost:
     """The cheapest network that the method makes of this spec; frozen parts stay."""
     config = config or DcvitConfig()
     fixed = frozen(spec, config.freeze)
+    whole, spec = spec, folded(spec, fixed)
     if config.variant == "finetune":
         found = candidates(spec, fixed)[: config.k]
-        return cost(with_options(spec, _narrowed(spec, found, dict.fromkeys(found, 1))) if found else spec)
+        return cost(with_options(spec, _narrowed(spec, found, dict.fromkeys(found, 1))) if found else whole)
     least = []
     for i in range(len(spec.blocks)):
         offered = block_options(spec, i, fixed, align=config.align)
@@ -238,8 +239,9 @@ def floor(spec: ModelSpec, config: DcvitConfig | None = None) -> Cost:
 def step(spec: ModelSpec, config: DcvitConfig | None = None) -> dict[str, int]:
     """The largest jump in cost between neighbouring results, by resource (law 7): one attention, or one step of width."""
     config = config or DcvitConfig()
-    whole, base = cost(folded(spec)), dense_options(spec)
-    found = {name: getattr(cost(spec), name) - getattr(whole, name) for name in RESOURCES}
+    given, spec = cost(spec), folded(spec, frozen(spec, config.freeze))
+    whole, base = cost(spec), dense_options(spec)
+    found = {name: getattr(given, name) - getattr(whole, name) for name in RESOURCES}
     for i, option in enumerate(base):
         changes = []
         if option.attention:
@@ -266,9 +268,7 @@ def plan(spec: ModelSpec, config: DcvitConfig | None = None) -> dict[str, Any]:
     fixed = frozen(spec, config.freeze)
     reference, least = cost(spec), floor(spec, config)
     if config.budget is not None:
-        config.budget.refuse_unreachable(floor=least, reference=reference, method="dcvit")
-        if config.variant == "finetune":
-            structure(spec, config, config.budget)
+        _check_budget(spec, config, config.budget, least, reference)
     dense = {f"block {i} {half}": "frozen" for i, half in sorted(fixed)}
     if spec.outputs:
         dense["classifier"] = "kept dense"
@@ -292,6 +292,13 @@ def plan(spec: ModelSpec, config: DcvitConfig | None = None) -> dict[str, Any]:
         },
         "dense": dense,
     }
+
+
+def _check_budget(spec: ModelSpec, config: DcvitConfig, budget: Budget, least: Cost, reference: Cost) -> None:
+    """Raise BudgetError, with the range or the reason, where the variant cannot meet the budget."""
+    if config.variant == "finetune":
+        structure(spec, config, budget)
+    budget.refuse_unreachable(floor=least, reference=reference, method="dcvit")
 
 
 # ------------------------------------------------------------------------------------------- structure of the paper's form
@@ -334,10 +341,15 @@ def paper_counts(spec: ModelSpec) -> tuple[int, int, int]:
 
 @dataclass(frozen=True, kw_only=True)
 class Structure:
-    """How many blocks are compressed, and how many units each would keep if it were chosen first."""
+    """How many blocks are compressed, and how many units each would keep if it were chosen first.
+
+    counted: whose MACs it was solved in. The authors' leave out the attention products; where their structure ends above
+    the budget in this project's, preset `paper` takes this project's too, and the report says so.
+    """
 
     k: int
     hidden: dict[int, int]
+    counted: str = "all products"
 
 
 def structure(spec: ModelSpec, config: DcvitConfig, budget: Budget) -> Structure:
@@ -347,7 +359,9 @@ def structure(spec: ModelSpec, config: DcvitConfig, budget: Budget) -> Structure
     Raises BudgetError where no k fits.
     """
     reference, limits = cost(spec), budget.limits(cost(spec))
-    found = candidates(spec, frozen(spec, config.freeze))
+    fixed = frozen(spec, config.freeze)
+    spec = folded(spec, fixed)
+    found = candidates(spec, fixed)
     if not exceeded(reference, limits):
         return Structure(k=0, hidden={})
     if not found:
@@ -363,7 +377,7 @@ def structure(spec: ModelSpec, config: DcvitConfig, budget: Budget) -> Structure
         if k <= len(found) and m >= 1:
             trial = _narrowed(spec, found[:k], dict.fromkeys(found, m))
             if not exceeded(cost(with_options(spec, trial)), limits):
-                return Structure(k=k, hidden=dict.fromkeys(found, m))
+                return Structure(k=k, hidden=dict.fromkeys(found, m), counted="as the authors count")
     main = next(iter(limits))
     saved = {
         i: getattr(reference, main) - getattr(cost(with_options(spec, _narrowed(spec, [i], {i: 1}))), main)
@@ -395,6 +409,8 @@ def structure(spec: ModelSpec, config: DcvitConfig, budget: Budget) -> Structure
 
 def widest(spec: ModelSpec, blocks: Sequence[int], limits: Mapping[str, int]) -> dict[int, int] | None:
     """The widest MLPs of an equal share that meet the limits when these blocks lose their attention; None if none do.
+
+    spec: LayerScale folded where it goes.
 
     What is left over goes to the first blocks, a unit each, so that the miss is below one unit.
     """
@@ -438,9 +454,10 @@ def tables(
     spec: ModelSpec, losses: Sequence[Mapping[Option, float]], fixed: frozenset[tuple[int, str]], *, align: int
 ) -> list[Table]:
     """Costs of every option of every block.  losses: by block, of each of its options."""
+    spec = folded(spec, fixed)
     base, walk = dense_options(spec), token_walk(spec)
     found = []
-    for i, (block, at) in enumerate(zip(folded(spec).blocks, walk, strict=True)):
+    for i, (block, at) in enumerate(zip(spec.blocks, walk, strict=True)):
         offered = block_options(spec, i, fixed, align=align)
 
         def price(option: Option, i: int = i) -> tuple[int, int]:
@@ -482,7 +499,8 @@ def allocate(spec: ModelSpec, rows: Sequence[Table], budget: Budget, *, referenc
 
     Costs are rounded up to a grid of at least `closed_form.CELLS` (none at all where the costs have a common divisor that allows it),
     so the result is never above; what rounding leaves is filled. Two limits are met by a sweep of their mixtures, limits on
-    memory by a sweep of caps on the widest moment. reference: what shares refer to; None: `spec`.
+    memory by a sweep of caps on the widest moment. spec: LayerScale folded where it goes. reference: what shares refer to;
+    None: `spec`.
     Raises BudgetError when even the cheapest options are above.
     """
     reference = reference or cost(spec)
@@ -492,7 +510,7 @@ def allocate(spec: ModelSpec, rows: Sequence[Table], budget: Budget, *, referenc
     limits = budget.limits(reference)
     if not exceeded(cost(spec), limits):
         return dense_options(spec)
-    rest = cost(folded(spec))
+    rest = cost(spec)
     fixed_macs = rest.macs - sum(b.macs for b in rest.blocks)
     fixed_params = rest.params - sum(b.params for b in rest.blocks)
     plans: list[tuple[float, list[int]]] = []
@@ -718,7 +736,9 @@ class Curve:
             return losses[0] * here / errors[0]
         for (e0, e1), (l0, l1) in zip(pairwise(errors), pairwise(losses), strict=True):
             if here <= e1:
-                return l0 * (l1 / l0) ** (math.log(here / e0) / max(math.log(e1 / e0), 1e-12))
+                between = l0 * (l1 / l0) ** (math.log(here / e0) / max(math.log(e1 / e0), 1e-12))
+                # nothing measured falls faster than the square: a level at rounding must not drag its neighbours down
+                return max(between, l1 * (here / e1) ** 2)
         return losses[-1] * here / errors[-1]
 
     def _error(self, hidden: int) -> float:
@@ -994,9 +1014,10 @@ def score(
 
         def told(done: int) -> None:
             if progress is not None:
-                progress("sensitivity", done, inputs.count)
+                progress("sensitivity", done, min(few * inputs.batch_size, inputs.count))
 
-        sites = cf.sensitivity(base, inputs.batches(), seed=config.seed, progress=told)
+        few = -(-config.probe_images // inputs.batch_size)  # batches
+        sites = cf.sensitivity(base, islice(inputs.batches(), few), seed=config.seed, progress=told)
     s = Scoring(base=base, held=held, sites=sites, config=config, fixed=fixed, answers=answers_, probes=probes)
     began, behind = time.monotonic(), len(scores)
     for i, block in enumerate(base.blocks):
@@ -1014,9 +1035,20 @@ def score(
 
 def _identity(spec: ModelSpec, inputs: Inputs, config: DcvitConfig) -> dict[str, Any]:
     """What must agree for noted scores to belong to this run."""
-    free = ("ridge", "weighted", "probe_images", "batch_size", "images", "seed", "align", "freeze", "variant", "preset")
+    every = (
+        "ridge",
+        "weighted",
+        "probe_images",
+        "batch_size",
+        "images",
+        "seed",
+        "align",
+        "freeze",
+        "variant",
+        "preset",
+    )
     more = ("steps", "lr", "metric_images", "metric_steps", "k")
-    names = free if config.variant == "closed" else (*free, *more)
+    names = every if config.variant == "closed" else (*every, *more)
     values = {name: getattr(config, name) for name in names}
     return {**values, "freeze": list(config.freeze), "spec": spec_hash(spec), "data": inputs.mark}
 
@@ -1108,7 +1140,7 @@ def reconstruct(
     With `hand_over`, a half also takes on what it can foretell of the update that is lost right behind it. Halves in front
     of the first change, and frozen ones, are left alone.
     """
-    small = weights.cut(base, keeps, method="dcvit", variant="closed")
+    small = weights.cut(base, keeps, method="dcvit", variant="closed", skip=fixed)
     if all(keep is None for keep in keeps):
         return small
     device = next(base.parameters()).device
@@ -1441,7 +1473,8 @@ def _narrow(student: Vit, index: int, hidden: int, config: DcvitConfig, *, draw:
     keep = Keep(attention=False, hidden=subset(mlp.hidden, hidden, seed=config.seed, block=index, draw=draw))
     keeps: list[Keep | None] = [None] * len(student.spec.blocks)
     keeps[index] = keep
-    return weights.cut(student, keeps, method="dcvit", variant="finetune"), keep
+    fixed = frozen(student.spec, config.freeze)
+    return weights.cut(student, keeps, method="dcvit", variant="finetune", skip=fixed), keep
 
 
 @torch.no_grad()
@@ -1495,7 +1528,7 @@ def by_finetuning(
         if place is not None:
             shutil.rmtree(place, ignore_errors=True)
     order = sorted(found, key=lambda i: (state.scores[str(i)], i))[: shape.k]
-    hidden = widest(reference, order, limits) if not paper else None
+    hidden = widest(folded(reference, fixed), order, limits) if not paper else None
     hidden = hidden or {i: shape.hidden[i] for i in order}
     first = order[0]
     student, keep = _narrow(base, first, shape.hidden[first], config)
@@ -1512,7 +1545,14 @@ def by_finetuning(
             progress=_told(progress, f"compress block {i}, {nth} of {shape.k - 1}"),
         )  # fmt: skip
     history = [{"stage": "trial", "block": i, "mismatch": state.scores[str(i)]} for i in found]
-    report = {"k": shape.k, "order": order, "metric": state.kind, "preset": config.preset, "steps": config.steps}
+    report = {
+        "k": shape.k,
+        "order": order,
+        "metric": "synthetic images" if reference.outputs else "the few images themselves",
+        "counted": shape.counted,
+        "preset": config.preset,
+        "steps": config.steps,
+    }
     return student, keeps, history, report
 
 
@@ -1562,10 +1602,6 @@ class _Trials:
         assert self.metric is not None
         tensors = {"metric": self.metric, **{f"best/{name}": tensor for name, tensor in self.best.items()}}
         checkpoints.write(self.folder, len(self.scores), tensors, {"run": self.identity, "scores": self.scores})
-
-    @property
-    def kind(self) -> str:
-        return "synthetic images" if self.metric is not None else "none"
 
 
 def _told(progress: Progress | None, what: str) -> Progress | None:
@@ -1626,12 +1662,10 @@ def compress_family(
     reference = cost(model)
     least = floor(model.spec, config)
     for budget in budgets:
-        budget.refuse_unreachable(floor=least, reference=reference, method="dcvit")
-        if config.variant == "finetune":
-            structure(model.spec, config, budget)
+        _check_budget(model.spec, config, budget, least, reference)
     device = torch.device(config.device) if config.device is not None else next(model.parameters()).device
     home = next(model.parameters()).device
-    base = weights.fold_layer_scale(model).to(device).eval()
+    base = weights.fold_layer_scale(model, skip=fixed).to(device).eval()
     inputs = Inputs(model, data, config)
     results = []
     with tempfile.TemporaryDirectory(prefix="vitrim-") as temporary:
@@ -1683,7 +1717,7 @@ def _closed(
 ) -> Compressed:
     losses = [one.losses(block_options(model.spec, i, fixed, align=config.align)) for i, one in enumerate(scores)]
     rows = tables(model.spec, losses, fixed, align=config.align)
-    chosen = allocate(model.spec, rows, budget)
+    chosen = allocate(base.spec, rows, budget, reference=cost(model.spec))
     keeps = keeps_of(model.spec, chosen, scores)
     small = reconstruct(base, keeps, sites, inputs, config, fixed=fixed, room=room, progress=progress)
     if config.finetune_steps:
