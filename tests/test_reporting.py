@@ -98,6 +98,23 @@ def result() -> dict[str, Any]:
             },
         ],
         "samples_note": "Drawn <at random>.",
+        "search": {
+            "history": [
+                {
+                    "step": step,
+                    "cost": {"macs": 1 - step / 80},
+                    "budget": {"macs": 0.5},
+                    "z": {"macs": step / 40},
+                    "removed": {"heads": [0.1, 0.2], "v": [0.0, step / 50], "hidden": [0.5, 0.5]},
+                    "gates": [0.9, 0.98],
+                }
+                for step in (20, 40)
+            ],
+            "ended": "<converged>",
+            "judged": "2 changes of side",
+            "saving": {"macs": {"share": 0.5, "widths": 0.75, "skipping": 0.25}},
+            "finaliser": {"macs": {"cut": 0.0125}},
+        },
         "warnings": ["It may <b>not</b> pay."],
         "seconds": {"plan": 0.5, "compress": 100.0},
         "provenance": {"source": "timm:<x>"},
@@ -143,6 +160,7 @@ def test_the_page_is_balanced_and_has_every_section(result: dict[str, Any]) -> N
     for heading in (
         "Before and after",
         "What was cut",
+        "How the search went",
         "Cost by block",
         "Speed",
         "Recovery",
@@ -150,6 +168,15 @@ def test_the_page_is_balanced_and_has_every_section(result: dict[str, Any]) -> N
         "To go on",
     ):
         assert heading in headings
+
+
+def test_a_search_is_plotted_with_its_budget_and_where_the_saving_came_from(result: dict[str, Any]) -> None:
+    seen = Page(page.render(result))
+    said = "".join(seen.text)
+    assert "MACs of the search ends at 50.0 %; budget ends at 50.0 %" in said
+    assert "75.0 % by widths, 25.0 % by skipping; the last step cut 1.2 %" in said
+    result["search"]["history"] = result["search"]["history"][:1]
+    assert "How the search went" not in page.render(result)
 
 
 def test_the_page_loads_nothing(result: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -39,6 +40,9 @@ from vitrim.training import Progress, plain
 
 LEAST_GAIN = 1.05
 """An ideal speed-up below this does not pay: launches and memory traffic eat it."""
+
+PLOTTED = 150
+"""Rows of a search that its plots show."""
 
 log = logging.getLogger("vitrim.pipeline")
 
@@ -234,7 +238,8 @@ class _Work:
             self.given, self.config, data=self.train, progress=self.progress, folder=search, resume=search.is_dir()
         )
         before, after = cost(self.dense), cost(made.spec)
-        warnings = self._warnings_before_training(made.model, before, after)
+        warnings = [self._warn(text) for text in made.report.get("warnings", ())]
+        warnings += self._warnings_before_training(made.model, before, after)
         made.save(self.folder.stages / "compressed", provenance=self._origin(), force=True)
         shutil.rmtree(search, ignore_errors=True)  # what a killed search would have gone on from
         return {
@@ -462,6 +467,7 @@ class _Work:
             if recovery is None
             else {key: recovery[key] for key in ("objective", "steps", "curve", "validation")}
             | {"seconds": recovery["train_seconds"]},
+            "search": _search(compressed),
             "warnings": [*found["plan"]["warnings"], *compressed["warnings"], *found["evaluate"]["warnings"]],
             "seconds": {stage: found[stage]["seconds"] for stage in STAGES if stage in found},
             "provenance": {
@@ -483,6 +489,18 @@ class _Work:
         log.warning(text)
         self.warnings.append(text)
         return text
+
+
+def _search(compressed: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a searching method did on its way, thinned to what a plot shows; None for the others."""
+    rows = [row for row in compressed["history"] if "cost" in row and "budget" in row]
+    if not rows:
+        return None
+    every = math.ceil(len(rows) / PLOTTED)
+    told = compressed["report"]
+    kept = {key: told[key] for key in ("saving", "finaliser") if key in told}
+    ended = {key: told["search"][key] for key in ("ended", "judged")} if "search" in told else {}
+    return {"history": [*rows[:-1:every], rows[-1]], **ended, **kept}
 
 
 def reference_of(dense: Vit, relative_to: str) -> Cost:

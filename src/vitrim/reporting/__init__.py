@@ -17,6 +17,7 @@
               95 % interval; None without labels
     timing    {rows, speedups, notes}: of `vitrim.timing`, models named "dense" and "compressed"; None if not measured
     recovery  {objective, steps, seconds, curve: [{step, loss}], validation: [{step, top1}]}; None without one
+    search    {history: [{step, cost, budget, z, removed, gates}], ended, judged, saving, finaliser}, of a method that searches; else None
     samples   [{image: data URI, name, label, predictions: {dense, compressed, recovered: {label, probability}}}]
     samples_note  how they were chosen
     warnings  [sentence]

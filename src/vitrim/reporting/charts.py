@@ -150,6 +150,46 @@ def curve(
     return svg("".join(parts), height=190, title=title, description=described, name=name)
 
 
+def lines(
+    series: Sequence[tuple[str, Sequence[tuple[float, float]]]],
+    *,
+    name: str,
+    title: str,
+    form: Callable[[float], str] = three,
+    share: bool = False,
+    dashed: Sequence[tuple[str, Sequence[tuple[float, float]]]] = (),
+    bounds: tuple[float, float] | None = None,
+) -> str:
+    """Several lines over training steps on one scale, each with its name as a tip.  share: values in [0, 1], as percent.
+
+    dashed: lines that are aimed at. The names stand in the description too.  bounds: of the scale; None: of the values.
+    """
+    every = [point for _, points in (*series, *dashed) for point in points]
+    ticks = nice_ticks(*(bounds or (min(value for _, value in every), max(value for _, value in every))))
+    high, base, last = 12, 166, max(step for step, _ in every) or 1
+    span = ticks[-1] - ticks[0]
+
+    def path(points: Sequence[tuple[float, float]]) -> str:
+        at = (
+            (LEFT + (WIDTH - LEFT - RIGHT) * step / last, base - (value - ticks[0]) / span * (base - high))
+            for step, value in points
+        )
+        return " ".join(f"{x:.1f},{y:.1f}" for x, y in at)
+
+    shown = percent_tick(ticks) if share else form
+    parts = [_level(base - (tick - ticks[0]) / span * (base - high), shown(tick)) for tick in ticks]
+    for kind, group in (("reference", dashed), ("line", series)):
+        for label, points in group:
+            parts.append(
+                f'<g><title>{escape(label)}</title><polyline class="{kind}" fill="none" points="{path(points)}"/></g>'
+            )
+    parts.append(_text(LEFT, base + 16, "0", "middle"))
+    parts.append(_text(WIDTH - RIGHT, base + 16, f"step {last:g}", "end"))
+    value = percent if share else form
+    described = "; ".join(f"{label} ends at {value(points[-1][1])}" for label, points in (*series, *dashed))
+    return svg("".join(parts), height=190, title=title, description=f"{described}.", name=name)
+
+
 def scatter(points: Sequence[tuple[float, float, str]], *, name: str, title: str, across: str) -> str:
     """Points (share, quality, label) in percent on both axes; a line joins those that no other beats.
 

@@ -30,7 +30,7 @@ STATES = {"dense": "dense", "compressed": "after the cut", "recovered": "after r
 def render(result: Result) -> str:
     """The whole page of one result (laid out as the package says)."""
     style = resources.files("vitrim.reporting").joinpath("page.css").read_text(encoding="utf-8")
-    sections = (before_after, kept, block_cost, speed, curves, samples, provenance, commands)
+    sections = (before_after, kept, search, block_cost, speed, curves, samples, provenance, commands)
     body = "\n".join(part for part in (section(result) for section in sections) if part)
     title = escape(f"{result['model']}: {method_name(result)}")
     return (
@@ -235,6 +235,56 @@ def kept(result: Result) -> str:
         f"a hatched one is gone.{_tail_words(result)}</p>\n"
         f'<div class="card scroll" tabindex="0" role="region" aria-label="table"><table class="{"kept many" if len(titles) > 5 else "kept"}">\n<thead><tr><th scope="col">block</th>{columns}</tr></thead>\n'
         f"<tbody>\n{_lines(rows)}\n</tbody>\n</table></div>\n</section>"
+    )
+
+
+def search(result: Result) -> str:
+    """How a search went, where the method has one: the cost against its budget, the forces, the decisions."""
+    found = result.get("search")
+    if not found or len(found["history"]) < 2:
+        return ""
+    rows = found["history"]
+
+    def series(*path: str) -> list[tuple[float, float]]:
+        return [(row["step"], value) for row in rows if (value := lookup(row, "/".join(path))) is not None]
+
+    figures = []
+    for resource in rows[-1].get("budget") or {}:
+        word = {"macs": "MACs", "params": "parameters"}[resource]
+        figures.append(
+            f"<figure><h3>{word} against the budget</h3>"
+            + charts.lines(
+                [(f"{word} of the search", series("cost", resource))],
+                dashed=[("budget", series("budget", resource))],
+                name=f"search-{resource}",
+                title=f"{word} against the budget",
+                share=True,
+            )
+            + "</figure>"
+        )
+    if duals := [(f"for {key}", series("z", key)) for key in rows[-1].get("z") or {}]:
+        title = "Price of the budget (dual variable)"
+        figures.append(f"<figure><h3>{title}</h3>{charts.lines(duals, name='search-duals', title=title)}</figure>")
+    for part, word in (("heads", "heads"), ("v", "value dims"), ("hidden", "MLP units")):
+        count_ = len(lookup(rows[-1], f"removed/{part}") or ())
+        if drawn := [(f"block {i}", series("removed", part, str(i))) for i in range(count_)]:
+            title = f"Share of {word} removed, a line for each block"
+            chart = charts.lines(drawn, name=f"search-{part}", title=title, share=True)
+            figures.append(f"<figure><h3>{title}</h3>{chart}</figure>")
+    if drawn := [(f"gate {i}", series("gates", str(i))) for i in range(len(rows[-1].get("gates") or ()))]:
+        title = "Probability that a block stays"
+        chart = charts.lines(drawn, name="search-gates", title=title, share=True, bounds=(0, 1))
+        figures.append(f"<figure><h3>{title}</h3>{chart}</figure>")
+    said = f"<p>It {escape(found['ended'])} ({escape(found['judged'])}).</p>" if found.get("ended") else ""
+    shares = "".join(
+        f"<li>{ {'macs': 'MACs', 'params': 'parameters'}[key] } saved: {figure(result, f'search/saving/{key}/widths', percent)} by widths, "
+        f"{figure(result, f'search/saving/{key}/skipping', percent)} by skipping; the last step cut "
+        f"{figure(result, f'search/finaliser/{key}/cut', percent)} of the dense cost itself.</li>"
+        for key in found.get("saving") or {}
+    )
+    return (
+        f'<section>\n<h2>How the search went</h2>\n{said}<div class="card"><div class="pair">{"".join(figures)}</div>'
+        f'<ul class="gains">{shares}</ul></div>\n</section>'
     )
 
 
