@@ -79,7 +79,16 @@ def refitted_range(model: Vit, x: Tensor, limit: int) -> Vit:
 
 def taught(small: Vit, teacher: Vit, data: object, *, steps: int, batch: int, seed: int) -> tuple[Vit, float]:
     """Features and answers matched on the images for some steps; the mean of the last losses."""
-    config = RecoverConfig(steps=steps, batch_size=batch, lr=5e-4, objective="label_free", seed=seed, device="cpu")
+    config = RecoverConfig(
+        steps=steps,
+        batch_size=batch,
+        lr=5e-4,
+        objective="label_free",
+        seed=seed,
+        amp="bf16",
+        device="cpu",
+        eval_every=steps,
+    )
     found = vitrim.recover(small, teacher=teacher, data=data, config=config)
     losses = [line["loss"] for line in found.history if line["kind"] == "train"]
     return found.model, sum(losses[-5:]) / len(losses[-5:])

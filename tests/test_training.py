@@ -21,7 +21,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import Tensor, nn
 
 from tests.training_kit import BASE, CLASSES, Searching, as_lists, pictures, settings, tiny, weights
-from vitrim import checkpoints
+from vitrim import checkpoints, training
 from vitrim.data import Augment
 from vitrim.errors import ConfigError, DataError, TrainingError
 from vitrim.model import Block, Vit
@@ -141,7 +141,7 @@ def test_gradient_checkpointing_recomputes_blocks_and_changes_nothing(monkeypatc
     assert not kept.model.grad_checkpoint
 
 
-def test_eval_every_and_log_every_set_the_lines() -> None:
+def test_eval_every_and_log_every_set_the_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     result = fit(
         tiny(), Supervised(), pictures(), settings(eval_every=4, log_every=3), validate=lambda m: {"top1": 0.5}
     )
@@ -151,8 +151,10 @@ def test_eval_every_and_log_every_set_the_lines() -> None:
         ("train", 6),
         ("validate", 6),
     ]
-    each_epoch = fit(tiny(), Supervised(), pictures(), settings(steps=10), validate=lambda m: {"top1": 0.5})
-    assert [r["step"] for r in each_epoch.history if r["kind"] == "validate"] == [5, 10]
+    for least, steps in ((50, [10]), (4, [5, 10]), (6, [10])):  # epochs of 5 steps
+        monkeypatch.setattr(training, "LEAST_BETWEEN", least)
+        found = fit(tiny(), Supervised(), pictures(), settings(steps=10), validate=lambda m: {"top1": 0.5})
+        assert [r["step"] for r in found.history if r["kind"] == "validate"] == steps
 
 
 def test_checkpoints_are_taken_at_the_time_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

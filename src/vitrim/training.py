@@ -43,6 +43,8 @@ from .spec import spec_hash
 Progress = Callable[..., None]
 """`progress(stage, done, total, **facts)`."""
 
+LEAST_BETWEEN = 50
+"""Steps between two validations of a run whose epochs are shorter."""
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _MICRO_BATCH = 0x6D62  # keeps these draws apart from the data's with the same seed
 
@@ -93,7 +95,8 @@ class TrainConfig:
     grad_checkpoint: bool = False
     """Recompute the blocks in the backward pass: less memory, a third more time."""
     eval_every: int | None = Field(default=None, ge=1)
-    """Steps between validations; None: one at the end of each epoch. There is always one at the end."""
+    """Steps between validations; None: one at the end of each epoch, but at least 50 steps apart: an epoch of few images is
+    shorter than a validation. There is always one at the end."""
     log_every: int = Field(default=20, ge=1)
     """Steps between lines of metrics.jsonl."""
     checkpoint_seconds: float = Field(default=180.0, ge=0)
@@ -383,7 +386,8 @@ class _Run:
                 if self.progress is not None and self.main:
                     left = self.seconds / self.done * (self.total - self.done)
                     self.progress("train", self.done, self.total, seconds_left=left, **facts)
-                if validate is not None and (last or self.done % (config.eval_every or self.epoch_steps) == 0):
+                every = config.eval_every or self.epoch_steps * math.ceil(LEAST_BETWEEN / self.epoch_steps)
+                if validate is not None and (last or self.done % every == 0):
                     self._validate(validate)
                 if self.out is not None and (last or time.monotonic() - self.last_saved >= config.checkpoint_seconds):
                     self._save()
