@@ -32,6 +32,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "UVC without gates": {"gates": "none"},
     "UVC without widths": {"widths": False},
     "UVC without distillation": {"distill": False},
+    "UVC, q and k tied to v": {"tie_qk": True},
 }
 
 
