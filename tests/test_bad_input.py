@@ -191,13 +191,13 @@ def text_checkpoint(root: Path) -> None:
     (root / "mine.pth").write_text("not weights")
 
 
-CUT = "compress --model model --data photos --out new"
+CUT = "compress --model model --data photos --out new --method comcat"
 CASES = [
     # the command itself
     Bad("unknown verb", "compres", ("no such verb 'compres'", "did you mean 'compress'?"), 2),
     Bad("unknown flag", f"{CUT} --keep-mac 0.5", ("--keep-mac", "--keep-macs"), 2),
     Bad("unknown method", f"{CUT} --method comkat --keep-macs 0.5", ("'comkat' is not known", "did you mean 'comcat'?"), 2),
-    Bad("planned method", f"{CUT} --method cait --keep-macs 0.5", ("'cait' is planned", "expected one of comcat"), 2),
+    Bad("planned method", f"{CUT} --method cait --keep-macs 0.5", ("'cait' is planned", "expected one of auto"), 2),
     Bad("unknown variant", f"{CUT} --variant whitend --keep-macs 0.5", ("did you mean 'whitened'?",), 2),
     Bad("missing model", "compress --keep-macs 0.5 --data photos --out new", ("--model is missing",), 2),
     Bad("missing data", "compress --model model --keep-macs 0.5 --out new", ("--data is missing", "image folder"), 2),

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from vitrim.cli import main
 
 README = Path(__file__).parents[1] / "README.md"
-SMALLER = {"timm:vit_tiny_patch16_224": "timm:test_vit"}
+SMALLER = {"timm:vit_tiny_patch16_224": "timm:test_vit", "32": "8"}
 LESS = {
     "train": ["--batch-size", "4"],
     "recover": ["--batch-size", "4"],
@@ -28,7 +28,7 @@ LESS = {
     "measure": ["--runs", "1"],
 }
 CONFIG = {
-    "settings": {"images": 8, "probe_images": 4},
+    "settings": {"images": 12, "builds": 1},
     "recover": {"batch_size": 4},
     "evaluate": {"limit": 20, "check_dense": False},
     "measure": {"runs": 1, "runtimes": ["eager"], "batch_sizes": [1]},
@@ -76,7 +76,8 @@ def test_the_python_works_and_leaves_what_it_says(place: Path) -> None:
     (code,) = blocks("python")
     assert len([line for line in code.splitlines() if line.strip() and not line.startswith("import")]) <= 10
     names: dict[str, object] = {}
-    exec(compile(code, str(README), "exec"), names)
+    assert "images=64" in code
+    exec(compile(code.replace("images=64", "images=12, builds=1"), str(README), "exec"), names)
     assert names["again"].spec == names["small"].spec  # type: ignore[attr-defined]
     assert (place / "half" / "model.safetensors").is_file()
 

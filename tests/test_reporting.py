@@ -115,6 +115,29 @@ def result() -> dict[str, Any]:
             "saving": {"macs": {"share": 0.5, "widths": 0.75, "skipping": 0.25}},
             "finaliser": {"macs": {"cut": 0.0125}},
         },
+        "prediction": {
+            "metric": "KL <nats>",
+            "predicted_kl": 0.001,
+            "reached_kl": 0.0012,
+            "candidates": [
+                {
+                    "width": [24, 32],
+                    "steps": [],
+                    "macs": 5000,
+                    "params": 400,
+                    "predicted_kl": 0.001,
+                    "reached_kl": 0.0012,
+                },
+                {
+                    "width": [32, 32],
+                    "steps": [{"kind": "merge"}],
+                    "macs": 5100,
+                    "params": 410,
+                    "predicted_kl": 0.002,
+                    "reached_kl": 0.002,
+                },
+            ],
+        },
         "warnings": ["It may <b>not</b> pay."],
         "seconds": {"plan": 0.5, "compress": 100.0},
         "provenance": {"source": "timm:<x>"},
@@ -161,6 +184,7 @@ def test_the_page_is_balanced_and_has_every_section(result: dict[str, Any]) -> N
         "Before and after",
         "What was cut",
         "How the search went",
+        "Predicted and reached",
         "Cost by block",
         "Speed",
         "Recovery",
@@ -177,6 +201,16 @@ def test_a_search_is_plotted_with_its_budget_and_where_the_saving_came_from(resu
     assert "75.0 % by widths, 25.0 % by skipping; the last step cut 1.2 %" in said
     result["search"]["history"] = result["search"]["history"][:1]
     assert "How the search went" not in page.render(result)
+
+
+def test_a_plan_shows_what_it_expected_beside_what_it_reached(result: dict[str, Any]) -> None:
+    said = "".join(Page(page.render(result)).text)
+    assert "stream of 24 of 32 channels" in said
+    assert "1 token steps" in said
+    assert said.count("taken") == 1
+    assert "keeps 24 of 32 channels" not in said  # the specs have one width
+    result["specs"]["compressed"]["width"] = 24
+    assert "keeps 24 of 32 channels" in "".join(Page(page.render(result)).text)
 
 
 def test_the_page_loads_nothing(result: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from vitrim.counting import cost
     from vitrim.hub import push
     from vitrim.methods import compress
+    from vitrim.methods.auto import AutoConfig
     from vitrim.methods.comcat import ComcatConfig
     from vitrim.methods.dcvit import DcvitConfig
     from vitrim.methods.uvc import UvcConfig
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AutoConfig": "methods.auto",
     "Budget": "budget",
     "ComcatConfig": "methods.comcat",
     "DcvitConfig": "methods.dcvit",
@@ -52,6 +54,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "AutoConfig",
     "Budget",
     "ComcatConfig",
     "DcvitConfig",

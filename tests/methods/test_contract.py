@@ -16,6 +16,7 @@ from vitrim.spec import ModelSpec, Preprocess
 
 SPEC = vit(blocks=3, width=32, heads=2, head_dim=16, hidden=64)
 SMALL: dict[str, dict[str, Any]] = {
+    "auto": {"images": 8, "batch_size": 4, "builds": 1},
     "comcat": {"images": 6, "probe_images": 2, "batch_size": 4},
     "dcvit": {"images": 8, "probe_images": 2, "batch_size": 4},
     "uvc": {"steps": 12, "batch_size": 4, "device": "cpu"},

@@ -13,6 +13,7 @@ from vitrim.errors import ArtifactError, BudgetError, ConfigError
 
 if TYPE_CHECKING:
     from vitrim.budget import Budget
+    from vitrim.model import Vit
     from vitrim.spec import ModelSpec
 
 TABLES = ("timm", "torchvision", "t2t")
@@ -88,17 +89,27 @@ def cost(model: str, against: str | None, as_json: bool, quiet: bool) -> None:
 @options.VARIANT
 @options.BUDGET
 @click.option("--freeze", metavar="PARTS", help="Parts to keep as they are: blocks.0-2,blocks.11.attention.")
+@click.option("--data", metavar="DATA", help="Images: say what auto would cut at each budget, and at what loss.")
+@click.option("--images", type=click.IntRange(min=1), help="How many of them; 256 by default.")
+@options.SOURCE
 @options.OUTPUT
 def plan(
     model: str,
     method: str | None,
     variant: str | None,
     freeze: str | None,
+    data: str | None,
+    images: int | None,
+    checkpoint: Path | None,
+    no_pretrained: bool,
+    no_verify: bool,
     as_json: bool,
     quiet: bool,
     **limits: Any,
 ) -> None:
     """Say what each method would reach, cost and need; train nothing.
+
+    With --data, also what the method auto expects of each budget, from the images, before anything is built.
 
     vitrim plan --model timm:deit_small_patch16_224 --keep-macs 0.9,0.7,0.5
     """
@@ -110,6 +121,17 @@ def plan(
         for name in names or options.METHODS[:1]:
             options.check_variant(variant, name)
     budgets = options.Limits(**limits).budgets()
+    if data is not None:
+        network = options.load_model(model, checkpoint=checkpoint, no_pretrained=no_pretrained, no_verify=no_verify)
+        wanted = options.given({"freeze": options.parts(freeze), "images": images})
+        show_predictions(
+            model, method or "auto", predicted(network, method or "auto", budgets, data, wanted, quiet), as_json
+        )
+        return
+    if checkpoint is not None or no_pretrained or images is not None:
+        raise click.UsageError(
+            "--checkpoint, --no-pretrained and --images go with --data; without it only the shape counts."
+        )
     spec = spec_named(model)
     given = options.given({"variant": variant, "freeze": options.parts(freeze)})
     rows = [planned(name, spec, budget, given) for budget in budgets for name in names]
@@ -124,6 +146,45 @@ def plan(
     for row in rows:
         if row["refused"]:
             tables.note(row["refused"])
+
+
+def predicted(
+    network: Vit, method: str, budgets: list[Budget], data: str, settings: dict[str, Any], quiet: bool
+) -> list[dict[str, Any]]:
+    """What the method expects of each budget, from images."""
+    from vitrim.cli.progress import progress_on_stderr
+    from vitrim.methods import PREDICTS, configure
+
+    if method not in PREDICTS:
+        raise click.UsageError(
+            f"--data: method {method!r} cannot say it before building; expected {', '.join(PREDICTS)}."
+        )
+    with progress_on_stderr(quiet) as progress:
+        return PREDICTS[method](network, configure(method, settings), budgets, data=data, progress=progress)
+
+
+def show_predictions(model: str, method: str, rows: list[dict[str, Any]], as_json: bool) -> None:
+    """A row for each budget: predicted divergence, stream, and what each block would keep."""
+    if as_json:
+        tables.show_json({"model": model, "method": method, "predictions": rows})
+        return
+    body = []
+    for row in rows:
+        budget = ", ".join(f"{name} {value:g}" for name, value in row["budget"].items())
+        now, was = row["width"]
+        blocks = "  ".join(f"{b['qk'][0]}/{b['v'][0]}/{b['hidden'][0]}" for b in row["blocks"])
+        body.append(
+            [
+                budget,
+                tables.count_text(row["macs"]),
+                tables.count_text(row["params"]),
+                f"{row['predicted_kl']:.2g}",
+                f"{now} of {was}",
+                blocks,
+            ]
+        )
+    heads = ["budget", "MACs", "params", "predicted loss", "stream", "blocks: q/k rank / v rank / MLP units"]
+    tables.show_table(f"{model}: what {method} expects (divergence of the outputs from the dense ones)", heads, body)
 
 
 def planned(name: str, spec: ModelSpec, budget: Budget, given: dict[str, Any]) -> dict[str, Any]:

@@ -18,13 +18,14 @@ if TYPE_CHECKING:
     from vitrim.model import Vit
 
 VARIANTS: dict[str, tuple[str, ...]] = {
+    "auto": (),
     "comcat": ("whitened", "svd"),
     "dcvit": ("closed", "finetune"),
     "uvc": (),
 }
 """The methods that there are and their variants, the default first; known here without importing them, and a test compares."""
 METHODS = tuple(VARIANTS)
-PLANNED = ("usdc", "cait", "auto")
+PLANNED = ("usdc", "cait")
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
 
@@ -120,6 +121,8 @@ BUDGET = stack(
     click.option("--max-file-mb", type=POSITIVE, help="At most such a file."),
 )
 SPENT = stack(
+    click.option("--axes", metavar="NAMES", help="Of auto: what may be cut, as qk,vo,mlp; all that apply by default."),
+    click.option("--score", type=Named("fisher", "measured"), help="Of auto: fisher (default), or measured, slower."),
     click.option(
         "--preset", type=Named("clean", "paper"), help="Of dcvit and uvc: clean (default), or the authors' values."
     ),
@@ -134,7 +137,7 @@ VARIANT = click.option(
     help="; ".join(f"of {method}: {' or '.join(names)}" for method, names in VARIANTS.items() if names) + ".",
 )
 METHOD = stack(
-    click.option("--method", help="How to cut: comcat (default); `vitrim plan` compares."),
+    click.option("--method", metavar="NAME", help=f"How to cut: {' or '.join(METHODS)}; auto by default."),
     VARIANT,
 )
 

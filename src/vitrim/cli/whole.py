@@ -171,6 +171,8 @@ def compress(
     model: str | None,
     method: str | None,
     variant: str | None,
+    axes: str | None,
+    score: str | None,
     preset: str | None,
     search_epochs: float | None,
     search_steps: int | None,
@@ -207,7 +209,7 @@ def compress(
         (*SECTIONS, "model", "method", "relative_to", "exact_tail", *RECORDED),
         place=f"--config {str(config)!r}",
     )
-    name, method = model or values.get("model"), method or values.get("method") or "comcat"
+    name, method = model or values.get("model"), method or values.get("method") or "auto"
     if name is None:
         raise click.UsageError("--model is missing; pass one, such as --model timm:deit_small_patch16_224.")
     options.check_method(method)
@@ -220,6 +222,8 @@ def compress(
     settings = options.section(values, "settings") | options.given(
         {
             "variant": variant,
+            "axes": options.parts(axes),
+            "score": score,
             "preset": preset,
             "epochs": search_epochs,
             "steps": search_steps,

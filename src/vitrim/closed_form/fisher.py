@@ -65,12 +65,14 @@ def gradients(model: Vit, x: Tensor, names: Sequence[str], *, draws: int, genera
         streams = [found[name] for name in names]
         answer = outcome(found["logits"], classifies=classifies)
         scale = (answer.detach() / 2).exp() if classifies else torch.ones_like(answer)
+        # image by image, so that the signs do not depend on how images are batched
+        signs = torch.stack([torch.randint(0, 2, (draws, answer.shape[1]), generator=generator) for _ in x], dim=1)
         drawn: list[tuple[Tensor | None, ...]] = []
         for draw in range(draws if names else 0):
-            signs = (torch.randint(0, 2, answer.shape, generator=generator) * 2 - 1).to(answer)
+            along = (signs[draw] * 2 - 1).to(answer)
             drawn.append(
                 torch.autograd.grad(
-                    (scale * signs * answer).sum(), streams, retain_graph=draw + 1 < draws, allow_unused=True
+                    (scale * along * answer).sum(), streams, retain_graph=draw + 1 < draws, allow_unused=True
                 )
             )
     of = {

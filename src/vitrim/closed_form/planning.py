@@ -1,8 +1,7 @@
 """Allocation: one option for each block, with the least total loss within a budget. Plain numbers, no networks.
 
-Losses add over blocks, costs add over blocks. With one limited resource the choice is exact by dynamic programming over the
-budget in `GRID` units, costs rounded up, so that a plan is never above its budget; with two, one Lagrange multiplier prices
-the second.
+Losses add over blocks, costs add over blocks. With one limited resource `knapsack` chooses; with two, one Lagrange multiplier
+prices the second.
 
 Shapes: n options of a block, R resources.
 """
@@ -14,8 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-GRID = 4000
-"""Units that the budget above the cheapest plan is divided into."""
+from vitrim.closed_form.knapsack import knapsack
+
 BISECTIONS = 30
 
 
@@ -68,33 +67,9 @@ def total(tables: Sequence[Table], chosen: Sequence[int]) -> tuple[np.ndarray, f
 
 
 def _one(tables: Sequence[Table], limit: int, resource: int = 0, price: float = 0.0) -> list[int] | None:
-    """Dynamic programming; the loss of an option is its own plus `price` for each unit of the other resource."""
-    costs = [t.costs[:, resource] for t in tables]
-    least = [int(c.min()) for c in costs]
-    room = limit - sum(least)
-    if room < 0:
-        return None
-    unit = max(room / GRID, 1.0)
-    cells = int(room // unit)
-    best = np.zeros(cells + 1)
-    choices = np.zeros((len(tables), cells + 1), dtype=np.int32)
-    for b, table in enumerate(tables):
-        loss = table.loss if not price else table.loss + price * table.costs[:, 1 - resource]
-        need = np.ceil((costs[b] - least[b]) / unit - 1e-12).astype(np.int64)
-        now = np.full(cells + 1, np.inf)
-        for j in np.flatnonzero(need <= cells):
-            n = int(need[j])
-            trial = best[: cells + 1 - n] + loss[j]
-            better = trial < now[n:]
-            now[n:][better] = trial[better]
-            choices[b, n:][better] = j
-        best = now
-    cell, chosen = cells, []
-    for b in range(len(tables) - 1, -1, -1):
-        j = int(choices[b, cell])
-        chosen.append(j)
-        cell -= int(np.ceil((costs[b][j] - least[b]) / unit - 1e-12))
-    return chosen[::-1]
+    """One limit; the loss of an option is its own plus `price` for each unit of the other resource."""
+    losses = [t.loss if not price else t.loss + price * t.costs[:, 1 - resource] for t in tables]
+    return knapsack(losses, [t.costs[:, resource] for t in tables], limit)
 
 
 def _two(tables: Sequence[Table], limits: Sequence[int]) -> list[int] | None:
@@ -123,4 +98,4 @@ def _two(tables: Sequence[Table], limits: Sequence[int]) -> list[int] | None:
     return min(found, key=lambda one: one[0])[1] if found else None
 
 
-__all__ = ["GRID", "Table", "allocate", "pareto", "total"]
+__all__ = ["Table", "allocate", "pareto", "total"]

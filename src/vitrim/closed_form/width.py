@@ -31,6 +31,10 @@ from vitrim.weights import with_spec
 
 RIDGE = 1e-3
 """Pull of a reader's correction towards the bare projection, relative to the variance of the narrow token."""
+BALANCE = 0.3
+"""Power of the outputs' metric in the choice of directions: 0 keeps the most energy, 1/2 weighs energy and effect alike."""
+FLAT = 1e-3
+"""Share of the identity in that metric."""
 OPEN = Gates(policy="open")
 Weights = Callable[[str, int], Tensor | None]
 """Token weights [N] of a reader by its name and the number of tokens; None: all alike."""
@@ -157,23 +161,36 @@ class Basis:
         return self.q @ helmert(self.width).to(self.q).mT / self.kappa
 
 
-def directions(gram: Tensor, width: int) -> Basis:
-    """The basis for a narrow stream of this width.  gram: [D, D] of centred tokens, not centred over tokens.
+def directions(gram: Tensor, width: int, metric: Tensor | None = None) -> Basis:
+    """The basis for a narrow stream of this width.
 
-    A Gram matrix centred over tokens would lose the stream's large constant part, which the norms divide by.
+    gram: [D, D] of centred tokens, not centred over tokens: that would lose the stream's large constant part, which the norms
+    divide by. metric: [D, D] how much the outputs mind the stream, up to a factor; the leading directions are then those of
+    F^a G F^a, a = `BALANCE`, within the directions that the stream has at all. None: F is the identity.
     """
     free = helmert(len(gram))
-    _, vectors = torch.linalg.eigh(free.mT @ gram @ free)
-    return Basis(free @ vectors.flip(-1)[:, : width - 1])
+    values, vectors = torch.linalg.eigh(free.mT @ gram @ free)
+    values, vectors = values.flip(-1), free @ vectors.flip(-1)
+    count = width - 1
+    live = int((values > 1e-12 * values[0]).sum())
+    if metric is not None and live > count:
+        there = vectors[:, :live]
+        f = there.mT @ metric @ there
+        squares, turn = torch.linalg.eigh(f)
+        squares = squares.clamp_min(0) / squares.mean().clamp_min(1e-300) + FLAT
+        root = (turn * squares**BALANCE) @ turn.mT
+        _, chosen = torch.linalg.eigh((root * values[:live]) @ root.mT)
+        vectors = there @ chosen.flip(-1)
+    return Basis(vectors[:, :count])
 
 
 def readers(model: Vit) -> dict[str, Any]:
     """The norms through which the stream is read, by name: `norm1:i`, `norm2:i`, and `norm` in front of the classifier."""
     found: dict[str, Any] = {}
-    for i, block in enumerate(model.blocks):
-        if block.spec.attention is not None:
+    for i, (block, spec) in enumerate(zip(model.blocks, model.spec.blocks, strict=True)):
+        if spec.attention is not None:
             found[f"norm1:{i}"] = block.norm1
-        if block.spec.mlp is not None:
+        if spec.mlp is not None:
             found[f"norm2:{i}"] = block.norm2
     found["norm"] = model.norm if model.spec.final_norm else model.pool_norm
     return found

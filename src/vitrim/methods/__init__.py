@@ -11,19 +11,35 @@ from pydantic import ValidationError
 
 from vitrim.budget import Budget
 from vitrim.errors import ConfigError, VitrimError, did_you_mean
-from vitrim.methods import comcat, dcvit, uvc
+from vitrim.methods import auto, comcat, dcvit, uvc
 from vitrim.model import Vit
 from vitrim.result import Compressed
 from vitrim.spec import ModelSpec
 
 METHODS: dict[str, Callable[..., Compressed]] = {
+    "auto": auto.compress,
     "comcat": comcat.compress,
     "dcvit": dcvit.compress,
     "uvc": uvc.compress,
 }
-CONFIGS: dict[str, type] = {"comcat": comcat.ComcatConfig, "dcvit": dcvit.DcvitConfig, "uvc": uvc.UvcConfig}
-PLANS: dict[str, Callable[..., dict[str, Any]]] = {"comcat": comcat.plan, "dcvit": dcvit.plan, "uvc": uvc.plan}
-FAMILIES: dict[str, Callable[..., list[Compressed]]] = {"dcvit": dcvit.compress_family}
+CONFIGS: dict[str, type] = {
+    "auto": auto.AutoConfig,
+    "comcat": comcat.ComcatConfig,
+    "dcvit": dcvit.DcvitConfig,
+    "uvc": uvc.UvcConfig,
+}
+PLANS: dict[str, Callable[..., dict[str, Any]]] = {
+    "auto": auto.plan,
+    "comcat": comcat.plan,
+    "dcvit": dcvit.plan,
+    "uvc": uvc.plan,
+}
+PREDICTS: dict[str, Callable[..., list[dict[str, Any]]]] = {"auto": auto.predict}
+"""Methods that can say from images what a budget would cost, before anything is built."""
+FAMILIES: dict[str, Callable[..., list[Compressed]]] = {
+    "auto": auto.compress_family,
+    "dcvit": dcvit.compress_family,
+}
 """Methods that score once for several budgets."""
 
 
@@ -111,4 +127,15 @@ def plan(method: str, spec: ModelSpec, config: Any = None) -> dict[str, Any]:
     return PLANS[method](spec, config)
 
 
-__all__ = ["CONFIGS", "FAMILIES", "METHODS", "PLANS", "compress", "compress_family", "configure", "method_of", "plan"]
+__all__ = [
+    "CONFIGS",
+    "FAMILIES",
+    "METHODS",
+    "PLANS",
+    "PREDICTS",
+    "compress",
+    "compress_family",
+    "configure",
+    "method_of",
+    "plan",
+]

@@ -468,6 +468,7 @@ class _Work:
             else {key: recovery[key] for key in ("objective", "steps", "curve", "validation")}
             | {"seconds": recovery["train_seconds"]},
             "search": _search(compressed),
+            "prediction": _prediction(compressed["report"]),
             "warnings": [*found["plan"]["warnings"], *compressed["warnings"], *found["evaluate"]["warnings"]],
             "seconds": {stage: found[stage]["seconds"] for stage in STAGES if stage in found},
             "provenance": {
@@ -501,6 +502,13 @@ def _search(compressed: Mapping[str, Any]) -> dict[str, Any] | None:
     kept = {key: told[key] for key in ("saving", "finaliser") if key in told}
     ended = {key: told["search"][key] for key in ("ended", "judged")} if "search" in told else {}
     return {"history": [*rows[:-1:every], rows[-1]], **ended, **kept}
+
+
+def _prediction(told: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a planning method expected of its candidates beside what they reached; None for the others."""
+    if "predicted_kl" not in told or "reached_kl" not in told:
+        return None
+    return {key: told[key] for key in ("metric", "predicted_kl", "reached_kl", "candidates") if key in told}
 
 
 def reference_of(dense: Vit, relative_to: str) -> Cost:

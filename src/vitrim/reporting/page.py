@@ -30,7 +30,7 @@ STATES = {"dense": "dense", "compressed": "after the cut", "recovered": "after r
 def render(result: Result) -> str:
     """The whole page of one result (laid out as the package says)."""
     style = resources.files("vitrim.reporting").joinpath("page.css").read_text(encoding="utf-8")
-    sections = (before_after, kept, search, block_cost, speed, curves, samples, provenance, commands)
+    sections = (before_after, kept, prediction, search, block_cost, speed, curves, samples, provenance, commands)
     body = "\n".join(part for part in (section(result) for section in sections) if part)
     title = escape(f"{result['model']}: {method_name(result)}")
     return (
@@ -232,9 +232,50 @@ def kept(result: Result) -> str:
     return (
         "<section>\n<h2>What was cut</h2>\n"
         "<p>Each bar is what a block kept of the dense model; q/k and v dims are per head. A grey bar was left whole, "
-        f"a hatched one is gone.{_tail_words(result)}</p>\n"
+        f"a hatched one is gone.{_width_words(result)}{_tail_words(result)}</p>\n"
         f'<div class="card scroll" tabindex="0" role="region" aria-label="table"><table class="{"kept many" if len(titles) > 5 else "kept"}">\n<thead><tr><th scope="col">block</th>{columns}</tr></thead>\n'
         f"<tbody>\n{_lines(rows)}\n</tbody>\n</table></div>\n</section>"
+    )
+
+
+def prediction(result: Result) -> str:
+    """What the plan expected of its best candidates, and what they reached once built."""
+    found = result.get("prediction")
+    if not found or not found.get("candidates"):
+        return ""
+    rows = []
+    for index, row in enumerate(found["candidates"]):
+        path = f"prediction/candidates/{index}"
+        now, was = row["width"]
+        merged = f", {len(row['steps'])} token steps" if row["steps"] else ""
+        name = f"stream of {now} of {was} channels{merged}"
+        chosen = row["reached_kl"] == found["reached_kl"] and row["predicted_kl"] == found["predicted_kl"]
+        cells = [
+            figure(result, f"{path}/macs", count),
+            figure(result, f"{path}/params", count),
+            figure(result, f"{path}/predicted_kl", plain),
+            figure(result, f"{path}/reached_kl", plain),
+            "taken" if chosen else "",
+        ]
+        rows.append(f'<tr><th scope="row">{escape(name)}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>')
+    heads = ("plan", "MACs", "parameters", "predicted", "reached", "")
+    columns = "".join(f'<th scope="col">{head}</th>' for head in heads)
+    return (
+        "<section>\n<h2>Predicted and reached</h2>\n"
+        f"<p>The best plans, built and compared on images held out. Both figures: {escape(found.get('metric') or '')}.</p>\n"
+        '<div class="card scroll" tabindex="0" role="region" aria-label="table"><table>\n'
+        f"<thead><tr>{columns}</tr></thead>\n<tbody>\n{_lines(rows)}\n</tbody>\n</table></div>\n</section>"
+    )
+
+
+def _width_words(result: Result) -> str:
+    """Said where the residual stream is narrower."""
+    now, was = (lookup(result, f"specs/{name}/width") for name in ("compressed", "dense"))
+    if now is None or was is None or now >= was:
+        return ""
+    return (
+        f" The residual stream keeps {figure(result, 'specs/compressed/width', whole)} of "
+        f"{figure(result, 'specs/dense/width', whole)} channels, in every block."
     )
 
 

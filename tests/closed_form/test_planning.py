@@ -1,0 +1,87 @@
+"""Allocation: exact on small instances, never above a budget, and no worse with more of it."""
+
+from itertools import pairwise, product
+
+import numpy as np
+import pytest
+
+from vitrim.closed_form.planning import Table, allocate, pareto, total
+
+
+def tables(seed: int, blocks: int = 4, options: int = 6, resources: int = 1) -> list[Table]:
+    draw = np.random.default_rng(seed)
+    return [Table(draw.integers(1, 50, (options, resources)), draw.random(options)) for _ in range(blocks)]
+
+
+def brute(found: list[Table], limits: list[int]) -> float | None:
+    best = None
+    for chosen in product(*(range(len(t.loss)) for t in found)):
+        costs, loss = total(found, chosen)
+        if (costs <= limits).all() and (best is None or loss < best):
+            best = loss
+    return best
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_one_budget_is_spent_as_brute_force_spends_it(seed):
+    found = tables(seed)
+    limit = int(np.random.default_rng(seed + 1000).integers(10, 180))
+    best = brute(found, [limit])
+    chosen = allocate(found, [limit])
+    assert (chosen is None) == (best is None)
+    if chosen is not None:
+        costs, loss = total(found, chosen)
+        assert costs[0] <= limit
+        assert loss == pytest.approx(best)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_two_budgets_are_met_and_nearly_as_well_as_by_brute_force(seed):
+    found = tables(seed, options=8, resources=2)
+    limits = [int(n) for n in np.random.default_rng(seed + 1000).integers(60, 160, 2)]
+    best, chosen = brute(found, limits), allocate(found, limits)
+    assert best is not None
+    assert chosen is not None
+    costs, loss = total(found, chosen)
+    assert (costs <= limits).all()
+    worst = sum(float(t.loss.max()) for t in found)
+    assert best <= loss + 1e-12 <= best + 0.25 * worst  # a price can miss what lies inside the hull
+
+
+def test_more_budget_never_predicts_worse():
+    found = tables(7, blocks=6, options=9)
+    losses = [
+        total(found, chosen)[1] for limit in range(40, 300, 5) if (chosen := allocate(found, [limit])) is not None
+    ]
+    assert len(losses) > 20
+    assert all(after <= before + 1e-12 for before, after in pairwise(losses))
+
+
+@pytest.mark.parametrize("resources", [1, 2])
+def test_pruning_keeps_the_options_that_no_other_beats(resources):
+    table = tables(3, blocks=1, options=60, resources=resources)[0]
+    kept = set(pareto(table).tolist())
+    for row in range(60):
+        beaten = any(
+            (table.costs[other] <= table.costs[row]).all() and table.loss[other] <= table.loss[row]
+            for other in kept
+            if other != row
+        )
+        assert beaten or row in kept
+
+
+def test_a_budget_that_buys_everything_buys_the_least_loss():
+    found = tables(1)
+    chosen = allocate(found, [10**9])
+    assert chosen is not None
+    assert total(found, chosen)[1] == pytest.approx(sum(float(t.loss.min()) for t in found))
+
+
+def test_two_options_a_block_are_spent_as_by_greed_up_to_one_item():
+    draw = np.random.default_rng(5)
+    gains, limit = draw.random(30), 12
+    found = [Table(np.array([[0], [1]]), np.array([gain, 0.0])) for gain in gains]
+    chosen = allocate(found, [limit])
+    assert chosen is not None
+    assert sum(chosen) == limit
+    assert {i for i, j in enumerate(chosen) if j} == set(np.argsort(-gains)[:limit].tolist())
