@@ -1,6 +1,7 @@
 """UVC's learned widths and skipping against its parts left out, and against peers, after equal recovery.
 
-    python benchmarks/uvc.py --data PATH/TO/cifar10          two CPU cores, about an hour; ablations at one budget
+    python benchmarks/uvc.py --data PATH/TO/cifar10          two CPU cores, about an hour and a half; ablations at one budget
+    python benchmarks/uvc.py --data PATH/TO/cifar10 --short  half of all steps
     python benchmarks/uvc.py --data PATH/TO/cifar10 --full   the larger built-in model, on an accelerator
 
 Search, recovery and calibration use the built-in sample (with --full: --data's training split). Test rows are all of --data's.
@@ -49,7 +50,10 @@ def main() -> None:
     name = "cifar10-vit-tiny" if options.full else "cifar10-vit-micro"
     place = protocol.RESULTS / f"uvc-{name}.jsonl"
     if not options.table:
-        Run(name, options.data, place, full=options.full, resume=options.resume, recipe=options.recipe).all()
+        scale = 2 if options.short else 1
+        Run(
+            name, options.data, place, full=options.full, resume=options.resume, recipe=options.recipe, scale=scale
+        ).all()
     DOCS.mkdir(parents=True, exist_ok=True)
     (DOCS / f"uvc-{name}.md").write_text(table(name, protocol.read(place)), encoding="utf-8")
 
@@ -57,14 +61,19 @@ def main() -> None:
 class Run:
     """All rows, each written when it is done."""
 
-    def __init__(self, name: str, data: str, place: Path, *, full: bool, resume: bool, recipe: bool) -> None:
-        self.name, self.place, self.full, self.data, self.recipe = name, place, full, data, recipe
+    def __init__(
+        self, name: str, data: str, place: Path, *, full: bool, resume: bool, recipe: bool, scale: int
+    ) -> None:
+        """scale: what the protocol's steps are divided by."""
+        self.name, self.place, self.full, self.data, self.recipe, self.scale = name, place, full, data, recipe, scale
         self.dense = vitrim.load(f"builtin:{name}")
         self.source: Any = data if full else "sample"
         self.test = rooms.open(data, split="test", labelled=True)
         self.facts = {"model": name, "data": rooms.open(self.source).fingerprint(), "test_images": len(self.test)}
         self.rows: list[dict[str, Any]] = protocol.read(place) if resume and place.is_file() else []
-        self.search: dict[str, Any] = {"epochs": 30.0, "batch_size": 512} if full else {"steps": 600, "batch_size": 64}
+        self.search: dict[str, Any] = (
+            {"epochs": 30.0, "batch_size": 512} if full else {"steps": 600 // scale, "batch_size": 64}
+        )
         self.search |= {"amp": "bf16", "device": "auto" if full else "cpu"}
         self.base, self.right = protocol.accuracy(self.dense, self.test)
         self.control_right = self.right
@@ -81,7 +90,9 @@ class Run:
         """The protocol's; long: as many steps as search and recovery have together."""
         if self.full:
             return RecoverConfig(epochs=50.0 if long else 20.0, batch_size=512, seed=seed, amp="bf16", device="auto")
-        return RecoverConfig(steps=1000 if long else 400, batch_size=64, seed=seed, amp="bf16", device="cpu")
+        return RecoverConfig(
+            steps=(1000 if long else 400) // self.scale, batch_size=64, seed=seed, amp="bf16", device="cpu"
+        )
 
     def control(self, seed: int) -> None:
         """The dense model with the same recovery; what rows are compared with."""
@@ -188,6 +199,7 @@ class Run:
         if any((r["row"], r["keep"], r["seed"]) == (row, keep, seed) for r in self.rows):
             return
         facts: dict[str, Any] = {"row": row, "keep": keep, "seed": seed, "recovery_s": seconds, **told}
+        facts["recovery_steps"] = None if self.full else 400 // self.scale
         if model is not None:
             top1, right = protocol.accuracy(model, self.test)
             facts |= {"top1": top1, **protocol.described(model, self.dense)}
@@ -213,7 +225,7 @@ def table(name: str, found: list[dict[str, Any]]) -> str:
         f"# UVC on `builtin:{name}`",
         "",
         f"Made by `benchmarks/uvc.py` from `benchmarks/results/uvc-{name}.jsonl`. Top-1 on {first['test_images']:,} CIFAR-10 test images, {seeds} "
-        f"seed{'s' if seeds > 1 else ''}; UVC's search: {length} of {searched.get('batch_size')} images; recovery: the protocol's, distilled from the dense model, the "
+        f"seed{'s' if seeds > 1 else ''}; UVC's search: {length} of {searched.get('batch_size')} images; recovery: {first.get('recovery_steps') or 'the full protocol'} steps of 64, distilled from the dense model, the "
         "same for every row but those that say otherwise. Differences in points with their paired bootstrap interval (95 %). Speed: PyTorch "
         f"eager, one thread, float32, {timed['speed'][0]['device_name']}, interleaved with the dense model, median of 15.",
         "",
