@@ -41,6 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="CIFAR-10 as a folder of Parquet files; its test split is scored")
     parser.add_argument("--full", action="store_true")
+    parser.add_argument("--short", action="store_true", help="half the protocol's steps, in search and recovery")
     parser.add_argument(
         "--recipe", action="store_true", help="also train a network of each size by the built-in model's recipe"
     )

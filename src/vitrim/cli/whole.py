@@ -24,6 +24,7 @@ RECORDED = ("schema", "vitrim", "weights", "data")
 DEMO_MODEL = "builtin:cifar10-vit-micro"
 DEMO_STEPS = 300
 DEMO_IMAGES = 1000
+DEMO_CALIBRATION = 64
 
 
 def show_run(result: Mapping[str, Any]) -> None:
@@ -422,7 +423,7 @@ def demo(out: Path, force: bool, threads: int | None, as_json: bool, quiet: bool
     machine = {"device": "cpu", "threads": threads, "amp": None, "workers": None, "seed": 0}
     result = run_with(
         DEMO_MODEL,
-        ("comcat", {"budget": Budget(keep_macs=0.5)}),
+        ("auto", {"budget": Budget(keep_macs=0.5), "images": DEMO_CALIBRATION}),
         data="sample",
         out=out,
         recovery={"steps": DEMO_STEPS, "batch_size": 64, "eval_every": DEMO_STEPS // 3},
