@@ -86,3 +86,12 @@ def test_every_file_that_the_readme_points_at_is_there() -> None:
     found = re.findall(r"\]\(([^)#:]+)\)", README.read_text(encoding="utf-8"))
     assert found
     assert not [name for name in found if not (README.parent / name).is_file()]
+
+
+def test_the_results_are_those_of_the_result_files() -> None:
+    place = README.parent / "scripts" / "make_results.py"
+    made: dict[str, object] = {"__file__": str(place), "__name__": "make_results"}
+    exec(compile(place.read_text(encoding="utf-8"), str(place), "exec"), made)
+    section = made["section"]
+    assert callable(section)
+    assert section() in README.read_text(encoding="utf-8"), "run scripts/make_results.py"
