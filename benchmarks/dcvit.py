@@ -194,7 +194,13 @@ def table(name: str, found: list[dict[str, Any]]) -> str:
                 )
         lines.append("")
     lines += over_practise(found)
-    lines += ["", f"Conditions: { ({key: dense[key] for key in ('versions', 'processor', 'threads')}) }."]
+    threads = sorted({row["threads"] for row in found})
+    conditions = {key: dense[key] for key in ("versions", "processor")}
+    lines += [
+        "",
+        f"Conditions: {conditions}; rows were made with {' or '.join(map(str, threads))} threads, some beside other work: each row of the result "
+        "file has its threads and load, and seconds at a load over 2 are upper bounds.",
+    ]
     return "\n".join(lines) + "\n"
 
 
