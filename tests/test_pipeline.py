@@ -123,6 +123,20 @@ def test_the_last_block_lets_only_the_read_tokens_through(whole: pipeline.RunRes
     assert "changes no output" not in (tmp_path / "kept" / "report.html").read_text(encoding="utf-8")
 
 
+def test_a_method_may_start_from_anothers_network_at_twice_the_budget(tmp_path: Path) -> None:
+    half = replace(COMCAT, budget=Budget(keep_macs=0.4))
+    made = job(tmp_path / "b", config=half, init="dcvit", recover=None, measure=None, data=pictures(80))
+    dense = counting.cost(tiny().spec).macs
+    assert [step.method for step in made.model.selection.steps] == ["exact_tail", "dcvit", "comcat"]
+    assert counting.cost(made.spec).macs <= 0.4 * dense
+    assert made.model.provenance["config"]["init"] == "dcvit"
+    assert not (made.folder / "stages" / "search").exists()
+    for wrong, said in (("comcat", "another method"), ("uvc", "closed forms")):
+        with pytest.raises(ConfigError, match=said):
+            job(tmp_path / "c", config=half, init=wrong)
+        assert not (tmp_path / "c").exists()
+
+
 def test_shares_refer_to_the_model_as_it_was_passed_in(whole: pipeline.RunResult) -> None:
     assert whole.summary["budget"] == {"keep_macs": 0.6}
     assert whole.summary["limits"]["macs"] == int(0.6 * counting.cost(tiny().spec).macs)

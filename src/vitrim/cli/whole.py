@@ -149,6 +149,7 @@ def report(folder: Path, out: Path | None, as_json: bool, quiet: bool) -> None:
     type=options.Named("given", "original"),
     help="Shares of MODEL (default), or of what it was first cut from.",
 )
+@click.option("--init", metavar="METHOD", help="First cut to twice the budget by this method, such as auto.")
 @click.option(
     "--no-exact-tail", is_flag=True, help="Keep all tokens in the last block, though the classifier reads one."
 )
@@ -180,6 +181,7 @@ def compress(
     freeze: str | None,
     images: int | None,
     relative_to: str | None,
+    init: str | None,
     no_exact_tail: bool,
     data: str | None,
     out: Path,
@@ -207,7 +209,7 @@ def compress(
     values = options.read_json(config)
     options.check_keys(
         values,
-        (*SECTIONS, "model", "method", "relative_to", "exact_tail", *RECORDED),
+        (*SECTIONS, "model", "method", "relative_to", "exact_tail", "init", *RECORDED),
         place=f"--config {str(config)!r}",
     )
     name, method = model or values.get("model"), method or values.get("method") or "auto"
@@ -216,6 +218,8 @@ def compress(
     options.check_method(method)
     if variant is not None:
         options.check_variant(variant, method)
+    if init is not None:
+        options.check_method(init)
     source = data_for(data, name)
     machine = {key: flags.pop(key) for key in ("device", "threads", "amp", "workers", "seed")}
     limits = options.Limits(**flags)
@@ -263,6 +267,7 @@ def compress(
         force=force,
         relative_to=relative_to or values.get("relative_to") or "given",
         exact_tail=not no_exact_tail and values.get("exact_tail", True) is True,
+        init=init or values.get("init"),
         budgets=budgets,
     )
     if as_json:

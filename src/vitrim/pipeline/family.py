@@ -68,7 +68,8 @@ def run_family(
         spec = with_exact_tail(spec)
     for limit in asked.values():
         methods.plan(method, spec, replace(method_config, budget=limit))
-    once = _Once(tuple(asked.values()), folder / "scoring") if method in methods.FAMILIES else methods.compress
+    together = method in methods.FAMILIES and settings.get("init") is None  # each member has a start of its own there
+    once = _Once(tuple(asked.values()), folder / "scoring") if together else methods.compress
     members = []
     for index, budget in enumerate(budgets):
         place = folder / member_name(budget)

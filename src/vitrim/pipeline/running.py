@@ -25,7 +25,7 @@ from vitrim.data import Images
 from vitrim.errors import ArtifactError, ConfigError, DataError, MeasureError
 from vitrim.freezing import frozen
 from vitrim.methods import compress as compress_by
-from vitrim.methods import method_of
+from vitrim.methods import configure, method_of
 from vitrim.methods import plan as plan_of
 from vitrim.model import Vit
 from vitrim.pipeline.configs import EvaluateConfig, MeasureConfig, RecoverConfig
@@ -78,6 +78,7 @@ def run(
     force: bool = False,
     relative_to: Literal["given", "original"] = "given",
     exact_tail: bool = True,
+    init: str | None = None,
     progress: Progress | None = None,
     compressor: Callable[..., Compressed] = compress_by,
 ) -> RunResult:
@@ -88,6 +89,7 @@ def run(
     recover, measure: None leaves that stage out.  relative_to: what the shares of a budget refer to: this model, or the first
     one that it descends from.  exact_tail: let only the prefix tokens through the last block where the classifier reads no
     other: the same outputs for fewer operations, which the method may then spend elsewhere.
+    init: a method of closed forms, such as auto, that first cuts to twice the budget; the other then starts from there.
     resume: go on at the first stage that has no result.  force: replace the run in `out`.
     compressor: called as `vitrim.compress`; a family's has done the work for all members.
     A bad input, an unreachable budget or a dense model that guesses is refused before anything is written.
@@ -108,6 +110,7 @@ def run(
         judging=evaluate,
         relative_to=relative_to,
         tail=exact_tail,
+        init=init,
         progress=progress,
         compressor=compressor,
     )
@@ -131,6 +134,7 @@ class _Work:
     judging: EvaluateConfig
     relative_to: str
     tail: bool
+    init: str | None
     progress: Progress | None
     compressor: Callable[..., Compressed]
 
@@ -150,6 +154,7 @@ class _Work:
         """Everything that can be refused before the first stage."""
         self.config = limited(self.config, reference_of(self.dense, self.relative_to))
         self.planned = plan_of(self.method, self.given.spec, self.config)
+        self.first = None if self.init is None else self._first_config()
         self.train, self.held = self._images()
         if self.recovery is not None:
             self.objective = objective_named(self.recovery, self.dense, labelled=self.train.labelled)
@@ -161,6 +166,21 @@ class _Work:
         self.dense_top1: float | None = None
         if self.judging.check_dense and not self.folder.resume:
             self.dense_top1 = refuse_chance(self.dense, self.held, self.judging)
+
+    def _first_config(self) -> Any:
+        """The config of `init`, at twice the limits. Raises ConfigError where it does not go with the method or its budget."""
+        assert self.init is not None
+        budget: Budget | None = getattr(self.config, "budget", None)
+        if self.init == self.method or budget is None:
+            raise ConfigError(f"init={self.init!r}: expected another method than {self.method!r}, and a budget.")
+        twice = {key: 2 * value for key, value in budget.to_dict().items()}
+        shared = {
+            key: getattr(self.config, key) for key in ("seed", "freeze") if getattr(self.config, key, None) is not None
+        }
+        first = configure(self.init, {"budget": Budget(**twice), **shared})
+        if plan_of(self.init, self.given.spec, first)["needs"]["training"]:
+            raise ConfigError(f"init={self.init!r} trains; expected a method of closed forms, such as auto.")
+        return first
 
     def _images(self) -> tuple[Images, Images]:
         """Train and validation; without labels where nothing needs them and they are of other classes."""
@@ -234,14 +254,16 @@ class _Work:
 
     def _compress(self) -> dict[str, Any]:
         search = self.folder.stages / "search"
+        start = self.given if self.init is None else self._started(search / "init")
+        search = search if self.init is None else search / "after"
         made = self.compressor(
-            self.given, self.config, data=self.train, progress=self.progress, folder=search, resume=search.is_dir()
+            start, self.config, data=self.train, progress=self.progress, folder=search, resume=search.is_dir()
         )
         before, after = cost(self.dense), cost(made.spec)
         warnings = [self._warn(text) for text in made.report.get("warnings", ())]
         warnings += self._warnings_before_training(made.model, before, after)
         made.save(self.folder.stages / "compressed", provenance=self._origin(), force=True)
-        shutil.rmtree(search, ignore_errors=True)  # what a killed search would have gone on from
+        shutil.rmtree(self.folder.stages / "search", ignore_errors=True)  # what a killed search would have gone on from
         return {
             "method": made.method,
             "variant": made.variant,
@@ -251,6 +273,14 @@ class _Work:
             "history": made.history,
             "warnings": warnings,
         }
+
+    def _started(self, folder: Path) -> Vit:
+        """The network at twice the budget, by the method `init`."""
+        assert self.first is not None
+        made = compress_by(
+            self.given, self.first, data=self.train, progress=self.progress, folder=folder, resume=folder.is_dir()
+        )
+        return made.model
 
     def _warnings_before_training(self, small: Vit, before: Cost, after: Cost) -> list[str]:
         """What would make a recovery pointless on the target; said before it begins."""
@@ -361,7 +391,7 @@ class _Work:
         provenance = self._origin() | {
             "method": self.method,
             "variant": compressed["variant"],
-            "config": plain(self.asked) | {"exact_tail": self.tail},
+            "config": plain(self.asked) | {"exact_tail": self.tail, "init": self.init},
             "data": self.held.fingerprint() | {"train": self.train.fingerprint()},
             "seed": getattr(self.config, "seed", None),
             "metrics": {"before": metrics["dense"], "after": metrics.get("recovered") or metrics["compressed"]},
@@ -420,6 +450,7 @@ class _Work:
             "measure": None if self.target is None else plain(self.target),
             "relative_to": self.relative_to,
             "exact_tail": self.tail,
+            "init": self.init,
         }
 
     @cached_property
