@@ -80,6 +80,8 @@ def result() -> dict[str, Any]:
             "objective": "distilled",
             "steps": 40,
             "seconds": 12.5,
+            "images_per_s": 300.0,
+            "search_images_per_s": 200.0,
             "curve": [{"step": step, "loss": 2 / step} for step in range(1, 41)],
             "validation": [{"step": 20, "top1": 0.85}, {"step": 40, "top1": 0.8875}],
         },
@@ -198,6 +200,7 @@ def test_a_search_is_plotted_with_its_budget_and_where_the_saving_came_from(resu
     seen = Page(page.render(result))
     said = "".join(seen.text)
     assert "MACs of the search ends at 50.0 %; budget ends at 50.0 %" in said
+    assert "1.50 times as fast" in said
     assert "75.0 % by widths, 25.0 % by skipping; the last step cut 1.2 %" in said
     result["search"]["history"] = result["search"]["history"][:1]
     assert "How the search went" not in page.render(result)

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import random
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -216,6 +217,12 @@ class FitResult:
     history: list[dict[str, Any]]
     steps: int
     seconds: float
+
+    @property
+    def images_per_s(self) -> float | None:
+        """The median speed of the training steps that were logged; None where none was."""
+        speeds = [line["images_per_s"] for line in self.history if line["kind"] == "train"]
+        return statistics.median(speeds) if speeds else None
 
 
 # ---------------------------------------------------------------------------------------------------------- the loop

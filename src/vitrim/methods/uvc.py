@@ -1460,6 +1460,7 @@ def compress(
     report |= {
         "steps": fitted.steps,
         "seconds": round(fitted.seconds, 1),
+        "images_per_s": fitted.images_per_s,
         "objective": _objective_name(config, label_free),
     }
     history = [_row(line, space) for line in fitted.history if line["kind"] == "train"]

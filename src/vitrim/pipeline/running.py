@@ -331,6 +331,7 @@ class _Work:
             "objective": objective,
             "steps": fitted.steps,
             "train_seconds": round(fitted.seconds, 2),
+            "images_per_s": fitted.images_per_s,
             "curve": [{"step": line["step"], "loss": line["loss"]} for line in lines if line["kind"] == "train"],
             "validation": [
                 {key: value for key, value in line.items() if key not in ("kind", "seconds")}
@@ -497,7 +498,11 @@ class _Work:
             "recovery": None
             if recovery is None
             else {key: recovery[key] for key in ("objective", "steps", "curve", "validation")}
-            | {"seconds": recovery["train_seconds"]},
+            | {
+                "seconds": recovery["train_seconds"],
+                "images_per_s": recovery["images_per_s"],
+                "search_images_per_s": compressed["report"].get("images_per_s"),
+            },
             "search": _search(compressed),
             "prediction": _prediction(compressed["report"]),
             "warnings": [*found["plan"]["warnings"], *compressed["warnings"], *found["evaluate"]["warnings"]],

@@ -470,8 +470,19 @@ def curves(result: Result) -> str:
     how = f" ({escape(recovery['objective'])})" if recovery.get("objective") else ""
     return (
         "<section>\n<h2>Recovery</h2>\n"
-        f"<p>{figure(result, 'recovery/steps', whole)} training steps{how} in {spent}.</p>\n"
+        f"<p>{figure(result, 'recovery/steps', whole)} training steps{how} in {spent}.{_faster_words(result)}</p>\n"
         f'<div class="pair">{"".join(parts)}</div>\n</section>'
+    )
+
+
+def _faster_words(result: Result) -> str:
+    """How much faster the cut network trains than the search did, which had the dense one's widths."""
+    now, before = (lookup(result, f"recovery/{key}") for key in ("images_per_s", "search_images_per_s"))
+    if not now or not before:
+        return ""
+    return (
+        f" The cut network learned {figure(result, 'recovery/images_per_s', whole)} images a second, where the search learned "
+        f"{figure(result, 'recovery/search_images_per_s', whole)}: {now / before:.2f} times as fast."
     )
 
 
