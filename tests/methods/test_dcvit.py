@@ -6,6 +6,8 @@ import subprocess
 import sys
 import textwrap
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from hypothesis import strategies as st
 
 import vitrim
 from tests.specs import close, images, make, specs, vit
+from vitrim import data as opened
 from vitrim import weights
 from vitrim.budget import RESOURCES, Budget, exceeded
 from vitrim.counting import cost
@@ -727,3 +730,20 @@ def test_fifty_photos_keep_the_built_in_model(tmp_path):
     x = images(model.spec, 2, dtype=torch.float32)
     assert torch.equal(again(x), family[1].model(x))
     assert again.selection == family[1].selection
+
+
+def test_blocks_are_ranked_as_real_images_rank_their_plain_cuts(tmp_path: Path) -> None:
+    model = vitrim.load("builtin:cifar10-vit-micro")
+    config = DcvitConfig(images=64, probe_images=16)
+    inputs = dcvit.Inputs(model, "sample", config)
+    rest: dict[str, Any] = {"fixed": frozenset(), "folder": None, "resume": False, "progress": None}
+    scores, _ = dcvit.score(model, inputs, config, room=tmp_path, **rest)
+    ours = [one.bare.loss(256) for one in scores if one.bare is not None]
+    held = opened.open("sample", split="validation", labelled=False).take(64, 0, balanced=False)
+    assert model.config.preprocess is not None
+    ((x, _),) = opened.batches(held, opened.evaluation(model.config.preprocess), 64)
+    cuts = [dcvit._narrow(model, i, 256, config)[0] for i in range(len(model.blocks))]
+    theirs = [dcvit._mismatch(model, small, x, 64) for small in cuts]
+    ranks = torch.stack([torch.tensor(values).argsort().argsort().double() for values in (ours, theirs)])
+    assert len(ours) == 6
+    assert float(torch.corrcoef(ranks)[0, 1]) > 0.5
