@@ -87,16 +87,27 @@ def fold_layer_scale(model: Vit, *, skip: Collection[tuple[int, str]] = ()) -> V
     skip: halves (block, "attention" or "mlp") that stay as they are.
     """
     state = dict(model.state_dict())
-    blocks = []
-    for i, block in enumerate(model.spec.blocks):
-        if block.attention is not None and block.attention.layer_scale and (i, "attention") not in skip:
+    spec = with_folded(model.spec, skip=skip)
+    for i, (before, after) in enumerate(zip(model.spec.blocks, spec.blocks, strict=True)):
+        if before.attention != after.attention:
             _scale_rows(state, f"blocks.{i}.attention.gamma", f"blocks.{i}.attention.out")
-            block = replace(block, attention=replace(block.attention, layer_scale=False))
-        if block.mlp is not None and block.mlp.layer_scale and (i, "mlp") not in skip:
+        if before.mlp != after.mlp:
             _scale_rows(state, f"blocks.{i}.mlp.gamma", f"blocks.{i}.mlp.fc2")
-            block = replace(block, mlp=replace(block.mlp, layer_scale=False))
-        blocks.append(block)
-    return with_spec(model, replace(model.spec, blocks=tuple(blocks)), state)
+    return with_spec(model, spec, state)
+
+
+def with_folded(spec: ModelSpec, *, skip: Collection[tuple[int, str]] = ()) -> ModelSpec:
+    """The spec after `fold_layer_scale`."""
+
+    def folded(i: int, block: Block) -> Block:
+        a, m = block.attention, block.mlp
+        return replace(
+            block,
+            attention=a if a is None or (i, "attention") in skip else replace(a, layer_scale=False),
+            mlp=m if m is None or (i, "mlp") in skip else replace(m, layer_scale=False),
+        )
+
+    return replace(spec, blocks=tuple(folded(i, block) for i, block in enumerate(spec.blocks)))
 
 
 def _scale_rows(state: dict[str, Tensor], gamma_name: str, linear: str) -> None:
@@ -429,6 +440,7 @@ __all__ = [
     "fold_layer_scale",
     "masked_twin",
     "with_exact_tail",
+    "with_folded",
     "with_spec",
     "without_empty",
 ]

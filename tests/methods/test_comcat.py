@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.specs import close, images, make, specs, vit
+from vitrim import weights
 from vitrim.budget import RESOURCES, Budget
 from vitrim.counting import cost
 from vitrim.errors import BudgetError, ConfigError, DataError
@@ -53,7 +54,7 @@ def uniform(spec: ModelSpec, **ranks: int) -> ModelSpec:
 @given(spec=specs())
 def test_full_rank_changes_no_output(variant, spec):
     model, x = make(spec), images(spec)
-    offered, _ = groups(comcat._folded(spec))
+    offered, _ = groups(weights.with_folded(spec))
     ranks: list[dict[str, int]] = [{} for _ in spec.blocks]
     for group in offered:
         a = spec.blocks[group.key.block].attention
@@ -150,7 +151,7 @@ def test_the_result_is_within_the_budget_and_near_it(spec, data):
     share = data.draw(st.floats(0.05, 1.0))
     value = share if name.startswith("keep") else share * getattr(dense, resource) / 1e6
     budget = Budget(**{name: value})
-    base = comcat._folded(spec)
+    base = weights.with_folded(spec)
     offered, _ = groups(base)
     draws = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     energies = {g.key: sorted(torch.rand(g.limit, generator=draws).square().tolist(), reverse=True) for g in offered}

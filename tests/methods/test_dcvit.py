@@ -170,7 +170,7 @@ def test_any_network_ends_within_the_budget_and_as_its_masked_twin(spec, share, 
     assert all(torch.equal(before[n], v) for n, v in model.state_dict().items())
     keeps = keeps_of(spec, small.model)
     plain = weights.cut(model, keeps, method="dcvit")
-    assert dcvit.folded(small.spec) == dcvit.folded(plain.spec)
+    assert weights.with_folded(small.spec) == weights.with_folded(plain.spec)
     masked = model(x, soft=weights.masked_twin(model, keeps))
     assert close(plain(x), masked)
     assert torch.isfinite(small.model(x)).all()
@@ -609,7 +609,7 @@ def test_the_fine_tuned_form_meets_the_budget_and_spares_the_ends():
         assert sorted(small.report["order"]) == [r["block"] for r in rows if r["attention"] == "lost"]
         assert small.variant == "finetune"
         kept = keeps_of(model.spec, small.model)
-        assert dcvit.folded(weights.cut(model, kept, method="x").spec) == dcvit.folded(small.spec)
+        assert weights.with_folded(weights.cut(model, kept, method="x").spec) == weights.with_folded(small.spec)
         last = max(small.report["order"]) + 1
         for name, value in small.model.state_dict().items():
             if name.startswith("heads") or (name.startswith("blocks") and int(name.split(".")[1]) > last):

@@ -31,7 +31,7 @@ from vitrim.errors import BudgetError, ConfigError, DataError, did_you_mean
 from vitrim.freezing import frozen
 from vitrim.model import Gates, Vit
 from vitrim.result import Compressed
-from vitrim.spec import Block, ModelSpec, spec_hash
+from vitrim.spec import ModelSpec, spec_hash
 
 PARTS = ("qk", "vo", "fc1", "fc2")
 Progress = Callable[..., None]
@@ -160,33 +160,19 @@ def with_ranks(spec: ModelSpec, ranks: Mapping[Key, int | None]) -> ModelSpec:
     return replace(spec, blocks=tuple(blocks))
 
 
-def _folded(spec: ModelSpec, fixed: Collection[Half] = ()) -> ModelSpec:
-    """The spec after `weights.fold_layer_scale`."""
-
-    def folded(i: int, block: Block) -> Block:
-        a, m = block.attention, block.mlp
-        if a is not None and (i, "attention") not in fixed:
-            a = replace(a, layer_scale=False)
-        if m is not None and (i, "mlp") not in fixed:
-            m = replace(m, layer_scale=False)
-        return replace(block, attention=a, mlp=m)
-
-    return replace(spec, blocks=tuple(folded(i, block) for i, block in enumerate(spec.blocks)))
-
-
 # -------------------------------------------------------------------------------------------------------- what is possible
 
 
 def floor(spec: ModelSpec, *, factorise_mlp: bool = True, fixed: Collection[Half] = ()) -> Cost:
     """The cheapest network that the method makes of this spec: rank 1 everywhere that is not fixed."""
-    base = _folded(spec, fixed)
+    base = weights.with_folded(spec, skip=fixed)
     return cost(with_ranks(base, {g.key: 1 for g in groups(base, factorise_mlp=factorise_mlp, fixed=fixed)[0]}))
 
 
 def step(spec: ModelSpec, config: ComcatConfig | None = None) -> dict[str, int]:
     """The largest cost of one rank of one group, by resource: how far below a budget the result may end (law 7)."""
     fixed = frozen(spec, () if config is None else config.freeze)
-    base = _folded(spec, fixed)
+    base = weights.with_folded(spec, skip=fixed)
     found = {"macs": 0, "params": 0, "memory_bytes": 0, "file_bytes": 0}
     for group in groups(base, factorise_mlp=config is None or config.factorise_mlp, fixed=fixed)[0]:
         at = [cost(with_ranks(base, {group.key: r})) for r in (group.top, max(1, group.top - 1))] + [cost(base)]
@@ -220,7 +206,7 @@ def plan(spec: ModelSpec, config: ComcatConfig | None = None) -> dict[str, Any]:
             "labels": False,
             "training": False,
         },
-        "dense": groups(_folded(spec, fixed), factorise_mlp=mlp, fixed=fixed)[1],
+        "dense": groups(weights.with_folded(spec, skip=fixed), factorise_mlp=mlp, fixed=fixed)[1],
     }
 
 
@@ -487,7 +473,9 @@ def compress(
     Raises BudgetError, before anything is read, when the budget is out of reach; DataError when `whitened` has no images.
     """
     fixed = frozen(model.spec, config.freeze)
-    offered, dense = groups(_folded(model.spec, fixed), factorise_mlp=config.factorise_mlp, fixed=fixed)
+    offered, dense = groups(
+        weights.with_folded(model.spec, skip=fixed), factorise_mlp=config.factorise_mlp, fixed=fixed
+    )
     reference = cost(model)
     if config.budget is not None:
         lowest = floor(model.spec, factorise_mlp=config.factorise_mlp, fixed=fixed)
@@ -498,7 +486,7 @@ def compress(
         )
     chosen = None if config.ranks is None else _explicit(model.spec, offered, config)
     base = model
-    if _folded(model.spec, fixed) != model.spec:
+    if weights.with_folded(model.spec, skip=fixed) != model.spec:
         base = weights.fold_layer_scale(model, skip=fixed)
     if chosen is not None and config.budget is not None:
         _check_explicit(base.spec, chosen, config.budget, reference)

@@ -23,7 +23,7 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice, pairwise
@@ -165,20 +165,6 @@ def with_options(spec: ModelSpec, chosen: Sequence[Option]) -> ModelSpec:
     return replace(spec, blocks=tuple(blocks))
 
 
-def folded(spec: ModelSpec, fixed: Collection[tuple[int, str]] = ()) -> ModelSpec:
-    """The spec after `weights.fold_layer_scale`.  fixed: halves that keep theirs."""
-
-    def one(i: int, block: Block) -> Block:
-        a, m = block.attention, block.mlp
-        return replace(
-            block,
-            attention=a if a is None or (i, "attention") in fixed else replace(a, layer_scale=False),
-            mlp=m if m is None or (i, "mlp") in fixed else replace(m, layer_scale=False),
-        )
-
-    return replace(spec, blocks=tuple(one(i, block) for i, block in enumerate(spec.blocks)))
-
-
 def unit(hidden: int, align: int) -> int:
     """Hidden units in one step: `align`, or an eighth of an MLP too narrow for eight of them."""
     return max(1, min(align, hidden // 8))
@@ -225,7 +211,7 @@ def floor(spec: ModelSpec, config: DcvitConfig | None = None) -> Cost:
     """The cheapest network that the method makes of this spec; frozen parts stay."""
     config = config or DcvitConfig()
     fixed = frozen(spec, config.freeze)
-    whole, spec = spec, folded(spec, fixed)
+    whole, spec = spec, weights.with_folded(spec, skip=fixed)
     if config.variant == "finetune":
         found = candidates(spec, fixed)[: config.k]
         return cost(with_options(spec, _narrowed(spec, found, dict.fromkeys(found, 1))) if found else whole)
@@ -239,7 +225,7 @@ def floor(spec: ModelSpec, config: DcvitConfig | None = None) -> Cost:
 def step(spec: ModelSpec, config: DcvitConfig | None = None) -> dict[str, int]:
     """The largest jump in cost between neighbouring results, by resource (law 7): one attention, or one step of width."""
     config = config or DcvitConfig()
-    given, spec = cost(spec), folded(spec, frozen(spec, config.freeze))
+    given, spec = cost(spec), weights.with_folded(spec, skip=frozen(spec, config.freeze))
     whole, base = cost(spec), dense_options(spec)
     found = {name: getattr(given, name) - getattr(whole, name) for name in RESOURCES}
     for i, option in enumerate(base):
@@ -360,7 +346,7 @@ def structure(spec: ModelSpec, config: DcvitConfig, budget: Budget) -> Structure
     """
     reference, limits = cost(spec), budget.limits(cost(spec))
     fixed = frozen(spec, config.freeze)
-    spec = folded(spec, fixed)
+    spec = weights.with_folded(spec, skip=fixed)
     found = candidates(spec, fixed)
     if not exceeded(reference, limits):
         return Structure(k=0, hidden={})
@@ -454,7 +440,7 @@ def tables(
     spec: ModelSpec, losses: Sequence[Mapping[Option, float]], fixed: frozenset[tuple[int, str]], *, align: int
 ) -> list[Table]:
     """Costs of every option of every block.  losses: by block, of each of its options."""
-    spec = folded(spec, fixed)
+    spec = weights.with_folded(spec, skip=fixed)
     base, walk = dense_options(spec), token_walk(spec)
     found = []
     for i, (block, at) in enumerate(zip(spec.blocks, walk, strict=True)):
@@ -1528,7 +1514,7 @@ def by_finetuning(
         if place is not None:
             shutil.rmtree(place, ignore_errors=True)
     order = sorted(found, key=lambda i: (state.scores[str(i)], i))[: shape.k]
-    hidden = widest(folded(reference, fixed), order, limits) if not paper else None
+    hidden = widest(weights.with_folded(reference, skip=fixed), order, limits) if not paper else None
     hidden = hidden or {i: shape.hidden[i] for i in order}
     first = order[0]
     student, keep = _narrow(base, first, shape.hidden[first], config)

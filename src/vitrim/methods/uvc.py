@@ -507,24 +507,10 @@ def _shape(block: Block) -> Shape:
     )
 
 
-def _folded(spec: ModelSpec, fixed: Collection[Half]) -> ModelSpec:
-    """The spec after `weights.fold_layer_scale`, frozen halves left as they are."""
-
-    def folded(i: int, block: Block) -> Block:
-        a, m = block.attention, block.mlp
-        if a is not None and (i, "attention") not in fixed:
-            a = replace(a, layer_scale=False)
-        if m is not None and (i, "mlp") not in fixed:
-            m = replace(m, layer_scale=False)
-        return replace(block, attention=a, mlp=m)
-
-    return replace(spec, blocks=tuple(folded(i, block) for i, block in enumerate(spec.blocks)))
-
-
 def space_of(spec: ModelSpec, config: UvcConfig) -> Space:
     """The decisions on a spec as it was passed in; budgets' shares refer to it."""
     fixed = frozen(spec, config.freeze)
-    return Space(_folded(spec, fixed), config, fixed, cost(spec))
+    return Space(weights.with_folded(spec, skip=fixed), config, fixed, cost(spec))
 
 
 ANY = Budget(keep_macs=1.0)
