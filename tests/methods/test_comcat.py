@@ -419,3 +419,24 @@ def test_unknown_methods_and_configs_are_refused():
         configure("commcat", {})
     with pytest.raises(ConfigError, match="ComcatConfig"):
         compress(make(WIDE), Budget(keep_macs=0.5))
+
+
+@pytest.mark.parametrize("keep", [0.25, 0.35, 0.5])
+def test_aligned_ranks_lose_little_more_than_single_ones(keep):
+    """Near the floor of a budget, steps of eight leave no freedom; they give way there."""
+    spec = vit(width=64, heads=2, head_dim=32, hidden=128, blocks=3)
+    offered, _ = groups(spec)
+    energies = {
+        g.key: [
+            2.0 ** -(r * (1 + g.key.block * 2 + (g.key.part == "fc1"))) * 10 ** (2 - g.key.block)
+            for r in range(g.limit)
+        ]
+        for g in offered
+    }
+
+    def lost(align: int) -> float:
+        ranks = allocate(spec, energies, Budget(keep_macs=keep), align=align)
+        assert cost(with_ranks(spec, ranks)).macs <= keep * cost(spec).macs
+        return sum(sum(energies[key][rank:]) for key, rank in ranks.items() if rank is not None)
+
+    assert lost(8) <= 1.2 * lost(1) + 1e-12

@@ -34,6 +34,8 @@ from vitrim.result import Compressed
 from vitrim.spec import ModelSpec, spec_hash
 
 PARTS = ("qk", "vo", "fc1", "fc2")
+PRICE_OF_ALIGNMENT = 1.2
+"""How many times the loss of single ranks an aligned allocation may have."""
 Progress = Callable[..., None]
 
 
@@ -229,8 +231,9 @@ def allocate(
     beyond a group's `top` is what leaving it as it is adds. reference: what the budget's shares refer to; None: `spec`.
 
     Greedy on the upper hull of each group's (cost, energy) points, so that a part whose dense form is as cheap as a high
-    rank is bought whole; then single steps while one fits. Steps are `align` ranks (less for narrow heads); where even the
-    lowest aligned ranks exceed the budget, `align` is halved, and single ranks fill what is over 1 % of dense.
+    rank is bought whole; then single steps while one fits, and single ranks fill what is over 1 % of dense. Steps are `align`
+    ranks (less for narrow heads), or half as many, and half again: where the lowest aligned ranks exceed the budget, and where
+    coarse steps lose a fifth more than single ranks would, as close to the floor of a budget they do.
     Raises BudgetError when rank 1 everywhere is above the budget.
     """
     offered = groups(spec, factorise_mlp=factorise_mlp, fixed=fixed)[0]
@@ -243,8 +246,18 @@ def allocate(
     while align > 1 and exceeded(cost(with_ranks(spec, {g.key: _unit(g, align) for g in offered})), limits):
         align //= 2
     currencies = sorted({"macs" if name == "macs" else "params" for name in limits})
-    plans = [_greedy(spec, offered, energies, limits, reference, align, currency) for currency in currencies]
-    return max(plans, key=lambda ranks: sum(_kept(energies[key], rank) for key, rank in ranks.items()))
+    whole = sum(sum(energy) for energy in energies.values())
+    found: list[tuple[float, Ranks]] = []
+    while align >= 1:
+        plans = [_greedy(spec, offered, energies, limits, reference, align, currency) for currency in currencies]
+        found.append(min(((whole - _total(energies, ranks), ranks) for ranks in plans), key=lambda plan: plan[0]))
+        align //= 2
+    finest = found[-1][0]
+    return next(ranks for lost, ranks in found if lost <= max(finest, PRICE_OF_ALIGNMENT * finest))
+
+
+def _total(energies: Mapping[Key, list[float]], ranks: Ranks) -> float:
+    return sum(_kept(energies[key], rank) for key, rank in ranks.items())
 
 
 def _unit(group: Group, align: int) -> int:
