@@ -250,9 +250,18 @@ def table(name: str, found: list[dict[str, Any]]) -> str:
     told = [row for row in found if row["row"].startswith("UVC") and row.get("told")]
     if told:
         lines += ["", "What the searches say of themselves:", ""]
-        lines += [f"- {row['row']} at {row['keep']:.0%}: {row['told']}" for row in told]
+        lines += [f"- {row['row']} at {row['keep']:.0%}: {told_words(row['told'])}" for row in told]
     lines += ["", f"Conditions: { ({key: first[key] for key in ('versions', 'processor', 'threads')}) }."]
     return "\n".join(lines) + "\n"
+
+
+def told_words(told: dict[str, Any]) -> str:
+    """Where the saving came from, and what the finaliser had to cut."""
+    saving, finaliser = told["saving"]["macs"], told["finaliser"]["macs"]
+    return (
+        f"{saving['widths']:.0%} of the saved MACs by widths, {saving['skipping']:.0%} by skipping; the search ended at {finaliser['searched']:.1%} of dense, "
+        f"the finaliser cut {finaliser['cut']:.1%}."
+    )
 
 
 if __name__ == "__main__":
