@@ -30,10 +30,10 @@ from vitrim.training import TrainConfig, read_config
 
 DOCS = Path(__file__).parents[1] / "docs" / "benchmarks"
 ABLATIONS: dict[str, dict[str, Any]] = {
+    "UVC, q and k tied to v": {"tie_qk": True},
     "UVC without gates": {"gates": "none"},
     "UVC without widths": {"widths": False},
     "UVC without distillation": {"distill": False},
-    "UVC, q and k tied to v": {"tie_qk": True},
 }
 
 
