@@ -106,6 +106,9 @@ class Run:
         limit = int(keep * cost(self.dense).macs)
         budget = vitrim.Budget(keep_macs=keep)
         found = self.one("UVC", keep, seed, lambda: self.uvc(budget, seed))
+        later = ("UVC's widths, units at random", "from scratch, UVC's shape, same steps")
+        if found is None and not self.refused("UVC", keep, seed) and not all(self.there(r, keep, seed) for r in later):
+            found = self.uvc(budget, seed)[0]  # a stopped run goes on: the same seed gives the same network
         if found is not None:
             self.one(
                 "UVC's widths, units at random", keep, seed, lambda: (pruned.random_like(self.dense, found, seed), {})
@@ -135,6 +138,8 @@ class Run:
         self.one("Torch-Pruning (group Taylor)", keep, seed, lambda: (self.torch_pruning(limit, seed), {}))
         for label, method in (("DC-ViT closed", "dcvit"), ("COMCAT whitened", "comcat")):
             small = self.one(label, keep, seed, lambda method=method: (self.closed(method, budget, seed), {}))
+            if method == "comcat" and small is None and not self.refused(label, keep, seed):
+                small = self.closed(method, budget, seed)
             if method == "comcat" and small is not None:
                 self.one(
                     f"{label}, recovered for UVC's search too", keep, seed, lambda small=small: (small, {}), long=True
@@ -142,6 +147,14 @@ class Run:
         if ablate:
             for label, changes in ABLATIONS.items():
                 self.one(label, keep, seed, lambda changes=changes: self.uvc(budget, seed, **changes))
+
+    def there(self, row: str, keep: float, seed: int) -> bool:
+        """Whether the row was made."""
+        return any((r["row"], r["keep"], r["seed"]) == (row, keep, seed) for r in self.rows)
+
+    def refused(self, row: str, keep: float, seed: int) -> bool:
+        """Whether the row says that its budget is out of reach."""
+        return any((r["row"], r["keep"], r["seed"]) == (row, keep, seed) and "refused" in r for r in self.rows)
 
     def uvc(self, budget: vitrim.Budget, seed: int, **changes: Any) -> tuple[Vit, dict[str, Any]]:
         config = vitrim.UvcConfig(budget=budget, seed=seed, **self.search, **changes)
@@ -177,7 +190,7 @@ class Run:
         recover: bool = True,
     ) -> Vit | None:
         """Cut, score, recover, score, time; gives the network before recovery, or None where the budget is out of reach."""
-        if any((r["row"], r["keep"], r["seed"]) == (row, keep, seed) for r in self.rows):
+        if self.there(row, keep, seed):
             return None
         began = time.monotonic()
         try:
@@ -197,7 +210,7 @@ class Run:
         return small
 
     def add(self, row: str, keep: float, seed: int, seconds: float | None, model: Vit | None, **told: Any) -> None:
-        if any((r["row"], r["keep"], r["seed"]) == (row, keep, seed) for r in self.rows):
+        if self.there(row, keep, seed):
             return
         facts: dict[str, Any] = {"row": row, "keep": keep, "seed": seed, "recovery_s": seconds, **told}
         facts["recovery_steps"] = None if self.full else 400 // self.scale
