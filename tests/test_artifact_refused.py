@@ -63,8 +63,11 @@ def test_a_missing_file_is_named(saved: Path, name: str) -> None:
 
 
 def test_a_lost_card_does_not_matter(saved: Path) -> None:
+    whole = artifact.load(saved)
     (saved / "README.md").unlink()
-    artifact.load(saved)
+    found = artifact.load(saved)
+    assert found.config == whole.config
+    assert all(torch.equal(a, b) for a, b in zip(found.parameters(), whole.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("left", [0, 5, 200, -1])
@@ -229,10 +232,13 @@ def test_a_link_that_leaves_the_folder_is_refused(saved: Path, tmp_path: Path, n
 
 
 def test_a_link_in_the_folder_and_a_link_to_the_folder_are_fine(saved: Path, tmp_path: Path) -> None:
+    whole = artifact.load(saved)
     (saved / "model.safetensors").rename(saved / "w")
     (saved / "model.safetensors").symlink_to("w")
     (tmp_path / "latest").symlink_to(saved)
-    artifact.load(tmp_path / "latest")
+    found = artifact.load(tmp_path / "latest")
+    assert found.config == whole.config
+    assert all(torch.equal(a, b) for a, b in zip(found.parameters(), whole.parameters(), strict=True))
 
 
 def test_a_pipe_is_refused_and_not_waited_for(saved: Path) -> None:

@@ -300,11 +300,36 @@ def test_a_model_that_is_not_faster_is_not_called_faster(result: dict[str, Any])
 
 
 @pytest.mark.parametrize(
-    "part", ["timing", "recovery", "difference", "samples", "warnings", "seconds", "commands", "provenance"]
+    "part",
+    [
+        "timing",
+        "recovery",
+        "difference",
+        "samples",
+        "warnings",
+        "seconds",
+        "commands",
+        "provenance",
+        "search",
+        "prediction",
+    ],
 )
 def test_a_part_that_was_left_out_leaves_a_whole_page(result: dict[str, Any], part: str) -> None:
     metrics = {**result["metrics"], "recovered": None} if part == "recovery" else result["metrics"]
-    Page(page.render({**result, part: None, "metrics": metrics}))
+    headings = {  # what goes with the part; the other parts have none of their own
+        "timing": "Speed: ideal and measured",
+        "recovery": "training steps",
+        "samples": "Drawn <at random>",
+        "commands": "To go on",
+        "search": "How the search went",
+        "prediction": "Predicted and reached",
+    }
+    whole, less = (Page(page.render({**result, **change})) for change in ({}, {part: None, "metrics": metrics}))
+    said = ["".join(seen.text) for seen in (whole, less)]
+    assert said[0] != said[1]
+    assert "What was cut" in said[1]
+    if part in headings:
+        assert [headings[part] in text for text in said] == [True, False]
 
 
 def test_without_labels_the_page_speaks_of_agreement(result: dict[str, Any]) -> None:
