@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 import vitrim
 from tests.specs import close, images, make, specs, vit
+from vitrim import closed_form as cf
 from vitrim import data as opened
 from vitrim import weights
 from vitrim.budget import RESOURCES, Budget, exceeded
@@ -702,8 +703,8 @@ def test_metric_images_become_typical_and_depend_on_the_seed_alone():
 
 def test_divergence_is_zero_for_the_same_and_positive_for_others():
     a, b = torch.randn(4, 5), torch.randn(4, 5)
-    assert dcvit.divergence(a, a, classifies=True) == pytest.approx(0, abs=1e-12)
-    assert dcvit.divergence(a, b, classifies=True) > 0
+    assert cf.divergence(a, a, classifies=True) == pytest.approx(0, abs=1e-12)
+    assert cf.divergence(a, b, classifies=True) > 0
 
 
 # -------------------------------------------------------------------------------------------------------------- end to end

@@ -217,6 +217,15 @@ def _forced(theirs: Stream, undo: Undo, before: Stream) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------- answers
 
 
+def divergence(before: Tensor, after: Tensor, *, classifies: bool) -> float:
+    """KL(before || after) of the class probabilities, a mean over images; of features the relative squared error."""
+    before, after = before.double().cpu(), after.double().cpu()
+    if not classifies:
+        return float((before - after).square().sum() / before.square().sum().clamp_min(1e-300))
+    p, q = before.log_softmax(-1), after.log_softmax(-1)
+    return max(float((p.exp() * (p - q)).sum(-1).mean()), 0.0)
+
+
 def answers(model: Vit, stream: Stream, start: int) -> Tensor:
     """What the model answers on from the stream in front of block `start`: logits or features, [B, ...].
 

@@ -835,22 +835,9 @@ class Inputs:
     def __init__(self, model: Vit, source: Any, config: AutoConfig) -> None:
         if source is None:
             raise DataError("auto: it needs a few hundred unlabelled images, and none were given. Pass data=.")
-        self.batch_size, self.preprocess = config.batch_size, model.config.preprocess
-        self.tensor: Tensor | None = None
-        if self.preprocess is None:
-            if not (isinstance(source, Tensor) and source.is_floating_point() and source.dim() == 4):
-                raise DataError(
-                    "auto: the model does not say how images are normalised, and these are not the network's own input. "
-                    "Load it with preprocess=, or pass a float tensor [n, C, h, w] that is ready for it."
-                )
-            order = torch.randperm(len(source), generator=torch.Generator().manual_seed(config.seed))
-            self.tensor = source[order[: config.images]]
-            self.count = len(self.tensor)
-            self.mark = hashlib.sha256(self.tensor.double().sum((1, 2, 3)).cpu().numpy().tobytes()).hexdigest()[:16]
-        else:
-            self.images = opened.open(source, labelled=False).take(config.images, config.seed, balanced=False)
-            self.count = len(self.images)
-            self.mark = str(self.images.fingerprint()["sha256"])[:16]
+        self.batch_size = config.batch_size
+        self.feed = opened.feed(source, model.config.preprocess, count=config.images, seed=config.seed, method="auto")
+        self.count, self.mark = len(self.feed), self.feed.mark[:16]
         if self.count < 2:
             raise DataError(
                 f"auto: {self.count} image; expected two at least (one judges), and a few hundred to do well."
@@ -863,13 +850,7 @@ class Inputs:
 
     def batches(self, part: str) -> Iterator[Tensor]:
         """Batches [B, C, h, w]."""
-        rows = self.rows[part]
-        if self.tensor is not None:
-            yield from self.tensor[torch.from_numpy(rows)].split(self.batch_size)
-            return
-        assert self.preprocess is not None
-        for x, _ in opened.batches(self.images.subset(rows), opened.evaluation(self.preprocess), self.batch_size):
-            yield x
+        return self.feed.subset(self.rows[part]).batches(self.batch_size)
 
     def _refuse_alike(self) -> None:
         first: Tensor | None = None

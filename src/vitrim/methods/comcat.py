@@ -11,7 +11,7 @@ Departs  Biases are exact (the authors' code drops the attention's). `whitened` 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -504,11 +504,16 @@ def compress(
     if chosen is not None and config.budget is not None:
         _check_explicit(base.spec, chosen, config.budget, reference)
 
-    inputs = None if data is None else Inputs(model, data, config)
+    feed = None
+    if data is not None:
+        how = model.config.preprocess
+        feed = opened.feed(data, how, count=config.images, seed=config.seed, method="comcat")
+        if not len(feed):
+            raise DataError("comcat: no images. Pass a few hundred unlabelled ones.")
     statistics = None
     if config.variant == "whitened":
-        assert inputs is not None
-        statistics = cf.calibrate(base, inputs.batches(config.images), total=inputs.count, progress=progress)
+        assert feed is not None
+        statistics = cf.calibrate(base, feed.batches(config.batch_size), total=len(feed), progress=progress)
     limits = {g.key: (g.top if chosen is None else chosen[g.key]) for g in offered}
     factors: dict[Key, cf.Factors] = {}
     energies: dict[Key, list[float]] = {}
@@ -527,8 +532,14 @@ def compress(
     history: list[dict[str, Any]] = []
     if chosen is None:
         assert config.budget is not None
-        if inputs is not None and config.probe_images:
-            measured = _probe(base, factors, energies, list(inputs.batches(config.probe_images)), progress)
+        if feed is not None and config.probe_images:
+            measured = _probe(
+                base,
+                factors,
+                energies,
+                list(feed.few(config.probe_images, config.seed).batches(config.batch_size)),
+                progress,
+            )
         common = {key: _scaled(energy, measured.get(key)) for key, energy in energies.items()}
         chosen = allocate(
             base.spec,
@@ -611,7 +622,7 @@ def _probe(
         rank = max(1, factors[key].left.shape[-1] // 2)
         after = _outputs(_apply(model, factors, {key: rank}, variant="", share=True), batches)
         tail = sum(energy[rank:])
-        found[key] = _divergence(before, after, classifies=bool(model.spec.outputs)) / max(
+        found[key] = cf.divergence(before, after, classifies=bool(model.spec.outputs)) / max(
             tail, cf.TINY * sum(energy), 1e-300
         )
         if progress is not None:
@@ -625,46 +636,6 @@ def _outputs(model: Vit, batches: list[Tensor]) -> Tensor:
     """Logits, or features, of all images.  [n, ...] float64 on the CPU."""
     like = next(model.parameters())
     return torch.cat([_cpu(model(x.to(like), gates=Gates(policy="open"))) for x in batches])
-
-
-def _divergence(before: Tensor, after: Tensor, *, classifies: bool) -> float:
-    """KL(before || after) of the class probabilities, mean over images; of features the relative squared error."""
-    if not classifies:
-        return float((before - after).square().sum() / before.square().sum().clamp_min(1e-300))
-    p, q = before.log_softmax(-1), after.log_softmax(-1)
-    return float((p.exp() * (p - q)).sum(-1).mean())
-
-
-class Inputs:
-    """The images of a calibration as the network takes them, read anew by each pass, a batch at a time."""
-
-    def __init__(self, model: Vit, source: Any, config: ComcatConfig) -> None:
-        self.config = config
-        self.preprocess = model.config.preprocess
-        if self.preprocess is None:
-            if not (isinstance(source, Tensor) and source.is_floating_point() and source.dim() == 4):
-                raise DataError(
-                    "comcat: the model does not say how images are normalised, and these are not the network's own input. "
-                    "Load it with preprocess=, or pass a float tensor [n, C, h, w] that is ready for it."
-                )
-            order = torch.randperm(len(source), generator=torch.Generator().manual_seed(config.seed))
-            self.tensor: Tensor = source[order[: config.images]]
-            self.count = len(self.tensor)
-        else:
-            self.images = opened.open(source, labelled=False).take(config.images, config.seed, balanced=False)
-            self.count = len(self.images)
-        if not self.count:
-            raise DataError("comcat: no images. Pass a few hundred unlabelled ones.")
-
-    def batches(self, count: int) -> Iterator[Tensor]:
-        """Up to `count` images in batches [B, C, h, w]."""
-        count = min(count, self.count)
-        if self.preprocess is None:
-            yield from self.tensor[:count].split(self.config.batch_size)
-            return
-        chosen = self.images if count == self.count else self.images.take(count, self.config.seed, balanced=False)
-        for x, _ in opened.batches(chosen, opened.evaluation(self.preprocess), self.config.batch_size):
-            yield x
 
 
 def _report(

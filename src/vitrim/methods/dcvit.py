@@ -42,7 +42,7 @@ from vitrim import closed_form as cf
 from vitrim import data as opened
 from vitrim.budget import RESOURCES, Budget, exceeded
 from vitrim.counting import FLOAT_BYTES, Cost, cost
-from vitrim.data import Augment, Images
+from vitrim.data import Augment
 from vitrim.data.draws import mix, ranked
 from vitrim.errors import BudgetError, ConfigError, DataError, TrainingError
 from vitrim.freezing import frozen
@@ -639,25 +639,13 @@ class Inputs:
             raise DataError(
                 "dcvit: no images were given; expected 50 to 1000 unlabelled ones. Pass data=, such as a folder."
             )
-        self.seed = config.seed
-        self.preprocess = model.config.preprocess
-        self.images: Images | None = None
-        if self.preprocess is None:
-            if not (isinstance(source, Tensor) and source.is_floating_point() and source.dim() == 4):
-                raise DataError(
-                    "dcvit: the model does not say how images are normalised, and these are not the network's own input. "
-                    "Load it with preprocess=, or pass a float tensor [n, C, h, w] that is ready for it."
-                )
-            order = torch.randperm(len(source), generator=torch.Generator().manual_seed(config.seed))
-            self.tensor: Tensor = source[order[: config.images]]
-            self.count = len(self.tensor)
-            self.mark = f"{float(self.tensor.double().sum()):.17g} {tuple(self.tensor.shape)}"
-        else:
-            images = opened.open(source, labelled=False).take(config.images, config.seed, balanced=False)
-            self.images = images
-            self.shuffled = images.subset(ranked(config.seed, _ORDER, images.rows))
-            self.count = len(images)
-            self.mark = images.fingerprint()["sha256"]
+        feed = opened.feed(source, model.config.preprocess, count=config.images, seed=config.seed, method="dcvit")
+        self.images, self.mark, self.count = feed.images, feed.mark, len(feed)
+        self.feed = feed
+        if feed.images is not None:
+            self.feed = opened.Feed(
+                feed.preprocess, images=feed.images.subset(ranked(config.seed, _ORDER, feed.images.rows))
+            )
         if not self.count:
             raise DataError("dcvit: no images. Pass 50 to 1000 unlabelled ones.")
         if self.count < 8:
@@ -668,11 +656,7 @@ class Inputs:
 
     def batches(self) -> Iterator[Tensor]:
         """[B, C, h, w] each, the same in every pass."""
-        if self.preprocess is None:
-            yield from self.tensor.split(self.batch_size)
-            return
-        for x, _ in opened.batches(self.shuffled, opened.evaluation(self.preprocess), self.batch_size):
-            yield x
+        return self.feed.batches(self.batch_size)
 
     def streams(self, model: Vit) -> Iterator[Stream]:
         """What enters the first block. Raises DataError when all images are equal."""
@@ -685,15 +669,6 @@ class Inputs:
             yield model.embed(x.to(like))
         if not differ:
             raise DataError(f"dcvit: all {self.count} images are equal; expected different photos. Check the folder.")
-
-
-def divergence(before: Tensor, after: Tensor, *, classifies: bool) -> float:
-    """KL(before || after) of the class probabilities, a mean over images; of features the relative squared error."""
-    before, after = before.double().cpu(), after.double().cpu()
-    if not classifies:
-        return float((before - after).square().sum() / before.square().sum().clamp_min(1e-300))
-    p, q = before.log_softmax(-1), after.log_softmax(-1)
-    return max(float((p.exp() * (p - q)).sum(-1).mean()), 0.0)
 
 
 # ------------------------------------------------------------------------------------------- closed form: the score of a block
@@ -961,7 +936,7 @@ def _measure(s: Scoring, index: int, run: Callable[[Stream], Stream]) -> float:
         if number in s.probes
     ]
     before = torch.cat(s.answers)
-    return divergence(before, torch.cat([a.cpu() for a in found]), classifies=bool(s.base.spec.outputs))
+    return cf.divergence(before, torch.cat([a.cpu() for a in found]), classifies=bool(s.base.spec.outputs))
 
 
 @torch.no_grad()
@@ -1471,7 +1446,7 @@ def _mismatch(teacher: Vit, student: Vit, x: Tensor, batch_size: int) -> float:
         torch.cat([cf.answers(net, net.embed(part.to(like)), 0).cpu() for part in x.split(batch_size)])
         for net in (teacher, student)
     )
-    return divergence(before, after, classifies=bool(teacher.spec.outputs))
+    return cf.divergence(before, after, classifies=bool(teacher.spec.outputs))
 
 
 def by_finetuning(
