@@ -26,6 +26,8 @@ RIDGES = (1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 1.0)
 """What `choose_ridge` chooses from: shares of the mean diagonal of the inputs' covariance."""
 PANEL = 64
 """Removals between two updates of the full matrices."""
+SKETCH = 128
+"""Random sums of the outputs on which `choose_ridge` compares where there are more: each solves the same system as the outputs."""
 
 
 @dataclass
@@ -191,11 +193,15 @@ def choose_ridge(
     """The ridge whose refit on all folds but one has the least error on that one, summed over the folds.
 
     folds: of different images, never of different tokens of the same images. With fewer than two that have rows, the
-    largest ridge.
+    largest ridge. Above `SKETCH` outputs the errors are estimated, without bias and for all ridges from the same signs.
     """
     full = [fold for fold in folds if fold.weight > 0]
     if len(full) < 2:
         return max(ridges)
+    outputs = prior.shape[1]
+    if outputs > SKETCH:
+        sums = _sketch(outputs, metric).to(full[0].x)
+        full, prior, metric = [fold.on(sums) for fold in full], prior.to(sums) @ sums, None
     if keep is not None:
         full, prior = [fold.of(keep) for fold in full], prior[keep]
     whole = _total(full)
@@ -206,6 +212,16 @@ def choose_ridge(
             w, b = refit(rest, prior, ridge=ridge, bias=bias)
             errors[n] += loss(fold, w, b, metric=metric) * fold.weight
     return ridges[min(range(len(ridges)), key=errors.__getitem__)]
+
+
+def _sketch(outputs: int, metric: Tensor | None) -> Tensor:
+    """[D, `SKETCH`] R with E[R R^T] = metric (None: the identity): the squared error of e @ R estimates that of e in it."""
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.randint(0, 2, (outputs, SKETCH), generator=generator).double() * 2 - 1
+    if metric is not None:
+        squares, turn = torch.linalg.eigh(metric.double().cpu())
+        signs = turn @ (squares.clamp_min(0).sqrt()[:, None] * signs)
+    return signs / SKETCH**0.5
 
 
 def _total(folds: Sequence[Regression]) -> Regression:
