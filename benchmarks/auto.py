@@ -10,22 +10,18 @@ come: a stopped run goes on with `--resume`. `--recover 0.25,0.1` recovers at th
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import protocol
 import pruned
 
 import vitrim
-from vitrim import data as rooms
 from vitrim.counting import cost
 from vitrim.model import Vit
 from vitrim.pipeline import RecoverConfig
 
-DOCS = Path(__file__).parents[1] / "docs" / "benchmarks"
 KEEPS = (0.5, 0.25, 0.15, 0.1, 0.05)
 SEEDS = (0, 1, 2)
 COUNTS = (50, 100, 256, 1000)
@@ -35,34 +31,23 @@ PLAIN = (*NARROW_OFF, "width")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="CIFAR-10 as a folder of Parquet files; its test split is scored")
-    parser.add_argument("--full", action="store_true")
-    parser.add_argument("--recover", default="", help="shares at which rows are recovered too; all by default")
-    parser.add_argument("--resume", action="store_true", help="keep the rows that are there")
-    parser.add_argument("--table", action="store_true", help="only make the table from the rows that are there")
-    options = parser.parse_args()
-    name = "cifar10-vit-tiny" if options.full else "cifar10-vit-micro"
-    place = protocol.RESULTS / f"auto-{name}.jsonl"
+    options = protocol.arguments(
+        "auto",
+        __doc__,
+        recover={"default": "", "help": "shares at which rows are recovered too; all by default"},
+    )
     if not options.table:
         shares = tuple(float(share) for share in options.recover.split(",") if share)
-        Run(name, options.data, place, full=options.full, resume=options.resume, recover=shares or KEEPS).all()
-    DOCS.mkdir(parents=True, exist_ok=True)
-    (DOCS / f"auto-{name}.md").write_text(table(name, protocol.read(place)), encoding="utf-8")
+        Run(options, recover=shares or KEEPS).all()
+    protocol.publish(options.place.stem, table(options.name, protocol.read(options.place)))
 
 
-class Run:
+class Run(protocol.Run):
     """All rows, each written when it is done."""
 
-    def __init__(
-        self, name: str, data: str, place: Path, *, full: bool, resume: bool, recover: tuple[float, ...]
-    ) -> None:
-        self.name, self.place, self.full, self.recover = name, place, full, recover
-        self.dense = vitrim.load(f"builtin:{name}")
-        self.source: Any = data if full else "sample"
-        self.test = rooms.open(data, split="test", labelled=True)
-        self.facts = {"model": name, "data": rooms.open(self.source).fingerprint(), "test_images": len(self.test)}
-        self.rows: list[dict[str, Any]] = protocol.read(place) if resume and place.is_file() else []
+    def __init__(self, options: Any, *, recover: tuple[float, ...]) -> None:
+        super().__init__(options)
+        self.recover = recover
         self.base, self.right = protocol.accuracy(self.dense, self.test)
         if not self.rows:
             self.keep({"row": "dense", "keep": 1.0, "seed": 0, "images": 0, "before": self.base}, self.dense)

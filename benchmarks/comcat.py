@@ -9,9 +9,7 @@ Writes benchmarks/results/comcat-MODEL.jsonl and the table docs/benchmarks/comca
 
 from __future__ import annotations
 
-import argparse
 import time
-from pathlib import Path
 from typing import Any
 
 import protocol
@@ -21,23 +19,18 @@ from vitrim import data as rooms
 from vitrim import weights
 from vitrim.pipeline import RecoverConfig
 
-DOCS = Path(__file__).parents[1] / "docs" / "benchmarks"
-
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="CIFAR-10 as a folder of Parquet files; its test split is scored")
-    parser.add_argument("--full", action="store_true")
-    parser.add_argument("--keep", default="", help="shares of the MACs, as 0.5,0.25; the protocol's by default")
-    parser.add_argument("--table", action="store_true", help="only make the table from the rows that are there")
-    options = parser.parse_args()
-    name = "cifar10-vit-tiny" if options.full else "cifar10-vit-micro"
-    place = protocol.RESULTS / f"comcat-{name}.jsonl"
+    options = protocol.arguments(
+        "comcat",
+        __doc__,
+        resumes=False,
+        keep={"default": "", "help": "shares of the MACs, as 0.5,0.25; the protocol's by default"},
+    )
     if not options.table:
         chosen = tuple(float(share) for share in options.keep.split(",") if share)
-        protocol.write(place, rows(name, options.data, chosen, full=options.full))
-    DOCS.mkdir(parents=True, exist_ok=True)
-    (DOCS / f"comcat-{name}.md").write_text(table(name, protocol.read(place)), encoding="utf-8")
+        protocol.write(options.place, rows(options.name, options.data, chosen, full=options.full))
+    protocol.publish(options.place.stem, table(options.name, protocol.read(options.place)))
 
 
 def rows(name: str, data: str, keeps: tuple[float, ...], *, full: bool) -> list[dict[str, Any]]:

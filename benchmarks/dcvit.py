@@ -10,11 +10,9 @@ come: a stopped run goes on with `--resume`.
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import peers
@@ -26,7 +24,6 @@ from vitrim import data as rooms
 from vitrim.counting import cost
 from vitrim.model import Vit
 
-DOCS = Path(__file__).parents[1] / "docs" / "benchmarks"
 PRACTISE = {"trial_steps": 10, "steps": 100, "batch": 32}
 FAITHFUL = {"steps": 20, "metric_steps": 50, "metric_images": 50, "lr": 3e-4}
 """As far as minutes allow; the sheet has 2,000 steps of each at 3e-5."""
@@ -36,29 +33,17 @@ QUICK_SEEDS = (0, 1, 2)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="CIFAR-10 as a folder of Parquet files; its test split is scored")
-    parser.add_argument("--full", action="store_true")
-    parser.add_argument("--resume", action="store_true", help="keep the rows that are there")
-    parser.add_argument("--table", action="store_true", help="only make the table from the rows that are there")
-    options = parser.parse_args()
-    name = "cifar10-vit-tiny" if options.full else "cifar10-vit-micro"
-    place = protocol.RESULTS / f"dcvit-{name}.jsonl"
+    options = protocol.arguments("dcvit", __doc__)
     if not options.table:
-        Run(name, options.data, place, full=options.full, resume=options.resume).all()
-    DOCS.mkdir(parents=True, exist_ok=True)
-    (DOCS / f"dcvit-{name}.md").write_text(table(name, protocol.read(place)), encoding="utf-8")
+        Run(options).all()
+    protocol.publish(options.place.stem, table(options.name, protocol.read(options.place)))
 
 
-class Run:
+class Run(protocol.Run):
     """All rows, each written when it is done."""
 
-    def __init__(self, name: str, data: str, place: Path, *, full: bool, resume: bool) -> None:
-        self.name, self.place, self.full = name, place, full
-        self.dense = vitrim.load(f"builtin:{name}")
-        self.source: Any = data if full else "sample"
-        self.test = rooms.open(data, split="test", labelled=True)
-        self.rows: list[dict[str, Any]] = protocol.read(place) if resume and place.is_file() else []
+    def __init__(self, options: Any) -> None:
+        super().__init__(options)
         self.done = {(row["row"], row["images"], row["keep"], row["seed"]) for row in self.rows}
         top1, self.right, self.answers = protocol.answers(self.dense, self.test)
         if not self.rows:

@@ -5,6 +5,7 @@ A row is one JSON line. Settings are chosen on the validation split; the test sp
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -18,17 +19,53 @@ from typing import Any
 import torch
 
 import vitrim
+from vitrim import data as rooms
 from vitrim import timing
 from vitrim.counting import cost
 from vitrim.data import Images
 from vitrim.model import Vit
 from vitrim.pipeline import RecoverConfig
-from vitrim.pipeline.judging import difference
 from vitrim.spec import spec_hash
 
-__all__ = ["difference"]
-
 RESULTS = Path(__file__).parent / "results"
+DOCS = Path(__file__).parents[1] / "docs" / "benchmarks"
+
+
+def arguments(kind: str, about: str | None, *, resumes: bool = True, **more: dict[str, Any]) -> argparse.Namespace:
+    """What every accuracy benchmark is told, with `name` (of the built-in model) and `place` (of its rows) beside it.
+
+    resumes: whether it can go on from rows that are there. more: further options as `add_argument` takes them.
+    """
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="CIFAR-10 as a folder of Parquet files; its test split is scored")
+    parser.add_argument("--full", action="store_true", help="the larger built-in model, on an accelerator")
+    for option, how in more.items():
+        parser.add_argument(f"--{option}", **how)
+    if resumes:
+        parser.add_argument("--resume", action="store_true", help="keep the rows that are there")
+    parser.add_argument("--table", action="store_true", help="only make the table from the rows that are there")
+    options = parser.parse_args()
+    options.name = "cifar10-vit-tiny" if options.full else "cifar10-vit-micro"
+    options.place = RESULTS / f"{kind}-{options.name}.jsonl"
+    return options
+
+
+class Run:
+    """What the rows of a benchmark are made from: the dense model, images to learn from, the test split, the rows so far."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.name, self.place, self.full, self.data = options.name, options.place, options.full, options.data
+        self.dense = vitrim.load(f"builtin:{self.name}")
+        self.source: Any = self.data if self.full else "sample"
+        self.test = rooms.open(self.data, split="test", labelled=True)
+        self.facts = {"model": self.name, "data": rooms.open(self.source).fingerprint(), "test_images": len(self.test)}
+        self.rows: list[dict[str, Any]] = read(self.place) if options.resume and self.place.is_file() else []
+
+
+def publish(page: str, text: str) -> None:
+    """Write docs/benchmarks/PAGE.md."""
+    DOCS.mkdir(parents=True, exist_ok=True)
+    (DOCS / f"{page}.md").write_text(text, encoding="utf-8")
 
 
 def conditions() -> dict[str, Any]:

@@ -23,7 +23,6 @@ from vitrim import architectures, methods
 from vitrim.counting import cost
 from vitrim.model import Vit, build
 
-DOCS = Path(__file__).parents[1] / "docs" / "benchmarks"
 PLACE = protocol.RESULTS / "sizes.jsonl"
 
 
@@ -40,8 +39,7 @@ def main() -> None:
     if not options.table:
         found.append(row(options))
         protocol.write(PLACE, found)
-    DOCS.mkdir(parents=True, exist_ok=True)
-    (DOCS / "sizes.md").write_text(table(found), encoding="utf-8")
+    protocol.publish("sizes", table(found))
 
 
 def row(options: Any) -> dict[str, Any]:

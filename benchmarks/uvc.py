@@ -11,9 +11,7 @@ the latter. Rows are kept as they come: a stopped run goes on with `--resume`.
 
 from __future__ import annotations
 
-import argparse
 import time
-from pathlib import Path
 from typing import Any
 
 import protocol
@@ -28,7 +26,6 @@ from vitrim.objectives import train
 from vitrim.pipeline import RecoverConfig
 from vitrim.training import TrainConfig, read_config
 
-DOCS = Path(__file__).parents[1] / "docs" / "benchmarks"
 ABLATIONS: dict[str, dict[str, Any]] = {
     "UVC, q and k tied to v": {"tie_qk": True},
     "UVC without gates": {"gates": "none"},
@@ -38,44 +35,29 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="CIFAR-10 as a folder of Parquet files; its test split is scored")
-    parser.add_argument("--full", action="store_true")
-    parser.add_argument("--short", action="store_true", help="half the protocol's steps, in search and recovery")
-    parser.add_argument(
-        "--recipe", action="store_true", help="also train a network of each size by the built-in model's recipe"
+    options = protocol.arguments(
+        "uvc",
+        __doc__,
+        short={"action": "store_true", "help": "half the protocol's steps, in search and recovery"},
+        recipe={"action": "store_true", "help": "also train a network of each size by the built-in model's recipe"},
     )
-    parser.add_argument("--resume", action="store_true", help="keep the rows that are there")
-    parser.add_argument("--table", action="store_true", help="only make the table from the rows that are there")
-    options = parser.parse_args()
-    name = "cifar10-vit-tiny" if options.full else "cifar10-vit-micro"
-    place = protocol.RESULTS / f"uvc-{name}.jsonl"
     if not options.table:
-        scale = 2 if options.short else 1
-        Run(
-            name, options.data, place, full=options.full, resume=options.resume, recipe=options.recipe, scale=scale
-        ).all()
-    DOCS.mkdir(parents=True, exist_ok=True)
-    (DOCS / f"uvc-{name}.md").write_text(table(name, protocol.read(place)), encoding="utf-8")
+        Run(options).all()
+    protocol.publish(options.place.stem, table(options.name, protocol.read(options.place)))
 
 
-class Run:
+class Run(protocol.Run):
     """All rows, each written when it is done."""
 
-    def __init__(
-        self, name: str, data: str, place: Path, *, full: bool, resume: bool, recipe: bool, scale: int
-    ) -> None:
-        """scale: what the protocol's steps are divided by."""
-        self.name, self.place, self.full, self.data, self.recipe, self.scale = name, place, full, data, recipe, scale
-        self.dense = vitrim.load(f"builtin:{name}")
-        self.source: Any = data if full else "sample"
-        self.test = rooms.open(data, split="test", labelled=True)
-        self.facts = {"model": name, "data": rooms.open(self.source).fingerprint(), "test_images": len(self.test)}
-        self.rows: list[dict[str, Any]] = protocol.read(place) if resume and place.is_file() else []
+    def __init__(self, options: Any) -> None:
+        super().__init__(options)
+        self.recipe = options.recipe
+        self.scale = 2 if options.short else 1
+        """What the protocol's steps are divided by."""
         self.search: dict[str, Any] = (
-            {"epochs": 30.0, "batch_size": 512} if full else {"steps": 600 // scale, "batch_size": 64}
+            {"epochs": 30.0, "batch_size": 512} if self.full else {"steps": 600 // self.scale, "batch_size": 64}
         )
-        self.search |= {"amp": "bf16", "device": "auto" if full else "cpu"}
+        self.search |= {"amp": "bf16", "device": "auto" if self.full else "cpu"}
         self.base, self.right = protocol.accuracy(self.dense, self.test)
         self.control_right = self.right
 

@@ -297,9 +297,9 @@ def eliminate(
             costs.append(score[j])
         stay = (~gone).nonzero()[:, 0]
         u, v = u[stay], v[stay]
-        p = p[stay][:, stay] - u @ u.mT
-        cross = u @ v.mT
-        a = a[stay][:, stay] - cross - cross.mT + (u * alpha) @ u.mT
+        half = v - u * (alpha / 2)  # u v^T + v u^T - u alpha u^T = u half^T + half u^T
+        p = p[stay][:, stay].addmm_(u, u.mT, alpha=-1)
+        a = a[stay][:, stay].addmm_(u, half.mT, alpha=-1).addmm_(half, u.mT, alpha=-1)
         live = live[stay]
     rising = torch.stack(costs).cumsum(0) if costs else p.new_zeros(0)
     errors = torch.cat([rising.flip(0), rising.new_zeros(1)]) + max(start, 0.0)  # by inputs kept: 0, 1, ..., M

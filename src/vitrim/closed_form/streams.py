@@ -137,6 +137,13 @@ def expand(block: Any, stream: Stream) -> Tensor:
     return block.mlp.units(block.norm2(stream.x), {})
 
 
+def finish(block: Any, hidden: Tensor) -> Tensor:
+    """The update of the block's MLP from its hidden units.  B N M -> B N D"""
+    mlp = block.mlp
+    update: Tensor = mlp.scaled(mlp.fc2(hidden if mlp.fc2a is None else mlp.fc2a(hidden)))
+    return update
+
+
 def through_mlp(block: Any, stream: Stream) -> Stream:
     """The stream after the block's MLP, if it has one.  stream: after the steps at its middle."""
     return stream if block.spec.mlp is None else stream._replace(x=stream.x + block.mlp(block.norm2(stream.x), soft={}))
@@ -248,6 +255,7 @@ __all__ = [
     "answers",
     "attend",
     "expand",
+    "finish",
     "following",
     "has_steps",
     "lookahead",

@@ -10,21 +10,18 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from vitrim.data.images import all_labelled, broken, to_rgb
+from vitrim.data.images import Labelled, all_labelled, broken, to_rgb
 from vitrim.data.parquet import number_labels
 from vitrim.errors import DataError
 
 
-class TensorSource:
+class TensorSource(Labelled):
     """images [n,3,h,w], uint8 or float in [0, 1]; labels int64 [n], float [n, classes] of 0 and 1, or None."""
-
-    blocks: np.ndarray | None = None
 
     def __init__(self, images: Tensor, labels: Tensor | None = None, *, classes: tuple[str, ...] | None = None) -> None:
         self.name = "tensor"
         self.pixels = _as_uint8(images)
         self.splits = {"train": np.arange(len(images))}
-        self._labels: np.ndarray | None = None
         self._classes = classes
         if labels is None:
             return
@@ -42,17 +39,6 @@ class TensorSource:
         else:
             self._labels = labels.detach().cpu().to(torch.int64).numpy()
 
-    @property
-    def classes(self) -> tuple[str, ...] | None:
-        return self._classes
-
-    @property
-    def labels(self) -> np.ndarray | None:
-        return self._labels
-
-    def labelled_rows(self, rows: np.ndarray) -> bool:
-        return all_labelled(self._labels, rows)
-
     def key(self, row: int) -> str:
         return f"image {row}"
 
@@ -63,13 +49,11 @@ class TensorSource:
         return [(f"tensor {tuple(self.pixels.shape)}", self.pixels.numel())]
 
 
-class DatasetSource:
+class DatasetSource(Labelled):
     """A map-style torch Dataset whose items are (image, label) or images: PIL, or tensors [3,h,w] as for TensorSource.
 
     Labels come from its `targets` or `labels` if it has them, else from its items, once, when first asked for.
     """
-
-    blocks: np.ndarray | None = None
 
     def __init__(self, dataset: Dataset[Any]) -> None:
         self.name = type(dataset).__name__
@@ -87,11 +71,6 @@ class DatasetSource:
         self.labelled = isinstance(first, tuple | list) and len(first) >= 2
         names = getattr(dataset, "classes", None)
         self._classes = tuple(str(name) for name in names) if names is not None else None
-        self._labels: np.ndarray | None = None
-
-    @property
-    def classes(self) -> tuple[str, ...] | None:
-        return self._classes
 
     @property
     def labels(self) -> np.ndarray | None:

@@ -8,22 +8,20 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from vitrim.data.images import all_labelled, decode
+from vitrim.data.images import Labelled, decode
 from vitrim.data.splits import SPLITS, split_named
 from vitrim.errors import DataError
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".jfif"})
 
 
-class FolderSource:
+class FolderSource(Labelled):
     """Image files under a folder, in the order of their paths within each split; hidden names are passed over.
 
     Subfolders named like splits (train, val, validation, test, ...) are the splits if train is among them or if there is
     no other subfolder. Below that, the first folder level is the class where all images lie in such folders and there
     are at least two of them; photos nested in any other way have no labels.
     """
-
-    blocks: np.ndarray | None = None
 
     def __init__(self, root: Path, *, labelled: bool | None = None) -> None:
         self.root = root
@@ -45,8 +43,6 @@ class FolderSource:
                 "(or photos in any nesting, for methods without labels), or .parquet files."
             )
         self.splits = {split: rows for split, rows in self.splits.items() if len(rows)}
-        self._classes: tuple[str, ...] | None = None
-        self._labels: np.ndarray | None = None
         if labelled is not False:
             self._name_classes(levels)
 
@@ -66,17 +62,6 @@ class FolderSource:
         self._labels = np.full(len(self.paths), -1, dtype=np.int64)
         for rows in named:
             self._labels[rows] = [index[str(folders[row])] for row in rows]
-
-    @property
-    def classes(self) -> tuple[str, ...] | None:
-        return self._classes
-
-    @property
-    def labels(self) -> np.ndarray | None:
-        return self._labels
-
-    def labelled_rows(self, rows: np.ndarray) -> bool:
-        return all_labelled(self._labels, rows)
 
     def key(self, row: int) -> str:
         return self.paths[row]

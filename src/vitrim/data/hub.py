@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vitrim.data.images import all_labelled, decode, to_rgb
+from vitrim.data.images import Labelled, decode, to_rgb
 from vitrim.data.parquet import number_labels
 from vitrim.data.splits import SPLITS, split_named
 from vitrim.errors import DataError
@@ -16,10 +16,8 @@ _IMAGE = ("image", "img", "picture")
 _LABEL = ("label", "labels", "fine_label", "class", "target")
 
 
-class HubSource:
+class HubSource(Labelled):
     """All splits of `NAME` or `NAME:CONFIG`, train first."""
-
-    blocks: np.ndarray | None = None
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -31,24 +29,11 @@ class HubSource:
         starts = np.concatenate([[0], np.cumsum([len(part) for _, part in self.parts])]).astype(np.int64)
         self.starts = starts
         self.splits = {split: np.arange(starts[i], starts[i + 1]) for i, (split, _) in enumerate(self.parts)}
-        self._labels: np.ndarray | None = None
-        self._classes: tuple[str, ...] | None = None
         if self.label is not None:
             values = [value for _, part in self.parts for value in part[self.label]]
             names = _names(self.parts[0][1].features[self.label])
             several = bool(values) and isinstance(values[0], list | tuple)
             self._labels, self._classes = number_labels(values, names, several=several, name=f"hf:{name}")
-
-    @property
-    def classes(self) -> tuple[str, ...] | None:
-        return self._classes
-
-    @property
-    def labels(self) -> np.ndarray | None:
-        return self._labels
-
-    def labelled_rows(self, rows: np.ndarray) -> bool:
-        return all_labelled(self._labels, rows)
 
     def key(self, row: int) -> str:
         part, within = self._place(row)

@@ -58,6 +58,28 @@ class Source(Protocol):
         """Relative paths and sizes in bytes of what the source was read from."""
 
 
+class Labelled:
+    """What sources have alike: labels and class names that the constructor finds, and rows that are equally cheap."""
+
+    _classes: tuple[str, ...] | None = None
+    _labels: np.ndarray | None = None
+
+    @property
+    def blocks(self) -> np.ndarray | None:
+        return None
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        return self._classes
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        return self._labels
+
+    def labelled_rows(self, rows: np.ndarray) -> bool:
+        return all_labelled(self._labels, rows)
+
+
 def all_labelled(labels: np.ndarray | None, rows: np.ndarray) -> bool:
     """Whether labels as `Source.labels` has them cover these rows."""
     return labels is not None and (labels.ndim == 2 or bool((labels[rows] >= 0).all()))

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from vitrim.data.images import all_labelled, decode
+from vitrim.data.images import Labelled, decode
 from vitrim.data.splits import SPLITS, split_of_path
 from vitrim.errors import DataError
 
@@ -38,7 +38,7 @@ class _Columns:
     several: bool
 
 
-class ParquetSource:
+class ParquetSource(Labelled):
     """Rows of one or several Parquet files, train first."""
 
     def __init__(self, path: Path, *, name: str | None = None) -> None:
@@ -93,17 +93,6 @@ class ParquetSource:
         if self.small:
             return None
         return np.repeat(np.arange(len(self.groups)), np.diff(self.group_starts))
-
-    @property
-    def classes(self) -> tuple[str, ...] | None:
-        return self._classes
-
-    @property
-    def labels(self) -> np.ndarray | None:
-        return self._labels
-
-    def labelled_rows(self, rows: np.ndarray) -> bool:
-        return all_labelled(self._labels, rows)
 
     def key(self, row: int) -> str:
         file = self._file_of(row)

@@ -1062,11 +1062,6 @@ def _own(tensor: Tensor) -> Tensor:
     return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
-def finish(mlp: Any, hidden: Tensor) -> Tensor:
-    """The MLP's update from its hidden units.  B N M -> B N D"""
-    return mlp.scaled(mlp.fc2(hidden if mlp.fc2a is None else mlp.fc2a(hidden)))
-
-
 @torch.no_grad()
 def block_parts(work: Work, i: int, held: cf.Held) -> Parts:
     """The parts of block `i`, from one pass over the dense stream in front of it."""
@@ -1092,11 +1087,14 @@ def block_parts(work: Work, i: int, held: cf.Held) -> Parts:
         theirs, ours = cf.following(block, mid, entry, "mid")
         inner = cf.after_steps(block, mid, "mid")
         at_end = work.weights(f"block:{i}", inner.x.shape[1]).to(inner.x)
+        after = None
         if mlp is not None:
             hidden = cf.expand(block, inner)
-            mlp.add(hidden, finish(block.mlp, hidden), at_end)
+            update = cf.finish(block, hidden)
+            mlp.add(hidden, update, at_end)
+            after = None if cf.has_steps(block, "mid") else inner.x + update
         if off is not None or gone is not None:
-            target = cf.through_mlp(block, theirs).x - ours.x
+            target = (cf.through_mlp(block, theirs).x if after is None else after) - ours.x
             if off is not None:
                 off.add(cf.expand(block, ours), target, at_end)
             if gone is not None:

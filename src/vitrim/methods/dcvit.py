@@ -861,14 +861,15 @@ def _block_statistics(s: Scoring, index: int, *, whole: bool, bare: bool) -> dic
     for number, stream in enumerate(s.held.batches(device)):
         entry = _entry(block, stream)
         mid, _ = cf.attend(block, entry)
+        inner = cf.after_steps(block, mid, "mid")
+        hidden = cf.expand(block, inner)
+        update = cf.finish(block, hidden)
         if whole:
-            inner = cf.after_steps(block, mid, "mid")
-            hidden = cf.expand(block, inner)
-            update = block.mlp(block.norm2(inner.x), soft={})
             folds["whole"][number % FOLDS].add(hidden, update, _weights(site, inner))
         if bare:
             theirs, ours = cf.following(block, mid, cf.narrowed(block, entry), "mid")
-            target = cf.through_mlp(block, theirs).x - ours.x
+            steps_ = cf.has_steps(block, "mid")  # the teacher's tokens may then be merged otherwise than on its own
+            target = (cf.through_mlp(block, theirs).x if steps_ else inner.x + update) - ours.x
             folds["bare"][number % FOLDS].add(cf.expand(block, ours), target, _weights(site, ours))
     return folds
 
