@@ -96,7 +96,7 @@ def from_scratch(small: Vit, seed: int) -> Vit:
 
 
 def torch_pruning(dense: Vit, x: Tensor, y: Tensor, limit: int) -> Vit:
-    """Torch-Pruning 1.6 by its own recipe for timm's ViTs: group Taylor, heads and the insides of halves, the stream whole.
+    """Torch-Pruning 1.6 by its own recipe for timm's ViTs: group Taylor, dims in every head and MLP units, the stream whole.
 
     x, y: images as the network takes them, and labels, for the gradients. Raises DataError where it cut no head dims or no MLP
     units, which its isomorphic mode does without a word.

@@ -11,6 +11,7 @@ the latter. Rows are kept as they come: a stopped run goes on with `--resume`.
 
 from __future__ import annotations
 
+import statistics
 import time
 from typing import Any
 
@@ -26,6 +27,21 @@ from vitrim.objectives import train
 from vitrim.pipeline import RecoverConfig
 from vitrim.training import TrainConfig, read_config
 
+STEP = "a search step against a plain distilled step"
+STEP_AIM = 1.3
+CONTROL = "control (dense, same recovery)"
+RIVALS = {
+    CONTROL: "the control",
+    "Torch-Pruning (group Taylor)": "Torch-Pruning",
+    "from scratch, UVC's shape, same steps": "its shape from scratch",
+    "UVC's widths, units at random": "its widths with units at random (so much is the choice of units)",
+    "magnitude, equal shares": "magnitude",
+    "COMCAT whitened, recovered for UVC's search too": "COMCAT with as many steps in all",
+    "UVC, q and k tied to v": "itself with q and k tied to v",
+    "UVC without gates": "itself without gates",
+    "UVC without widths": "itself without widths",
+    "UVC without distillation": "itself without distillation",
+}
 ABLATIONS: dict[str, dict[str, Any]] = {
     "UVC, q and k tied to v": {"tie_qk": True},
     "UVC without gates": {"gates": "none"},
@@ -64,23 +80,58 @@ class Run(protocol.Run):
     def all(self) -> None:
         """Dense and control, then each budget and seed."""
         self.add("dense", 1.0, 0, None, self.dense)
+        self.step_cost()
         for seed in (0, 1, 2) if self.full else (0,):
             self.control(seed)
             for keep in (0.7, 0.5, 0.35, 0.2) if self.full else (0.5, 0.25, 0.15):
                 self.budget(keep, seed, ablate=self.full or keep == 0.25)
 
-    def recovery(self, seed: int, *, long: bool = False) -> RecoverConfig:
-        """The protocol's; long: as many steps as search and recovery have together."""
+    def recovery(self, seed: int, *, long: bool = False, lr: float | None = None) -> RecoverConfig:
+        """The protocol's; long: as many steps as search and recovery have together. lr: instead of the protocol's."""
         if self.full:
-            return RecoverConfig(epochs=50.0 if long else 20.0, batch_size=512, seed=seed, amp="bf16", device="auto")
-        return RecoverConfig(
-            steps=(1000 if long else 400) // self.scale, batch_size=64, seed=seed, amp="bf16", device="cpu"
-        )
+            how: dict[str, Any] = {"epochs": 50.0 if long else 20.0, "batch_size": 512, "device": "auto"}
+        else:
+            how = {"steps": (1000 if long else 400) // self.scale, "batch_size": 64, "device": "cpu"}
+        if lr is not None:
+            how["lr"] = lr
+        return RecoverConfig(**how, seed=seed, amp="bf16")
+
+    def step_cost(self) -> None:
+        """Seconds of a search step over those of a training step of the dense model with the same distillation, in turns."""
+        if self.there(STEP, 1.0, 0):
+            return
+        amount, rounds = {key: self.search[key] for key in ("batch_size", "amp", "device")}, 5
+        rates: dict[str, list[float]] = {"search": [], "plain": []}
+
+        def hear(kind: str, phase: str | None) -> Any:
+            def told(_: str, done: int, __: int, **facts: Any) -> None:
+                if done > 2 and facts.get("phase") == phase and "images_per_s" in facts:
+                    rates[kind].append(facts["images_per_s"])
+
+            return told
+
+        config = vitrim.UvcConfig(budget=vitrim.Budget(keep_macs=0.5), steps=20, warmup=0.1, settle=0.1, **amount)
+        plain = RecoverConfig(steps=20, **amount)
+        for _ in range(rounds):
+            vitrim.compress(self.dense, config, data=self.source, progress=hear("search", "search"))
+            vitrim.recover(self.dense, teacher=self.dense, data=self.source, config=plain, progress=hear("plain", None))
+        median = {kind: statistics.median(found) for kind, found in rates.items()}
+        facts = {
+            "row": STEP,
+            "keep": 1.0,
+            "seed": 0,
+            "ratio": median["plain"] / median["search"],
+            "images_per_s": median,
+        }
+        self.rows.append({**facts, "steps": len(rates["search"]), **self.facts, **protocol.conditions()})
+        protocol.write(self.place, self.rows)
+        protocol.say(f"{STEP}: {facts['ratio']:.2f}")
 
     def control(self, seed: int) -> None:
         """The dense model with the same recovery; what rows are compared with."""
-        model, seconds = protocol.recovered(self.dense, self.dense, self.source, self.recovery(seed))
-        self.add("control (dense, same recovery)", 1.0, seed, seconds, model, before=self.base)
+        how = self.recovery(seed)
+        model, seconds = protocol.recovered(self.dense, self.dense, self.source, how)
+        self.add(CONTROL, 1.0, seed, seconds, model, before=self.base, recovery=amount_of(how))
         self.control_right = protocol.accuracy(model, self.test)[1]
 
     def budget(self, keep: float, seed: int, *, ablate: bool) -> None:
@@ -142,11 +193,13 @@ class Run(protocol.Run):
         config = vitrim.UvcConfig(budget=budget, seed=seed, **self.search, **changes)
         made = vitrim.compress(self.dense, config, data=self.source)
         report = {key: value for key, value in made.report.items() if not isinstance(value, (dict, list))}
-        shares = {key: value for key, value in made.report.items() if key in ("shares", "saving", "finaliser")}
-        return made.model, {"search": self.search, "told": report | shares}
+        shares = {key: value for key, value in made.report.items() if key in ("saving", "finaliser", "warnings")}
+        ended = {"ended": made.report["search"]["ended"], "judged": made.report["search"]["judged"]}
+        return made.model, {"search": self.search, "told": report | shares | ended}
 
     def closed(self, method: str, budget: vitrim.Budget, seed: int) -> Vit:
-        config = vitrim.methods.configure(method, {"budget": budget, "seed": seed})
+        """From a thousand of the images that the others train on: more than these methods ask for."""
+        config = vitrim.methods.configure(method, {"budget": budget, "seed": seed, "images": 1000})
         return vitrim.compress(self.dense, config, data=self.source).model
 
     def torch_pruning(self, limit: int, seed: int) -> Vit:
@@ -184,10 +237,9 @@ class Run(protocol.Run):
         before = protocol.accuracy(small, self.test)[0]
         final, seconds = small, None
         if recover:
-            how = self.recovery(seed, long=long)
-            if lr is not None:
-                how = vitrim.RecoverConfig(**{**vars(how), "lr": lr})
+            how = self.recovery(seed, long=long, lr=lr)
             final, seconds = protocol.recovered(small, self.dense, self.source, how)
+            told["recovery"] = amount_of(how)
         self.add(row, keep, seed, seconds, final, before=before, search_s=spent, **told)
         return small
 
@@ -195,7 +247,6 @@ class Run(protocol.Run):
         if self.there(row, keep, seed):
             return
         facts: dict[str, Any] = {"row": row, "keep": keep, "seed": seed, "recovery_s": seconds, **told}
-        facts["recovery_steps"] = None if self.full else 400 // self.scale
         if model is not None:
             top1, right = protocol.accuracy(model, self.test)
             facts |= {"top1": top1, **protocol.described(model, self.dense)}
@@ -209,9 +260,15 @@ class Run(protocol.Run):
         protocol.say(f"{row:>45} keep {keep:.2f} seed {seed}: {said}")
 
 
+def amount_of(how: RecoverConfig) -> dict[str, Any]:
+    """What a row says of its recovery."""
+    return {"steps": how.steps, "epochs": how.epochs, "batch_size": how.batch_size, "lr": how.lr}
+
+
 def table(name: str, found: list[dict[str, Any]]) -> str:
     """Markdown of the rows, the mean over seeds."""
-    first = found[0]
+    first, step = found[0], next((row for row in found if row["row"] == STEP), None)
+    found = [row for row in found if row["row"] != STEP]
     timed = next(row for row in found if "speed" in row)
     batches = [speed["batch"] for speed in timed["speed"]]
     searched = next((row["search"] for row in found if "search" in row), {})
@@ -221,18 +278,18 @@ def table(name: str, found: list[dict[str, Any]]) -> str:
         f"# UVC on `builtin:{name}`",
         "",
         f"Made by `benchmarks/uvc.py` from `benchmarks/results/uvc-{name}.jsonl`. Top-1 on {first['test_images']:,} CIFAR-10 test images, {seeds} "
-        f"seed{'s' if seeds > 1 else ''}; UVC's search: {length} of {searched.get('batch_size')} images; recovery: {first.get('recovery_steps') or 'the full protocol'} steps of 64, distilled from the dense model, the "
-        "same for every row but those that say otherwise. Differences in points with their paired bootstrap interval (95 %). Speed: PyTorch "
+        f"seed{'s' if seeds > 1 else ''}; UVC's search: {length} of {searched.get('batch_size')} images; recovery: distilled from the dense model, its steps and learning rate in "
+        "the column. UVC and the from-scratch rows learn from all of the sample's training images, DC-ViT and COMCAT from 1,000 of them. Differences in points with their paired bootstrap interval (95 %). Speed: PyTorch "
         f"eager, one thread, float32, {timed['speed'][0]['device_name']}, interleaved with the dense model, median of 15.",
         "",
-        "| row | asked | MACs kept | parameters kept | before recovery | after | after, against control | seconds to find it | "
+        "| row | asked | MACs kept | parameters kept | before recovery | recovery | after | after, against control | seconds to find it | "
         + " | ".join(f"speed at {batch}" for batch in batches)
         + " | ideal |",
-        "| --- |" + " --- |" * (8 + len(batches)),
+        "| --- |" + " --- |" * (9 + len(batches)),
     ]
     for row in found:
         if "refused" in row:
-            lines.append(f"| {row['row']} | {row['keep']:.0%} | {row['refused']} |" + " |" * (6 + len(batches)))
+            lines.append(f"| {row['row']} | {row['keep']:.0%} | {row['refused']} |" + " |" * (7 + len(batches)))
             continue
         speed = [f"{s['measured']:.2f}" for s in row.get("speed", [])] or [""] * len(batches)
         ideal = f"{row['speed'][0]['ideal']:.2f}" if "speed" in row else ""
@@ -240,21 +297,56 @@ def table(name: str, found: list[dict[str, Any]]) -> str:
         spent = f"{row['search_s']:.0f}" if row.get("search_s") is not None else ""
         against = "" if row["row"] == "dense" else protocol.points(row["against_control"])
         cells = [row["row"], f"{row['keep']:.0%}", f"{row['kept_macs']:.1%}", f"{row['kept_params']:.1%}", before]
+        how = row.get("recovery")
+        cells.append(
+            f"{how['steps'] or how['epochs']:g} {'steps' if how['steps'] else 'epochs'}, {how['lr']:g}" if how else ""
+        )
         cells += [f"{row['top1']:.2f}", against, spent, *speed, ideal]
         lines.append("| " + " | ".join(cells) + " |")
     told = [row for row in found if row["row"].startswith("UVC") and row.get("told")]
     if told:
         lines += ["", "What the searches say of themselves:", ""]
         lines += [f"- {row['row']} at {row['keep']:.0%}: {told_words(row['told'])}" for row in told]
+    lines += ["", "## What came of the hypotheses", ""]
+    if step is not None:
+        holds = "as hoped for" if step["ratio"] <= STEP_AIM else "more than hoped for"
+        lines.append(
+            f"- A search step costs {step['ratio']:.2f} times a training step of the dense model with the same distillation (median of {step['steps']} in turns; "
+            f"aim {STEP_AIM}): {holds}."
+        )
+    lines += [f"- {text}" for text in verdicts(found)]
     lines += ["", f"Conditions: { ({key: first[key] for key in ('versions', 'processor', 'threads')}) }."]
     return "\n".join(lines) + "\n"
+
+
+def verdicts(found: list[dict[str, Any]]) -> list[str]:
+    """UVC beside the rows that the hypotheses name, budget by budget, in points of the mean over seeds."""
+
+    def mean(row: str, keep: float) -> float | None:
+        values = [r["top1"] for r in found if (r["row"], r["keep"]) == (row, keep) and "top1" in r]
+        return sum(values) / len(values) if values else None
+
+    said = []
+    for keep in sorted({row["keep"] for row in found if row["row"] == "UVC"}, reverse=True):
+        own = mean("UVC", keep)
+        if own is None:
+            said.append(f"{keep:.0%}: out of UVC's reach: by default queries and keys stay whole.")
+            continue
+        words = []
+        for row, called in RIVALS.items():
+            other = mean(row, 1.0 if row == CONTROL else keep)
+            if other is not None:
+                words.append(f"{own - other:+.2f} against {called}")
+        said.append(f"UVC at {keep:.0%} in points: {', '.join(words)}.")
+    return said
 
 
 def told_words(told: dict[str, Any]) -> str:
     """Where the saving came from, and what the finaliser had to cut."""
     saving, finaliser = told["saving"]["macs"], told["finaliser"]["macs"]
+    ended = f" ({told['ended']})" if "ended" in told else ""
     return (
-        f"{saving['widths']:.0%} of the saved MACs by widths, {saving['skipping']:.0%} by skipping; the search ended at {finaliser['searched']:.1%} of dense, "
+        f"{saving['widths']:.0%} of the saved MACs by widths, {saving['skipping']:.0%} by skipping; the search ended at {finaliser['searched']:.1%} of dense{ended}, "
         f"the finaliser cut {finaliser['cut']:.1%}."
     )
 

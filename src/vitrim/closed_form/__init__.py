@@ -18,6 +18,7 @@ from vitrim.closed_form.low_rank import (
 from vitrim.closed_form.regression import RIDGES, Elimination, Regression, choose_ridge, eliminate, loss, refit
 from vitrim.closed_form.sensitivity import Site, sensitivity
 from vitrim.closed_form.streams import (
+    IN_MEMORY_BYTES,
     Held,
     after_steps,
     answers,
@@ -34,6 +35,7 @@ from vitrim.closed_form.streams import (
 
 __all__ = [
     "CELLS",
+    "IN_MEMORY_BYTES",
     "RIDGES",
     "TINY",
     "BlockStatistics",

@@ -36,6 +36,13 @@ def divergence(before: Tensor, after: Tensor, *, classifies: bool) -> Tensor:
     return (before - after).square().sum(-1)
 
 
+def random_signs(answer: Tensor, draws: int, generator: torch.Generator) -> Tensor:
+    """[K, B, C] of -1 and 1 like the answers [B, C]; drawn image by image, so that batches do not change them."""
+    count = answer.shape[1]
+    signs = torch.stack([torch.randint(0, 2, (draws, count), generator=generator) for _ in answer], dim=1)
+    return (signs * 2 - 1).to(answer)
+
+
 @dataclass(frozen=True)
 class Gradients:
     """of: by the names of `Vit.forward`, [K, B, N, D].  outcome: [B, C] of the undisturbed network."""
@@ -65,14 +72,12 @@ def gradients(model: Vit, x: Tensor, names: Sequence[str], *, draws: int, genera
         streams = [found[name] for name in names]
         answer = outcome(found["logits"], classifies=classifies)
         scale = (answer.detach() / 2).exp() if classifies else torch.ones_like(answer)
-        # image by image, so that the signs do not depend on how images are batched
-        signs = torch.stack([torch.randint(0, 2, (draws, answer.shape[1]), generator=generator) for _ in x], dim=1)
+        signs = random_signs(answer, draws, generator)
         drawn: list[tuple[Tensor | None, ...]] = []
         for draw in range(draws if names else 0):
-            along = (signs[draw] * 2 - 1).to(answer)
             drawn.append(
                 torch.autograd.grad(
-                    (scale * along * answer).sum(), streams, retain_graph=draw + 1 < draws, allow_unused=True
+                    (scale * signs[draw] * answer).sum(), streams, retain_graph=draw + 1 < draws, allow_unused=True
                 )
             )
     of = {
@@ -82,4 +87,4 @@ def gradients(model: Vit, x: Tensor, names: Sequence[str], *, draws: int, genera
     return Gradients(of=of, outcome=answer.detach(), classifies=classifies)
 
 
-__all__ = ["Gradients", "divergence", "gradients", "outcome"]
+__all__ = ["Gradients", "divergence", "gradients", "outcome", "random_signs"]

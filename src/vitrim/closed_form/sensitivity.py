@@ -2,7 +2,7 @@
 
 With random signs e_c, the gradient g of sum_c sqrt(p_c) e_c log p_c (p held fixed) has E[g g^T] = J^T (diag p - p p^T) J,
 the Fisher matrix of the class probabilities: half of its quadratic form is the divergence that a small disturbance causes.
-An encoder without a classifier has random signs over its features instead, which gives J^T J.
+An encoder without a classifier has random signs over its features, divided by their length, which gives J^T J.
 
 Shapes: B batch, N tokens, D width, P prefix tokens.
 """
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vitrim.closed_form.fisher import outcome, random_signs
 from vitrim.errors import DataError
 from vitrim.model import Gates, Vit
 
@@ -80,17 +81,13 @@ def sensitivity(
         with torch.enable_grad():
             start = x.to(like).detach().requires_grad_()  # a graph from the images on, whatever parameters are frozen
             found = model(start, gates=Gates(policy="open"), want=(*names, "logits"))
-            result = found["logits"]
             taps = [found[name] for name in names]
-            if model.spec.outputs:
-                logs = result.log_softmax(-1)
-                scale = logs.detach().exp().sqrt()
-            else:
-                logs, scale = result, torch.ones_like(result)
+            answer = outcome(found["logits"], classifies=bool(model.spec.outputs))
+            scale = answer.detach().exp().sqrt() if model.spec.outputs else torch.ones_like(answer)
+            signs = random_signs(answer, draws, generator)
             for draw in range(draws):
-                signs = (torch.randint(0, 2, logs.shape, generator=generator) * 2 - 1).to(logs)
                 gradients = torch.autograd.grad(
-                    (scale * signs * logs).sum(), taps, retain_graph=draw + 1 < draws, allow_unused=True
+                    (scale * signs[draw] * answer).sum(), taps, retain_graph=draw + 1 < draws, allow_unused=True
                 )
                 for name, g in zip(names, gradients, strict=True):
                     if g is not None:

@@ -99,9 +99,10 @@ class AutoConfig:
     images: int = 256
     """Unlabelled images, drawn by seed; a quarter of them judges."""
     batch_size: int = 16
-    """Images at a time; sets the memory."""
+    """Images at a time; sets the memory, and the last bits of sums."""
     builds: int = 3
-    """How many of the best plans are built and compared."""
+    """How many of the best plans are built and compared. Each has another stream width or token schedule: without these axes
+    there is one, the best."""
     draws: int = 4
     """Sign vectors an image in the scores."""
     align: int = 8
@@ -975,15 +976,21 @@ class Work:
         return found
 
     @cached_property
-    def logs(self) -> list[Tensor]:
-        """The dense classifier's answers to the held-out images, batch by batch."""
-        return [self.answer(self.base, x) for x in self.inputs.batches("held")]
+    def logs(self) -> list[Tensor] | None:
+        """The dense model's answers to the held-out images, batch by batch; None where they are too many to keep."""
+        found, size = [], 0
+        for x in self.inputs.batches("held"):
+            found.append(self.answer(self.base, x))
+            size += found[-1].numel() * found[-1].element_size()
+            if size > cf.IN_MEMORY_BYTES:
+                return None
+        return found
 
     def divergence(self, model: Vit) -> float:
-        """Of the model from the dense one, on the held-out images. Features of an encoder are too many to keep."""
+        """Of the model from the dense one, on the held-out images."""
         total = 0.0
         for n, x in enumerate(self.inputs.batches("held")):
-            before = self.logs[n] if self.classifies else self.answer(self.base, x)
+            before = self.answer(self.base, x) if self.logs is None else self.logs[n]
             total += float(fisher.divergence(before, self.answer(model, x), classifies=self.classifies).sum())
         return total / len(self.inputs.rows["held"])
 
@@ -1008,6 +1015,13 @@ class Work:
             return found
         names = [f"{kind}:{i}" for i in range(len(self.base.blocks)) for kind in ("mid", "block")]
         return {n: cf.Site(tokens=noted[0][f"{n}/tokens"], matrix=noted[0][f"{n}/matrix"]) for n in names}
+
+    def takes_mean(self, i: int) -> bool:
+        """Whether what block `i` adds on average can go into a bias before it, should the block go."""
+        if not i:
+            return False
+        before, refit = self.base.spec.blocks[i - 1], self.room.levels[i - 1].refit
+        return refit[1] if before.mlp is not None else refit[0]
 
     def weights(self, name: str, tokens: int) -> Tensor:
         return self.sites[name].weights(tokens)
@@ -1073,7 +1087,7 @@ def block_parts(work: Work, i: int, held: cf.Held) -> Parts:
     wants_qk, wants_v = len(levels.qk) > 1, len(levels.v) > 1
     heads = cf.Regression.empty(a.heads * a.v_dim, width, device=device) if wants_v else None
     mlp = cf.Regression.empty(m.hidden, width, device=device) if len(levels.hidden) > 1 or levels.bare else None
-    off = cf.Regression.empty(m.hidden, width, device=device) if levels.off else None
+    off = cf.Regression.empty(m.hidden, width, device=device) if levels.off and levels.refit[1] else None
     gone = cf.Regression.empty(1, width, device=device) if levels.empty else None
     for stream in held.batches(device):
         entry = cf.after_steps(block, stream, "start")
@@ -1129,10 +1143,15 @@ def block_parts(work: Work, i: int, held: cf.Held) -> Parts:
             keep(f"{name}/{size}/keep", kept)
             keep(f"{name}/{size}/w", w)
             keep(f"{name}/{size}/b", b)
+    if levels.off and not levels.refit[1]:
+        keep(f"off/{m.hidden}/frozen", torch.ones(1))
+    # a mean counts only where a bias can take it: the attention's own, or that of the half before the block
     if mlp is not None and levels.bare:
-        keep("mlp/0/b", parts.mean_target(mlp))
+        mean = parts.mean_target(mlp)
+        keep("mlp/0/b", mean if levels.refit[0] else torch.zeros_like(mean))
     if gone is not None:
-        keep("off/0/b" if a is not None else "mlp/0/b", parts.mean_target(gone))
+        mean = parts.mean_target(gone)
+        keep("off/0/b" if a is not None else "mlp/0/b", mean if work.takes_mean(i) else torch.zeros_like(mean))
     return found
 
 
@@ -1174,13 +1193,17 @@ def changes(block: Any, i: int, levels: Levels, found: Parts, entry: Stream, emi
             continue
         hidden = cf.expand(block, before) if spec.mlp is not None else None
         for size in sizes:
-            update = t[f"{kind}/{size}/b"]
-            if size:
-                assert hidden is not None
+            if not size:
+                emit("hidden" if kind == "mlp" else "off", size, f"block:{i}", before.x + t[f"{kind}/0/b"] - after.x)
+                continue
+            assert hidden is not None
+            if f"{kind}/{size}/frozen" in t:
+                update = cf.finish(block, hidden)
+            else:
                 new = hidden[..., t[f"{kind}/{size}/keep"]] @ t[f"{kind}/{size}/w"]
                 if block.mlp.fc2a is not None:
                     new = new @ block.mlp.fc2.weight.T
-                update = new + update
+                update = new + t[f"{kind}/{size}/b"]
             emit("hidden" if kind == "mlp" else "off", size, f"block:{i}", before.x + update - after.x)
 
 
@@ -1441,11 +1464,12 @@ class Student:
         if after is None:
             self.forget(here, f"blocks.{i}.norm2")
             mean = parts.mean_target(stats)
-            bias = f"blocks.{i}.attention.out.bias"
-            if bias in self.state and levels.refit[0]:
+            if self.goal.blocks[i].attention is None:
+                return None, mean
+            if levels.refit[0]:
+                bias = f"blocks.{i}.attention.out.bias"
                 self.put(bias, parts.double(self.state[bias]) + mean)
-                return None, None
-            return None, mean
+            return None, None  # in front of a frozen attention the mean would change what it reads
         assert before is not None
         last, metric = parts.last_linear(block.mlp), self.metric(site)
         keep = None
@@ -1655,11 +1679,16 @@ def predict(
     reference = cost(model)
     room = _reachable(model, config, budgets)
     with tempfile.TemporaryDirectory(prefix="vitrim-auto-") as temporary:
+        rows: list[dict[str, Any]] = []
+        if not any(exceeded(reference, budget.limits(reference)) for budget in budgets):
+            return [{"budget": budget.to_dict(), **_described_whole(room)} for budget in budgets]
         work = _work(model, config, room, data, progress, folder, resume, Path(temporary))
         scores = score(work)
-        rows = []
         for budget in budgets:
             limits = budget.limits(reference)
+            if not exceeded(reference, limits):
+                rows.append({"budget": budget.to_dict(), **_described_whole(room)})
+                continue
             best = best_plans(room, scores, limits, reference, count=1)[0]
             rows.append({"budget": budget.to_dict(), **_described(room, scores, best)})
         return rows
@@ -1791,6 +1820,23 @@ def _described(room: Room, scores: Scores, one: Plan) -> dict[str, Any]:
         "macs": at.macs,
         "params": at.params,
         "blocks": rows,
+    }
+
+
+def _described_whole(room: Room) -> dict[str, Any]:
+    """The same of the network as given, for a budget that it meets."""
+    at = cost(room.given)
+    return {
+        "predicted_kl": 0.0,
+        "width": [room.base.width, room.base.width],
+        "steps": [],
+        "exact_tail": has_tail(room.given),
+        "macs": at.macs,
+        "params": at.params,
+        "blocks": [
+            {"block": i, "predicted_kl": 0.0} | {name: [getattr(levels.whole, name)] * 2 for name in Choice._fields}
+            for i, levels in enumerate(room.levels)
+        ],
     }
 
 
