@@ -117,12 +117,12 @@ class Run(protocol.Run):
         return vitrim.compress(self.dense, vitrim.methods.configure(name, given), data=self.source).model
 
     def uvc(self, start: Vit, limit: int, seed: int) -> Vit:
-        """As in benchmarks/uvc.py: its own search, with labels and with `start` as the teacher."""
+        """As in benchmarks/uvc.py: its own search, with labels; the dense model is the teacher."""
         amount: dict[str, Any] = {"epochs": 30.0, "batch_size": 512} if self.full else {"steps": 600, "batch_size": 64}
         config = vitrim.UvcConfig(
             budget=vitrim.Budget(max_macs=limit), seed=seed, amp="bf16", device="auto" if self.full else "cpu", **amount
         )
-        return vitrim.compress(start, config, data=self.source).model
+        return vitrim.compress(start, config, data=self.source, teacher=self.dense).model
 
     def keep(self, facts: dict[str, Any], model: Vit | None) -> None:
         described = {} if model is None else {**protocol.described(model, self.dense), "width": model.spec.width}
@@ -144,7 +144,7 @@ def table(name: str, found: list[dict[str, Any]]) -> str:
         "",
         f"Made by `benchmarks/auto.py` from `benchmarks/results/auto-{name}.jsonl`. Top-1 on {dense['test_images']:,} CIFAR-10 test images (dense "
         f"{dense['before']:.2f}); 256 unlabelled images; where several fit seeds ran, the mean and in brackets the range; differences to the dense model in points "
-        "with their paired bootstrap interval (95 %, seed 0). UVC learns from the whole sample with its labels, with the network that it starts from as its teacher. Recovery: the protocol's, distilled, the same for all. The exact tail is off where a row does not say otherwise. Speed: "
+        "with their paired bootstrap interval (95 %, seed 0). UVC learns from the whole sample with its labels. Recovery: the protocol's, distilled, the same for all. The exact tail is off where a row does not say otherwise. Speed: "
         f"PyTorch eager, one thread, float32, {timed['speed'][0]['device_name']}, interleaved with the dense model, median of 15.",
         "",
         "| way | asked | MACs kept | parameters kept | stream width | before recovery | cut, against dense | after recovery | seconds | "

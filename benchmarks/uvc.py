@@ -103,7 +103,7 @@ class Run(protocol.Run):
         amount, rounds = {key: self.search[key] for key in ("batch_size", "amp", "device")}, 5
         rates: dict[str, list[float]] = {"search": [], "plain": []}
 
-        def hear(kind: str, phase: str | None) -> Any:
+        def hear(kind: str, phase: str) -> Any:
             def told(_: str, done: int, __: int, **facts: Any) -> None:
                 if done > 2 and facts.get("phase") == phase and "images_per_s" in facts:
                     rates[kind].append(facts["images_per_s"])
@@ -114,7 +114,9 @@ class Run(protocol.Run):
         plain = RecoverConfig(steps=20, **amount)
         for _ in range(rounds):
             vitrim.compress(self.dense, config, data=self.source, progress=hear("search", "search"))
-            vitrim.recover(self.dense, teacher=self.dense, data=self.source, config=plain, progress=hear("plain", None))
+            vitrim.recover(
+                self.dense, teacher=self.dense, data=self.source, config=plain, progress=hear("plain", "train")
+            )
         median = {kind: statistics.median(found) for kind, found in rates.items()}
         facts = {
             "row": STEP,

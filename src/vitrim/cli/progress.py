@@ -49,6 +49,8 @@ class Bars:
     def __call__(self, stage: str, done: int, total: int, **facts: Any) -> None:
         if stage not in self.tasks:
             self.tasks[stage] = self.progress.add_task(stage, total=total, facts="")
+        elif done < self.progress.tasks[self.tasks[stage]].completed:  # the stage starts over, such as the next build
+            self.progress.reset(self.tasks[stage], total=total)
         self.progress.update(self.tasks[stage], completed=done, total=total, facts=facts_text(facts))
 
 
@@ -57,12 +59,18 @@ class Lines:
 
     def __init__(self) -> None:
         self.started: dict[str, float] = {}
+        self.done: dict[str, int] = {}
+        self.last = time.monotonic()
         self.printed: dict[str, float] = {}
         self.finished: set[str] = set()
 
     def __call__(self, stage: str, done: int, total: int, **facts: Any) -> None:
         now = time.monotonic()
-        begun = self.started.setdefault(stage, now)
+        if done < self.done.get(stage, 0):  # the stage starts over, such as the next build
+            del self.started[stage]
+            self.printed.pop(stage, None)
+        begun = self.started.setdefault(stage, self.last if done else now)  # its first part took the time since then
+        self.done[stage], self.last = done, now
         whole = total > 0 and done >= total
         if whole and stage in self.finished:
             return

@@ -41,6 +41,8 @@ FAMILIES: dict[str, Callable[..., list[Compressed]]] = {
     "dcvit": dcvit.compress_family,
 }
 """Methods that score once for several budgets."""
+TAUGHT = ("uvc",)
+"""Methods that distil, and may be given another teacher than the model they cut."""
 
 
 def compress_family(
@@ -75,12 +77,14 @@ def compress(
     seed: int | None = None,
     folder: str | Path | None = None,
     resume: bool = False,
+    teacher: Vit | None = None,
 ) -> Compressed:
     """The method that the config belongs to, alone: no recovery. `model` is left as it was.
 
     data: whatever `vitrim.data.open` takes; None where the method needs none. seed: instead of the config's own.
     progress: called as progress(stage, done, total, **facts).  folder: where a long method leaves what a killed run goes on
-    from, with `resume`; None: nowhere. Raises ConfigError for a config of no method.
+    from, with `resume`; None: nowhere. teacher: whose answers a method that distils learns, such as the network that `model` was
+    cut from; None: `model`. Raises ConfigError for a config of no method, and for a teacher where the method has none.
     """
     if not isinstance(model, Vit):
         raise VitrimError(
@@ -89,7 +93,12 @@ def compress(
     if seed is not None and hasattr(config, "seed"):
         config = replace(config, seed=seed)
     place = None if folder is None else Path(folder)
-    return METHODS[method_of(config)](model, config, data=data, progress=progress, folder=place, resume=resume)
+    name, more = method_of(config), {}
+    if teacher is not None:
+        if name not in TAUGHT:
+            raise ConfigError(f"{name} learns from no teacher; leave teacher out. Those that do: {', '.join(TAUGHT)}.")
+        more = {"teacher": teacher}
+    return METHODS[name](model, config, data=data, progress=progress, folder=place, resume=resume, **more)
 
 
 def method_of(config: Any) -> str:

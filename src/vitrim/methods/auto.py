@@ -1207,10 +1207,8 @@ def changes(block: Any, i: int, levels: Levels, found: Parts, entry: Stream, emi
             emit("hidden" if kind == "mlp" else "off", size, f"block:{i}", before.x + update - after.x)
 
 
-def library(work: Work, needed: bool) -> list[Parts]:
-    """The parts of all blocks, in one walk of the dense stream. needed: False where the scores are noted already."""
-    if not needed:
-        return []
+def library(work: Work) -> list[Parts]:
+    """The parts of all blocks, in one walk of the dense stream."""
     found: list[Parts] = []
     count = len(work.base.blocks)
     held = cf.Held(work.room_folder, "dense")
@@ -1235,7 +1233,7 @@ def score(work: Work) -> Scores:
     """What every option costs alone: blocks' parts, stream widths, token schedules."""
     noted = work.notes.get("scores")
     if noted is None:
-        rows = score_blocks(work, library(work, needed=True))
+        rows = score_blocks(work, library(work))
         values = [
             {kind: [[n, loss] for n, loss in sorted(getattr(one, kind).items())] for kind in KINDS} for one in rows
         ]
@@ -1276,48 +1274,25 @@ KINDS = ("qk", "v", "hidden", "off")
 
 
 def score_blocks(work: Work, library: Sequence[Parts]) -> list[Losses]:
-    """Each level alone, everything else dense, on the held-out images."""
-    base, config = work.base, work.config
-    sums: list[dict[tuple[str, int], float]] = [{} for _ in base.blocks]
-    names = tuple(f"{kind}:{i}" for i in range(len(base.blocks)) for kind in ("mid", "block"))
-    generator = torch.Generator().manual_seed(config.seed)
+    """Each level alone, everything else dense, on the held-out images. Each scored batch is noted."""
+    generator = torch.Generator().manual_seed(work.config.seed)
     total, done = len(work.inputs.rows["held"]), 0
-    like = next(base.parameters())
-    for x in work.inputs.batches("held"):
-        x = x.to(like)
-        grads = None
-        if config.score == "fisher":
-            grads = fisher.gradients(base, x, names, draws=config.draws, generator=generator)
-        with torch.no_grad():
-            before = fisher.outcome(base(x, gates=OPEN), classifies=work.classifies)
-            stream = base.embed(x)
-            for i, (block, found) in enumerate(zip(base.blocks, library, strict=True)):
-                entry = cf.after_steps(block, stream, "start")
-
-                def emit(
-                    part: str,
-                    size: int,
-                    place: str,
-                    change: Tensor,
-                    i: int = i,
-                    entry: Stream = entry,
-                    grads: fisher.Gradients | None = grads,
-                    before: Tensor = before,
-                ) -> None:
-                    if grads is not None:
-                        lost = grads.cost(place, change).mean(0)
-                    else:
-                        after = fisher.outcome(
-                            _outcome_after(base, i, place, entry, change), classifies=work.classifies
-                        )
-                        lost = fisher.divergence(before, after, classifies=work.classifies)
-                    sums[i][part, size] = sums[i].get((part, size), 0.0) + float(lost.sum())
-
-                changes(block, i, work.room.levels[i], found, entry, emit)
-                stream, _ = block(stream, None, OPEN)
+    sums: list[dict[tuple[str, int], float]] = [{} for _ in work.base.blocks]
+    for n, x in enumerate(work.inputs.batches("held")):
+        noted = work.notes.get(f"scored-{n}")
+        if noted is None:
+            found = batch_losses(work, library, x, generator)
+            rows = [[[*key, loss] for key, loss in one.items()] for one in found]
+            work.notes.put(f"scored-{n}", {"signs": generator.get_state()}, {"blocks": rows})
+        else:
+            found = [{(part, size): loss for part, size, loss in one} for one in noted[1]["blocks"]]
+            generator.set_state(noted[0]["signs"])
+        for so_far, one in zip(sums, found, strict=True):
+            for key, loss in one.items():
+                so_far[key] = so_far.get(key, 0.0) + loss
         done += len(x)
         work.tell("score", done, total)
-    rows = []
+    rows_ = []
     for found_sums, levels in zip(sums, work.room.levels, strict=True):
         losses = Losses()
         for (part, size), value in found_sums.items():
@@ -1325,7 +1300,38 @@ def score_blocks(work: Work, library: Sequence[Parts]) -> list[Losses]:
                 raise DataError("auto: a score is not finite. Check the weights and the images' normalisation.")
             getattr(losses, part)[size] = value / total
         losses.settle(levels.whole)
-        rows.append(losses)
+        rows_.append(losses)
+    return rows_
+
+
+def batch_losses(
+    work: Work, library: Sequence[Parts], x: Tensor, generator: torch.Generator
+) -> list[dict[tuple[str, int], float]]:
+    """Of each block, by part and size: the divergences that a level causes, summed over these images [B, C, h, w]."""
+    base, classifies = work.base, work.classifies
+    names = tuple(f"{kind}:{i}" for i in range(len(base.blocks)) for kind in ("mid", "block"))
+    x = x.to(next(base.parameters()))
+    grads: fisher.Gradients | None = None
+    if work.config.score == "fisher":
+        grads = fisher.gradients(base, x, names, draws=work.config.draws, generator=generator)
+    rows: list[dict[tuple[str, int], float]] = []
+    with torch.no_grad():
+        before = fisher.outcome(base(x, gates=OPEN), classifies=classifies)
+        stream = base.embed(x)
+        for i, (block, found) in enumerate(zip(base.blocks, library, strict=True)):
+            entry = cf.after_steps(block, stream, "start")
+            rows.append({})
+
+            def emit(part: str, size: int, place: str, change: Tensor, i: int = i, entry: Stream = entry) -> None:
+                if grads is not None:
+                    lost = grads.cost(place, change).mean(0)
+                else:
+                    after = fisher.outcome(_outcome_after(base, i, place, entry, change), classifies=classifies)
+                    lost = fisher.divergence(before, after, classifies=classifies)
+                rows[i][part, size] = float(lost.sum())
+
+            changes(block, i, work.room.levels[i], found, entry, emit)
+            stream, _ = block(stream, None, OPEN)
     return rows
 
 
@@ -1771,6 +1777,7 @@ def _one(work: Work, scores: Scores, budget: Budget) -> Compressed:
         else:
             reached = known[1]["reached"]
         candidates.append({**_described(room, scores, one), "reached_kl": reached})
+    work.tell("candidates", len(plans), len(plans))
     best = min(range(len(plans)), key=lambda n: (candidates[n]["reached_kl"], n))
     small = Student(work, plans[best], "all", f"final-{_name(plans[best])}").build()
     small = small.to(next(work.model.parameters()).device).train(work.model.training)

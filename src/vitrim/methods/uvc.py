@@ -1398,8 +1398,9 @@ def compress(
     progress: Progress | None = None,
     folder: Path | None = None,
     resume: bool = False,
+    teacher: Vit | None = None,
 ) -> Compressed:
-    """Search and train, then cut; no recovery. `model` is left as it was, and is the teacher.
+    """Search and train, then cut; no recovery. `model` is left as it was, and is the teacher if no other is given.
 
     data: whatever `vitrim.data.open` takes; its train split is learned. folder: for metrics.jsonl and checkpoints, from
     which `resume` goes on. A model within its budget comes back as it is, untrained. The report says where the saving came
@@ -1425,7 +1426,7 @@ def compress(
         raise ConfigError("uvc: distill=False on an encoder, which has no classifier to train; leave distill on.")
     needed = not label_free and not (config.distill and config.rules.alpha == 1)
     images = rooms.open(data, split="train", labelled=True if needed else False if label_free else None)
-    objective = Search(space, _inner(model, config, images, label_free=label_free), config, limits, fixed)
+    objective = Search(space, _inner(teacher or model, config, images, label_free=label_free), config, limits, fixed)
     base = weights.fold_layer_scale(model, skip=fixed)
     labelled = images.labelled and not label_free
     label_map = class_index(model.config.labels, images.classes, classes=model.spec.classes) if labelled else None

@@ -24,8 +24,8 @@ from vitrim.counting import Cost, cost
 from vitrim.data import Images
 from vitrim.errors import ArtifactError, ConfigError, DataError, MeasureError
 from vitrim.freezing import frozen
+from vitrim.methods import TAUGHT, configure, method_of
 from vitrim.methods import compress as compress_by
-from vitrim.methods import configure, method_of
 from vitrim.methods import plan as plan_of
 from vitrim.model import Vit
 from vitrim.pipeline.configs import EvaluateConfig, MeasureConfig, RecoverConfig
@@ -256,8 +256,9 @@ class _Work:
         search = self.folder.stages / "search"
         start = self.given if self.init is None else self._started(search / "init")
         search = search if self.init is None else search / "after"
+        taught = {"teacher": self.dense} if self.init is not None and self.method in TAUGHT else {}
         made = self.compressor(
-            start, self.config, data=self.train, progress=self.progress, folder=search, resume=search.is_dir()
+            start, self.config, data=self.train, progress=self.progress, folder=search, resume=search.is_dir(), **taught
         )
         before, after = cost(self.dense), cost(made.spec)
         warnings = [self._warn(text) for text in made.report.get("warnings", ())]
