@@ -107,8 +107,13 @@ def result() -> dict[str, Any]:
                     "cost": {"macs": 1 - step / 80},
                     "budget": {"macs": 0.5},
                     "z": {"macs": step / 40},
-                    "removed": {"heads": [0.1, 0.2], "v": [0.0, step / 50], "hidden": [0.5, 0.5]},
-                    "gates": [0.9, 0.98],
+                    "removed": {
+                        "heads": {"block 1": 0.1, "block 3": 0.2},
+                        "v": {"block 1 head 0": 0.0, "block 1 head 1": step / 50},
+                        "hidden": {"block 0": 0.5, "block 1": 0.5},
+                    },
+                    "y": {"heads": {"block 1": 1.0, "block 3": 3.0}, "v": {}, "hidden": {"block 0": 0.5}},
+                    "gates": {"block 1": 0.9, "block 3 mlp": 0.98},
                 }
                 for step in (20, 40)
             ],
@@ -202,7 +207,16 @@ def test_a_search_is_plotted_with_its_budget_and_where_the_saving_came_from(resu
     assert "MACs of the search ends at 50.0 %; budget ends at 50.0 %" in said
     assert "1.50 times as fast" in said
     assert "75.0 % by widths, 25.0 % by skipping; the last step cut 1.2 %" in said
+    assert "block 3 mlp ends at 98.0 %" in said
+    assert "block 1 head 1 ends at" in said
+    assert "heads ends at 2" in said  # the mean of the dual variables of two blocks
+    result["search"]["saving"]["macs"]["before"] = 0.125
+    assert "by skipping, 12.5 % before the search began" in "".join(Page(page.render(result)).text)
     result["search"]["history"] = result["search"]["history"][:1]
+    text = page.render(result)  # too short to draw, not to say
+    assert "How the search went" in text
+    assert "search-macs" not in text
+    del result["search"]
     assert "How the search went" not in page.render(result)
 
 

@@ -272,12 +272,8 @@ class _Run:
     ) -> None:
         self.bare, self.objective, self.images, self.config, self.out = model, objective, images, config, out
         self.progress = progress
+        ready(config, images)
         self.epoch_steps = len(images) // config.batch_size
-        if not self.epoch_steps:
-            raise DataError(
-                f"{images.name}: {len(images)} training images for batch_size={config.batch_size}; "
-                "expected at least one full batch. Lower batch_size or give more images."
-            )
         self.total = config.total_steps(len(images))
         if model.config.preprocess is None:
             raise DataError("the model does not say how images are prepared; give its config a Preprocess.")
@@ -665,7 +661,8 @@ def schedule(index: int, total: int, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (index - rising) / max(1, total - rising)))
 
 
-def _accelerator(config: TrainConfig, out: Path | None) -> accelerate.Accelerator:
+def ready(config: TrainConfig, images: Images) -> None:
+    """Raise what can be said before a run begins: TrainingError where this machine cannot do it, DataError for too few images."""
     found = int(os.environ.get("WORLD_SIZE", "1"))
     if found != config.world_size:
         raise TrainingError(
@@ -676,6 +673,14 @@ def _accelerator(config: TrainConfig, out: Path | None) -> accelerate.Accelerato
         raise TrainingError(f"device={config.device!r}: torch finds none here. Use device='cpu' or 'auto'.")
     if config.amp == "fp16" and (config.device == "cpu" or not torch.cuda.is_available()):
         raise TrainingError("amp='fp16' needs a GPU. On a CPU use amp='bf16' or amp='no'.")
+    if len(images) < config.batch_size:
+        raise DataError(
+            f"{images.name}: {len(images)} training images for batch_size={config.batch_size}; "
+            "expected at least one full batch. Lower batch_size or give more images."
+        )
+
+
+def _accelerator(config: TrainConfig, out: Path | None) -> accelerate.Accelerator:
     if config.tracker is not None and out is None:
         raise TrainingError(f"tracker={config.tracker!r} needs a folder for its files; pass out= (--out).")
     try:

@@ -5,6 +5,7 @@ A cut by `Keep`s equals the masked network of `masked_twin` (law 3). Factors rep
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -427,6 +428,25 @@ def _indices(where: str, kept: Indices | None, size: int, half: str) -> int:
     return len(kept)
 
 
+def fingerprint(model: Vit) -> str:
+    """Of spec and weights, 16 hex digits: what tells one model from another."""
+    digest = hashlib.sha256(spec_hash(model.spec).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def hold(model: Vit, fixed: Collection[tuple[int, str]]) -> None:
+    """Let these halves, with the norms in front of them, learn no more.  fixed: (block, "attention" | "mlp")."""
+    for i, half in fixed:
+        block = model.blocks[i]
+        for name in (half, {"attention": "norm1", "mlp": "norm2"}[half]):
+            if (module := getattr(block, name)) is not None:
+                module.requires_grad_(False)
+
+
 __all__ = [
     "Factors",
     "Keep",
@@ -437,7 +457,9 @@ __all__ = [
     "drop",
     "exact_tail",
     "factorise",
+    "fingerprint",
     "fold_layer_scale",
+    "hold",
     "masked_twin",
     "with_exact_tail",
     "with_folded",

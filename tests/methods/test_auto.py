@@ -156,7 +156,7 @@ def test_a_score_is_what_the_network_with_that_part_alone_loses(part, score, tmp
     """The `measured` score of a level is the divergence of the network with it; the `fisher` one is of its size."""
     model, x = make(WIDE), pixels(WIDE, 16)
     work = working(model, config(0.5, images=16, score=score, draws=200), tmp_path, x)
-    library = auto.library(work, needed=True)
+    library = auto.library(work)
     found = library[1].tensors
     size = {"qk": 8, "v": 8, "hidden": 32, "off": 64}[part]
     state = {name: value.clone() for name, value in model.state_dict().items()}
@@ -499,7 +499,7 @@ def test_images_that_say_nothing_are_refused():
 
 
 def test_too_few_images_for_the_unknowns_are_said_with_the_number_that_would_do(caplog):
-    small = auto.compress(make(WIDE), config(0.5, images=4), data=pixels(WIDE, 4))
+    small = vitrim.compress(make(WIDE), config(0.5, images=4), data=pixels(WIDE, 4))
     assert "3 images give" not in small.report["warnings"][0]
     assert "4 images give 51 tokens to fit 64 unknowns" in small.report["warnings"][0]
     assert "11 images or more would do" in small.report["warnings"][0]
@@ -535,3 +535,125 @@ def test_the_built_in_model_keeps_its_accuracy_at_a_seventh_of_its_operations():
         vitrim.evaluate(m, "sample", split="validation", limit=200, batch_size=50) for m in (model, small.model)
     )
     assert after["top1"] > before["top1"] - 0.05
+
+
+# --------------------------------------------------------------------------------------- what is frozen, met, or left out
+
+
+def test_an_attention_that_goes_before_a_frozen_mlp_is_scored_as_it_is_built(tmp_path):
+    model, x = make(WIDE), pixels(WIDE, 16)
+    frozen = config(0.9, images=16, axes=("attention",), freeze=("blocks.1.mlp",), score="measured")
+    work = working(model, frozen, tmp_path, x)
+    library = auto.library(work)
+    scored = auto.score_blocks(work, library)[1].off[64]
+    gone = weights.cut(model, [None, Keep(attention=False), None], method="test")
+    assert scored == pytest.approx(work.divergence(gone), rel=1e-6)
+
+
+def test_a_mean_is_not_put_in_front_of_a_frozen_attention(tmp_path):
+    """Where the MLP goes and the attention stays as it is, nothing of the block before may change for it."""
+    model = make(WIDE)
+    work = working(model, config(0.9, axes=("mlp",), freeze=("blocks.1.attention",)), tmp_path)
+    plan = whole(work.room)
+    choices = tuple(c._replace(hidden=0) if i == 1 else c for i, c in enumerate(plan.choices))
+    student = auto.Student(work, replace(plan, choices=choices), "all", "build")
+    untouched = auto.Student(work, plan, "all", "other").build().state_dict()
+    built = student.build().state_dict()
+    assert torch.equal(built["blocks.0.mlp.fc2.bias"], untouched["blocks.0.mlp.fc2.bias"])
+    assert "blocks.1.mlp.fc1.weight" not in built
+
+
+def test_what_is_predicted_for_a_budget_that_is_met_is_what_is_made(caplog):
+    model = make(WIDE)
+    met, cut = auto.predict(model, config(), [Budget(keep_macs=1.0), Budget(keep_macs=0.5)], data=pixels(WIDE))
+    made = auto.compress(model, config(1.0), data=pixels(WIDE))
+    assert (met["macs"], met["params"]) == (cost(made.spec).macs, cost(made.spec).params) == (
+        cost(WIDE).macs,
+        cost(WIDE).params,
+    )  # fmt: skip
+    assert met["predicted_kl"] == 0 < cut["predicted_kl"]
+    assert met.keys() == cut.keys()
+
+
+def test_an_exact_tail_that_is_not_wanted_is_not_added():
+    for changes in ({"exact_tail": False}, {"axes": ("qk", "vo", "mlp")}):
+        small = auto.compress(make(WIDE), config(0.6, **changes), data=pixels(WIDE))
+        assert not auto.has_tail(small.spec)
+
+
+def test_a_killed_scoring_goes_on_at_the_batch_where_it_was(tmp_path):
+    model, x = make(WIDE), pixels(WIDE, 40)
+    one = config(0.4, images=40, builds=1, score="measured")
+    unbroken = auto.compress(model, one, data=x)
+
+    def stop(stage: str, done: int, total: int, **facts: Any) -> None:
+        if stage == "score":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        auto.compress(model, one, data=x, folder=tmp_path, progress=stop)
+    seen: list[int] = []
+    counted, calls = auto.batch_losses, []
+
+    def count(*args: Any) -> Any:
+        calls.append(1)
+        return counted(*args)
+
+    auto.batch_losses = count
+    try:
+        again = auto.compress(
+            model,
+            one,
+            data=x,
+            folder=tmp_path,
+            resume=True,
+            progress=lambda stage, done, *_, **__: seen.append(done) if stage == "score" else None,
+        )
+    finally:
+        auto.batch_losses = counted
+    assert seen == [5, 10]  # of ten held-out images, five at a time
+    assert len(calls) == 1
+    assert all(torch.equal(a, b) for a, b in zip(again.model.parameters(), unbroken.model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("encoder", [False, True])
+def test_batches_change_no_sensitivity(encoder):
+    spec = replace(WIDE, outputs=(), pool=Pool(kind="mean")) if encoder else WIDE
+    model, x = make(spec), pixels(spec, 12)
+    one, many = (cf.sensitivity(model, x.split(size), seed=3) for size in (12, 5))
+    for name, site in one.items():
+        assert close(many[name].matrix, site.matrix)
+        assert close(many[name].tokens, site.tokens)
+
+
+def test_lengths_of_an_encoders_features_cost_nothing():
+    """Scores are of the features divided by their length, and so are the weights of the regressions."""
+    spec = replace(WIDE, outputs=(), pool=Pool(kind="mean"))
+    model, x = make(spec), pixels(spec, 6)
+    before = cf.sensitivity(model, [x], seed=0)
+    with torch.no_grad():
+        for norm in (model.norm, model.pool_norm):
+            for parameter in norm.parameters():
+                parameter.mul_(10)
+    after = cf.sensitivity(model, [x], seed=0)
+    assert all(close(after[name].matrix, before[name].matrix) for name in before)
+
+
+def test_rebuilding_without_a_cut_changes_little_in_single_precision(tmp_path):
+    model = make(WIDE, dtype=torch.float32)
+    x = pixels(WIDE).float()
+    work = working(model, config(0.5), tmp_path, x)
+    small = auto.Student(work, whole(work.room), "all", "build").build()
+    assert close(small(x), model(x), 1e-4)
+
+
+@pytest.mark.parametrize("keep", [0.6, 0.3])
+def test_the_operations_of_a_built_plan_are_those_that_torch_counts(keep):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    small = auto.compress(make(WIDE), config(keep), data=pixels(WIDE)).model
+    counter = FlopCounterMode(display=False)
+    with counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        small(pixels(WIDE, 1))
+    assert counter.get_total_flops() >= 2 * cost(small.spec).macs * 0.999  # products padded for the kernel count more
+    assert cost(small.spec).params == sum(p.numel() for p in small.parameters())

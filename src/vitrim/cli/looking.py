@@ -91,7 +91,10 @@ def cost(model: str, against: str | None, as_json: bool, quiet: bool) -> None:
 @click.option("--freeze", metavar="PARTS", help="Parts to keep as they are: blocks.0-2,blocks.11.attention.")
 @click.option("--data", metavar="DATA", help="Images: say what auto would cut at each budget, and at what loss.")
 @click.option("--images", type=click.IntRange(min=1), help="How many of them; 256 by default.")
+@options.PLANNED_BY
 @options.SOURCE
+@options.DEVICE
+@options.SEED
 @options.OUTPUT
 def plan(
     model: str,
@@ -100,9 +103,13 @@ def plan(
     freeze: str | None,
     data: str | None,
     images: int | None,
+    axes: str | None,
+    score: str | None,
     checkpoint: Path | None,
     no_pretrained: bool,
     no_verify: bool,
+    device: str | None,
+    seed: int | None,
     as_json: bool,
     quiet: bool,
     **limits: Any,
@@ -123,14 +130,23 @@ def plan(
     budgets = options.Limits(**limits).budgets()
     if data is not None:
         network = options.load_model(model, checkpoint=checkpoint, no_pretrained=no_pretrained, no_verify=no_verify)
-        wanted = options.given({"freeze": options.parts(freeze), "images": images})
+        wanted = options.given(
+            {
+                "freeze": options.parts(freeze),
+                "images": images,
+                "axes": options.parts(axes),
+                "score": score,
+                "device": options.device_named(device),
+                "seed": seed,
+            }
+        )
         show_predictions(
             model, method or "auto", predicted(network, method or "auto", budgets, data, wanted, quiet), as_json
         )
         return
-    if checkpoint is not None or no_pretrained or images is not None:
+    if no_pretrained or any(value is not None for value in (checkpoint, images, axes, score, device, seed)):
         raise click.UsageError(
-            "--checkpoint, --no-pretrained and --images go with --data; without it only the shape counts."
+            "--checkpoint, --no-pretrained, --images, --axes, --score, --device and --seed go with --data; without it only the shape counts."
         )
     spec = spec_named(model)
     given = options.given({"variant": variant, "freeze": options.parts(freeze)})
@@ -159,8 +175,30 @@ def predicted(
         raise click.UsageError(
             f"--data: method {method!r} cannot say it before building; expected {', '.join(PREDICTS)}."
         )
+    config = configure(method, settings)
+    refused = {budget: out_of_reach(network.spec, method, config, budget) for budget in budgets}
+    open_ = [budget for budget in budgets if refused[budget] is None]
+    if not open_:
+        raise BudgetError(str(refused[budgets[0]]))
     with progress_on_stderr(quiet) as progress:
-        return PREDICTS[method](network, configure(method, settings), budgets, data=data, progress=progress)
+        rows = iter(PREDICTS[method](network, config, open_, data=data, progress=progress))
+    return [
+        next(rows) if refused[budget] is None else {"budget": budget.to_dict(), "refused": refused[budget]}
+        for budget in budgets
+    ]
+
+
+def out_of_reach(spec: ModelSpec, method: str, config: Any, budget: Budget) -> str | None:
+    """Why the method cannot meet the budget; None where it can."""
+    from dataclasses import replace
+
+    from vitrim.methods import plan as plan_of
+
+    try:
+        plan_of(method, spec, replace(config, budget=budget))
+    except BudgetError as error:
+        return str(error)
+    return None
 
 
 def show_predictions(model: str, method: str, rows: list[dict[str, Any]], as_json: bool) -> None:
@@ -171,7 +209,12 @@ def show_predictions(model: str, method: str, rows: list[dict[str, Any]], as_jso
     body = []
     for row in rows:
         budget = ", ".join(f"{name} {value:g}" for name, value in row["budget"].items())
+        if "refused" in row:
+            body.append([budget, "out of reach", *[""] * 5])
+            continue
         now, was = row["width"]
+        tokens = [f"{step['kind']} in block {step['block']}" for step in row["steps"]]
+        tokens += ["exact tail"] if row["exact_tail"] else []
         blocks = "  ".join(f"{b['qk'][0]}/{b['v'][0]}/{b['hidden'][0]}" for b in row["blocks"])
         body.append(
             [
@@ -180,11 +223,15 @@ def show_predictions(model: str, method: str, rows: list[dict[str, Any]], as_jso
                 tables.count_text(row["params"]),
                 f"{row['predicted_kl']:.2g}",
                 f"{now} of {was}",
+                ", ".join(tokens) or "all kept",
                 blocks,
             ]
         )
-    heads = ["budget", "MACs", "params", "predicted loss", "stream", "blocks: q/k rank / v rank / MLP units"]
+    heads = ["budget", "MACs", "params", "predicted loss", "stream", "tokens", "blocks: q/k rank / v rank / MLP units"]
     tables.show_table(f"{model}: what {method} expects (divergence of the outputs from the dense ones)", heads, body)
+    for row in rows:
+        if "refused" in row:
+            tables.note(row["refused"])
 
 
 def planned(name: str, spec: ModelSpec, budget: Budget, given: dict[str, Any]) -> dict[str, Any]:
@@ -192,7 +239,8 @@ def planned(name: str, spec: ModelSpec, budget: Budget, given: dict[str, Any]) -
     from vitrim.counting import cost as count
     from vitrim.methods import configure
     from vitrim.methods import plan as plan_of
-    from vitrim.weights import allows_exact_tail, with_exact_tail
+    from vitrim.pipeline.running import may_have_tail
+    from vitrim.weights import with_exact_tail
 
     row: dict[str, Any] = {
         "method": name,
@@ -200,13 +248,13 @@ def planned(name: str, spec: ModelSpec, budget: Budget, given: dict[str, Any]) -
         "limits": budget.limits(count(spec)),
         "refused": None,
     }
-    if allows_exact_tail(spec):  # as `compress` does; shares refer to the model as it is
+    loose = configure(name, {"budget": type(budget)(keep_macs=1.0), **given})
+    if may_have_tail(spec, loose):  # as `compress` does; shares refer to the model as it is
         budget, spec = budget.absolute(count(spec)), with_exact_tail(spec)
     try:
         return row | plan_of(name, spec, configure(name, {"budget": budget, **given}))
     except BudgetError as error:
-        loosest = configure(name, {"budget": type(budget)(keep_macs=1.0), **given})
-        return row | plan_of(name, spec, loosest) | {"refused": str(error)}
+        return row | plan_of(name, spec, loose) | {"refused": str(error)}
 
 
 def plan_row(row: dict[str, Any]) -> list[str]:

@@ -120,9 +120,12 @@ BUDGET = stack(
     click.option("--max-memory-mb", type=POSITIVE, help="At most so much resident weights plus activations."),
     click.option("--max-file-mb", type=POSITIVE, help="At most such a file."),
 )
-SPENT = stack(
+PLANNED_BY = stack(
     click.option("--axes", metavar="NAMES", help="Of auto: what may be cut, as qk,vo,mlp; all that apply by default."),
     click.option("--score", type=Named("fisher", "measured"), help="Of auto: fisher (default), or measured, slower."),
+)
+SPENT = stack(
+    PLANNED_BY,
     click.option(
         "--preset", type=Named("clean", "paper"), help="Of dcvit and uvc: clean (default), or the authors' values."
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -10,11 +11,14 @@ from typing import Any
 from pydantic import ValidationError
 
 from vitrim.budget import Budget
+from vitrim.data import Images
 from vitrim.errors import ConfigError, VitrimError, did_you_mean
 from vitrim.methods import auto, comcat, dcvit, uvc
 from vitrim.model import Vit
 from vitrim.result import Compressed
 from vitrim.spec import ModelSpec
+
+log = logging.getLogger("vitrim.methods")
 
 METHODS: dict[str, Callable[..., Compressed]] = {
     "auto": auto.compress,
@@ -41,6 +45,8 @@ FAMILIES: dict[str, Callable[..., list[Compressed]]] = {
     "dcvit": dcvit.compress_family,
 }
 """Methods that score once for several budgets."""
+CHECKS: dict[str, Callable[[ModelSpec, Any, Images], None]] = {"uvc": uvc.check}
+"""Methods that can say from the images at hand, before any work, why they would not do."""
 TAUGHT = ("uvc",)
 """Methods that distil, and may be given another teacher than the model they cut."""
 
@@ -59,7 +65,7 @@ def compress_family(
     name, place = method_of(config), None if folder is None else Path(folder)
     if name in FAMILIES:
         rest: dict[str, Any] = {"data": data, "progress": progress, "folder": place, "resume": resume}
-        return FAMILIES[name](model, config, budgets, **rest)
+        return [_said(made, name) for made in FAMILIES[name](model, config, budgets, **rest)]
     found = []
     for index, budget in enumerate(budgets):
         own = None if place is None else place / str(index)
@@ -98,7 +104,14 @@ def compress(
         if name not in TAUGHT:
             raise ConfigError(f"{name} learns from no teacher; leave teacher out. Those that do: {', '.join(TAUGHT)}.")
         more = {"teacher": teacher}
-    return METHODS[name](model, config, data=data, progress=progress, folder=place, resume=resume, **more)
+    return _said(METHODS[name](model, config, data=data, progress=progress, folder=place, resume=resume, **more), name)
+
+
+def _said(made: Compressed, name: str) -> Compressed:
+    """The same, its warnings logged."""
+    for text in made.report.get("warnings", ()):
+        log.warning("%s: %s", name, text)
+    return made
 
 
 def method_of(config: Any) -> str:

@@ -19,7 +19,6 @@ The file in order: config; what may be cut; costs and plans; images; parts and s
 from __future__ import annotations
 
 import hashlib
-import logging
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -81,7 +80,6 @@ PEAKS = 12
 
 Progress = Callable[..., None]
 Half = tuple[int, str]
-log = logging.getLogger("vitrim.auto")
 
 
 @checked(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -111,6 +109,8 @@ class AutoConfig:
     """Pull of the MLP's last linear towards the inherited weights, as a share of the mean variance of its inputs."""
     output_ridge: float = 1e-3
     """The same of attention's output projection."""
+    exact_tail: bool = True
+    """False: as if `tail` were not among the axes."""
     freeze: tuple[str, ...] = ()
     """Parts that stay as they are, such as `blocks.0-2` or `blocks.11.attention`; the stream then keeps its width."""
     seed: int = 0
@@ -341,7 +341,7 @@ def room_of(spec: ModelSpec, config: AutoConfig) -> Room:
     """What the config may cut of this spec. Raises ConfigError where an axis that was asked for does not apply, or none does."""
     fixed = frozen(spec, config.freeze)
     base = without_tail(fold(spec, fixed))
-    asked = AXES if config.axes is None else config.axes
+    asked = tuple(axis for axis in config.axes or AXES if axis != "tail" or config.exact_tail)
     dense = {f"block {i} {half}": "frozen" for i, half in sorted(fixed)}
     if spec.outputs:
         dense["classifier"] = "not cut, only refitted"
@@ -1721,28 +1721,28 @@ def _work(
     temporary: Path,
 ) -> Work:
     inputs = Inputs(model, data, config)
-    names = ("axes", "score", "images", "batch_size", "draws", "align", "ridge", "output_ridge", "freeze", "seed")
+    names = (
+        "axes",
+        "score",
+        "images",
+        "batch_size",
+        "draws",
+        "align",
+        "ridge",
+        "output_ridge",
+        "freeze",
+        "seed",
+        "exact_tail",
+    )
     identity: dict[str, Any] = {name: getattr(config, name) for name in names}
     identity = {n: list(v) if isinstance(v, tuple) else v for n, v in identity.items()}
-    identity |= {"spec": spec_hash(model.spec), "weights": _digest(model), "data": inputs.mark}
+    identity |= {"spec": spec_hash(model.spec), "weights": weights.fingerprint(model), "data": inputs.mark}
     notes = Notes(folder, identity, resume=resume)
     folded = weights.fold_layer_scale(model, skip=room.fixed)
     base = weights.with_spec(folded, room.base, folded.state_dict(), share=True).eval()
     if config.device is not None:
         base = base.to(config.device)
-    for warning in (said := _warnings(room.base, room, inputs)):
-        log.warning("auto: %s", warning)
-    return Work(model, base, room, config, inputs, notes, temporary, progress, said)
-
-
-def _digest(model: Vit) -> str:
-    """Of the weights: what tells one model from another of the same spec."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(parts.double(value).sum().numpy().tobytes())
-        digest.update(parts.double(value).square().sum().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return Work(model, base, room, config, inputs, notes, temporary, progress, _warnings(room.base, room, inputs))
 
 
 def _untouched(model: Vit, config: AutoConfig, room: Room) -> Compressed:

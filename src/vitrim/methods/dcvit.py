@@ -26,7 +26,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice, pairwise
+from itertools import combinations, islice, pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -50,7 +50,7 @@ from vitrim.model import Gates, Stream, Vit
 from vitrim.objectives import Plain
 from vitrim.result import Compressed
 from vitrim.spec import Block, ModelSpec, Preprocess, SelectionStep, spec_hash, token_walk
-from vitrim.training import Batch, Step, TrainConfig, fit
+from vitrim.training import Batch, Step, TrainConfig, fit, plain
 from vitrim.weights import Keep
 
 Progress = Callable[..., None]
@@ -84,10 +84,10 @@ class DcvitConfig:
     """closed: strength of the pull towards inherited weights, as a share of the mean variance of the hidden units;
     None: chosen for each block by leaving images out."""
     weighted: bool = True
-    """closed: tokens and channels count by how much the outputs depend on them (one backward pass, no labels)."""
+    """closed: tokens and channels count by how much the outputs depend on them (two backward passes, no labels)."""
     probe_images: int = 64
-    """closed: images, left out of the trial fits, on which each candidate's effect on the output is measured; as many serve
-    the backward pass of `weighted`."""
+    """closed: images, left out of the trial fits (of fewer than four there are none to leave out), on which each candidate's effect on
+    the output is measured; as many serve the backward passes of `weighted`."""
     hand_over: bool = False
     """closed: the halves before a lost attention are refitted to carry what they can foretell of it. On the built-in model
     it cost five points with 50 images and gave a third of one with 256."""
@@ -559,7 +559,10 @@ def _programme(rows: Sequence[Table], allowed: Sequence[np.ndarray], rooms: Mapp
         prices = [
             np.ceil(
                 scale
-                * (share * row.macs[a] / max(rooms["macs"], 1) + (1 - share) * row.params[a] / max(rooms["params"], 1))
+                * np.minimum(  # what costs more than the whole room fits nowhere, however much more
+                    share * row.macs[a] / max(rooms["macs"], 1) + (1 - share) * row.params[a] / max(rooms["params"], 1),
+                    2.0,
+                )
             ).astype(np.int64)
             for row, a in zip(rows, allowed, strict=True)
         ]
@@ -668,7 +671,20 @@ class Inputs:
             differ = differ or bool((x != first).any())
             yield model.embed(x.to(like))
         if not differ:
-            raise DataError(f"dcvit: all {self.count} images are equal; expected different photos. Check the folder.")
+            raise self.alike()
+
+    def refuse_alike(self) -> None:
+        """Raise DataError when all images are equal."""
+        first: Tensor | None = None
+        for x in self.batches():
+            first = x[:1] if first is None else first
+            if bool((x != first).any()):
+                return
+        if self.count > 1:
+            raise self.alike()
+
+    def alike(self) -> DataError:
+        return DataError(f"dcvit: all {self.count} images are equal; expected different photos. Check the folder.")
 
 
 # ------------------------------------------------------------------------------------------- closed form: the score of a block
@@ -968,7 +984,7 @@ def score(
             left -= len(held.parts[n].x)
     answers_ = [cf.answers(base, stream, 0).cpu() for n, stream in enumerate(held.batches(device)) if n in probes]
     scores: list[Score] = []
-    identity = _identity(base.spec, inputs, config)
+    identity = _identity(base.spec, base, inputs, config)
     if folder is not None:
         scores = _noted(folder, identity, resume=resume)
     sites = None
@@ -995,8 +1011,8 @@ def score(
     return scores, sites
 
 
-def _identity(spec: ModelSpec, inputs: Inputs, config: DcvitConfig) -> dict[str, Any]:
-    """What must agree for noted scores to belong to this run."""
+def _identity(spec: ModelSpec, model: Vit, inputs: Inputs, config: DcvitConfig) -> dict[str, Any]:
+    """What must agree for noted scores to belong to this run. model: that is scored."""
     every = (
         "ridge",
         "weighted",
@@ -1012,7 +1028,10 @@ def _identity(spec: ModelSpec, inputs: Inputs, config: DcvitConfig) -> dict[str,
     more = ("steps", "lr", "metric_images", "metric_steps", "k")
     names = every if config.variant == "closed" else (*every, *more)
     values = {name: getattr(config, name) for name in names}
-    return {**values, "freeze": list(config.freeze), "spec": spec_hash(spec), "data": inputs.mark}
+    if config.variant == "finetune":
+        values["augment"] = plain(config.augment)
+    weights_ = weights.fingerprint(model)
+    return {**values, "freeze": list(config.freeze), "spec": spec_hash(spec), "weights": weights_, "data": inputs.mark}
 
 
 def _note(folder: Path, identity: Mapping[str, Any], scores: Sequence[Score]) -> None:
@@ -1301,10 +1320,7 @@ def finetune(
     progress: Progress | None,
 ) -> Vit:
     """The student after section 8's fine-tuning; what was given is trained in place. Float32 (or the model's own) throughout."""
-    if inputs.images is None:
-        raise DataError(
-            "dcvit: fine-tuning varies the images, and needs to know how the model normalises them. Load it with preprocess=."
-        )
+    assert inputs.images is not None  # `compress_family` has refused that
     paper = config.variant == "finetune" and config.preset == "paper"
     batch = min(64, inputs.count)
     settings = TrainConfig(
@@ -1466,13 +1482,14 @@ def by_finetuning(
 
     Gives the student, what was kept of each block, the history and the report.
     """
+    inputs.refuse_alike()
     shape = structure(reference, config, budget)
     limits = budget.limits(cost(reference))
     none: list[Keep | None] = [None] * len(base.blocks)
     if not shape.k:
         return base, none, [], {"k": 0}
     paper = config.preset == "paper"
-    state = _Trials(folder, {**_identity(reference, inputs, config), "limits": limits}, resume=resume)
+    state = _Trials(folder, {**_identity(reference, base, inputs, config), "limits": limits}, resume=resume)
     if state.metric is None:
         state.metric = _metric_set(base, inputs, config, progress)
         state.save()
@@ -1489,26 +1506,29 @@ def by_finetuning(
         state.note(i, _mismatch(base, student, state.metric, config.batch_size), student)
         if place is not None:
             shutil.rmtree(place, ignore_errors=True)
-    order = sorted(found, key=lambda i: (state.scores[str(i)], i))[: shape.k]
-    hidden = widest(weights.with_folded(reference, skip=fixed), order, limits) if not paper else None
-    hidden = hidden or {i: shape.hidden[i] for i in order}
-    first = order[0]
-    student, keep = _narrow(base, first, shape.hidden[first], config)
-    student.load_state_dict({n: t.to(next(base.parameters())) for n, t in state.best.items()})
+    ranked_ = sorted(found, key=lambda i: (state.scores[str(i)], i))
+    if paper:
+        order = ranked_[: shape.k]
+        widths = {i: shape.hidden[i] for i in order}
+    else:
+        order, widths = chosen_blocks(weights.with_folded(reference, skip=fixed), ranked_, shape, limits, state.scores)
     keeps = list(none)
-    keeps[first] = keep
-    widths = {**hidden, first: shape.hidden[first]}  # the trial's own: it is not trained again
-    for nth, i in enumerate(order[1:], start=1):
+    student, trained = base, 0
+    if order[0] == ranked_[0]:  # its trial was the best, and is not trained again
+        student, keeps[order[0]] = _narrow(base, order[0], widths[order[0]], config)
+        student.load_state_dict({n: t.to(next(base.parameters())) for n, t in state.best.items()})
+        trained = 1
+    for nth, i in enumerate(order[trained:], start=trained):
         student, keeps[i] = _narrow(student, i, widths[i], config, draw=nth if paper else 0)
         place = None if folder is None else folder / f"stage-{i}"
         last = min(max(order[: nth + 1]) + 1, len(base.blocks) - 1)
         finetune(
             student, base, inputs, config, last=last, steps=config.steps, fixed=fixed, out=place, resume=resume,
-            progress=_told(progress, f"compress block {i}, {nth} of {shape.k - 1}"),
+            progress=_told(progress, f"compress block {i}, {nth + 1 - trained} of {len(order) - trained}"),
         )  # fmt: skip
     history = [{"stage": "trial", "block": i, "mismatch": state.scores[str(i)]} for i in found]
     report = {
-        "k": shape.k,
+        "k": len(order),
         "order": order,
         "metric": "synthetic images" if reference.outputs else "the few images themselves",
         "counted": shape.counted,
@@ -1518,10 +1538,37 @@ def by_finetuning(
     return student, keeps, history, report
 
 
+def chosen_blocks(
+    spec: ModelSpec,
+    ranked_: Sequence[int],
+    shape: Structure,
+    limits: Mapping[str, int],
+    scores: Mapping[str, float],
+) -> tuple[list[int], dict[int, int]]:
+    """The blocks to compress, the most recoverable first, and the units that each keeps: the first as its trial had it.
+
+    The best k by their trials if they can meet the limits; else the set of the least sum that does, of more blocks if need be.
+    spec: LayerScale folded. Raises BudgetError where none does.
+    """
+    for k in range(shape.k, len(ranked_) + 1):
+        sets = sorted(combinations(ranked_, k), key=lambda blocks: sum(scores[str(i)] for i in blocks))
+        for order in sets:
+            first, *rest = order
+            begun = with_options(spec, _narrowed(spec, [first], {first: shape.hidden[first]}))
+            hidden = widest(begun, rest, limits) if rest else None if exceeded(cost(begun), limits) else {}
+            if hidden is not None:
+                return list(order), {first: shape.hidden[first], **hidden}
+    raise BudgetError(
+        "dcvit: no set of blocks meets the budget with the width that was tried. Raise the budget a little, pass a larger k, or "
+        "choose variant='closed'."
+    )
+
+
 def _metric_set(base: Vit, inputs: Inputs, config: DcvitConfig, progress: Progress | None) -> Tensor:
     """Images in the network's own input, on the CPU."""
     if not base.spec.outputs:  # nothing to synthesise from: the images themselves, as the paper's ablation has them
-        return torch.cat(list(inputs.batches()))[: config.metric_images].cpu()
+        enough = islice(inputs.batches(), -(-config.metric_images // inputs.batch_size))
+        return torch.cat(list(enough))[: config.metric_images].cpu()
     images = synthesise(
         base, config.metric_images, config.metric_steps, seed=config.seed, size_px=base.spec.image_px, progress=progress
     )
@@ -1629,6 +1676,10 @@ def compress_family(
     home = next(model.parameters()).device
     base = weights.fold_layer_scale(model, skip=fixed).to(device).eval()
     inputs = Inputs(model, data, config)
+    if inputs.images is None and (config.variant == "finetune" or config.finetune_steps):
+        raise DataError(
+            "dcvit: fine-tuning varies the images, and needs to know how the model normalises them. Load it with preprocess=."
+        )
     results = []
     with tempfile.TemporaryDirectory(prefix="vitrim-") as temporary:
         room = Path(temporary)

@@ -39,7 +39,7 @@ from vitrim.objectives import Distilled, LabelFree, Supervised
 from vitrim.result import Compressed
 from vitrim.spec import Attention, Block, ModelSpec, spec_hash, token_walk
 from vitrim.tasks.classification import class_index
-from vitrim.training import Batch, Objective, Progress, Step, TrainConfig, fit, plain, schedule
+from vitrim.training import Batch, Objective, Progress, Step, TrainConfig, fit, plain, read_config, ready, schedule
 from vitrim.weights import Keep
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -54,6 +54,24 @@ WHOLE_FROM = 0.6
 """Share of the search from which `clean` counts the cost of whole levels: a part of a head is scaled, not saved."""
 GUMBEL_TAU = 0.5
 """Temperature of the gate samples (paper and code)."""
+
+
+LOOP = (
+    "steps",
+    "accumulate",
+    "lr",
+    "augment",
+    "seed",
+    "workers",
+    "device",
+    "amp",
+    "world_size",
+    "grad_checkpoint",
+    "checkpoint_seconds",
+)
+"""What the training loop takes from the config as it is."""
+LEAST_LINES = 20
+"""Lines of history that a short search writes at least, as far as it has steps."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -210,6 +228,7 @@ class UvcConfig:
                 f"uvc: warmup={rules.warmup:g} and settle={rules.settle:g} leave no steps for the search; "
                 "expected shares of the run that add up to less than 1."
             )
+        _ = self.training  # says what is wrong with it now, not when the images have been read
 
     @property
     def bounds(self) -> Budget:
@@ -233,27 +252,12 @@ class UvcConfig:
     def training(self) -> TrainConfig:
         """The one loop's config."""
         rules = self.rules
-        return TrainConfig(
-            epochs=rules.epochs,
-            steps=self.steps,
-            batch_size=rules.batch_size,
-            accumulate=self.accumulate,
-            lr=self.lr,
-            min_lr=min(1e-5, self.lr),
-            smoothing=rules.smoothing,
-            mixup=rules.mixup,
-            cutmix=rules.cutmix,
-            mix_share=rules.mix_share,
-            augment=self.augment,
-            seed=self.seed,
-            workers=self.workers,
-            device=self.device,
-            amp=self.amp,
-            world_size=self.world_size,
-            grad_checkpoint=self.grad_checkpoint,
-            log_every=self.log_every,
-            checkpoint_seconds=self.checkpoint_seconds,
-        )
+        every = self.log_every if self.steps is None else min(self.log_every, max(1, self.steps // LEAST_LINES))
+        own = {name: getattr(self, name) for name in LOOP}
+        given = {
+            name: getattr(rules, name) for name in ("epochs", "batch_size", "smoothing", "mixup", "cutmix", "mix_share")
+        }
+        return read_config(TrainConfig, {**own, **given, "min_lr": min(1e-5, self.lr), "log_every": every}, where="uvc")
 
 
 # ------------------------------------------------------------------------------------------------------ what may be removed
@@ -328,6 +332,14 @@ class Space:
         if (m := block.mlp) is not None and (i, "mlp") in self.free and m.hidden > 1:
             self.widths.append(Width(i, "hidden", m.hidden))
 
+    def surviving(self, i: int, removed: Array, ranks: Mapping[int, Array] | None) -> list[int]:
+        """The widths of block `i` that count the dims of heads which stay. ranks: of its heads, in the order in which they go."""
+        where, heads = self.index[(i, "v")], self.index.get((i, "heads"))
+        if ranks is None or heads is None:
+            return where
+        gone = math.floor(float(removed[heads[0]]) * len(where) + 1e-9)
+        return [w for w, rank in zip(where, ranks[i], strict=True) if rank >= gone]
+
     def tied(self, a: Attention) -> bool:
         """Whether this attention's queries and keys lose dims with its values."""
         return self.tie and a.qk_norm == "none" and a.qk_dim > 1
@@ -382,7 +394,12 @@ class Space:
         return found
 
     def shares(
-        self, removed: Array, logits: Array, *, counts: Literal["continuous", "ceil", "levels"] = "continuous"
+        self,
+        removed: Array,
+        logits: Array,
+        *,
+        counts: Literal["continuous", "ceil", "levels"] = "continuous",
+        ranks: Mapping[int, Array] | None = None,
     ) -> tuple[Array, Array, Array]:
         """MACs and parameters as shares of the reference, with their slopes.
 
@@ -400,7 +417,8 @@ class Space:
             where = self.index.get((i, part))
             if where is None:
                 return size
-            share = gone[where[0]] if len(where) == 1 else torch.stack([gone[w] for w in where]).amin()
+            alive = self.surviving(i, removed, ranks) if len(where) > 1 else where
+            share = gone[alive[0]] if len(alive) == 1 else torch.stack([gone[w] for w in alive]).amin()
             count = size * (1 - share)
             now = float(count.detach())
             if counts == "continuous":
@@ -781,10 +799,18 @@ class _Finaliser:
     """From continuous decisions to whole numbers within the budget."""
 
     def __init__(
-        self, space: Space, limits: Mapping[str, int], losses: Mapping[tuple[int, str], Array], logits: Array
+        self,
+        space: Space,
+        limits: Mapping[str, int],
+        losses: Mapping[tuple[int, str], Array],
+        logits: Array,
+        ranks: Mapping[int, Array],
     ) -> None:
-        """losses: for each part with a count, what losing its k weakest units costs, [size + 1], in a common unit."""
-        self.space, self.limits, self.losses, self.logits = space, limits, losses, logits
+        """losses: for each part with a count, what losing its k weakest units costs, [size + 1], in a common unit.
+
+        ranks: of heads, where they count their own dims.
+        """
+        self.space, self.limits, self.losses, self.logits, self.ranks = space, limits, losses, logits, ranks
         self.exact = any(name not in ("macs", "params") for name in limits)
 
     def run(self, removed: Array) -> Layout:
@@ -793,9 +819,10 @@ class _Finaliser:
         if not any(is_open) and not space.always() and is_open:
             is_open[int(np.argmax(self.logits))] = True
         shapes = space.dense()
-        left = {
-            key: space.widths[where[0]].size * (1 - float(removed[where].min())) for key, where in space.index.items()
-        }
+        left = {}
+        for (i, part), where in space.index.items():
+            alive = space.surviving(i, removed, self.ranks or None) if len(where) > 1 else where
+            left[(i, part)] = space.widths[where[0]].size * (1 - float(removed[alive].min()))
         align = space.align
         cheapest = space.cheapest(space.least(align), "macs" if "macs" in self.limits else "params")
         while align > 1 and self.over(space.with_gates(space.least(align), cheapest)):
@@ -915,14 +942,16 @@ def finalise(
     removed: Array,
     logits: Array,
     losses: Mapping[tuple[int, str], Array],
+    ranks: Mapping[int, Array] | None = None,
 ) -> Layout:
     """Whole numbers within the limits, nearest to what the search decided.
 
     Gates by their sign, counts rounded and aligned; then the level with the least loss for its cost goes while a limit is
     exceeded, and the one with the most comes back while it fits; where 1 % stays free, single units, then closed gates.
-    losses: by (block, part), what losing the k weakest units costs, [size + 1]. Raises BudgetError out of reach.
+    losses: by (block, part), what losing the k weakest units costs, [size + 1]. ranks: by block, places of the heads in the
+    order in which they go, where each counts its own dims. Raises BudgetError out of reach.
     """
-    return _Finaliser(space, limits, losses, logits).run(removed)
+    return _Finaliser(space, limits, losses, logits, ranks or {}).run(removed)
 
 
 # ------------------------------------------------------------------------------------------------------------ the objective
@@ -971,6 +1000,7 @@ class Search:
         self.controller = Controller(space.widths, len(space.gates), targets, self.rules)
         self.slopes: Array = np.zeros(len(self.leaf))
         self.final: Array | None = None  # masks and gates of the layout, 0 and 1
+        self.shown: Array = self.controller.logits  # the gates' logits of the step
         self.layout: Layout | None = None
         self.rounded: dict[str, int] = {}
         self.trace: list[list[float]] = []
@@ -1001,12 +1031,7 @@ class Search:
     def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         assert isinstance(model, Vit)
         self.model = model
-        for i, half in self.fixed:
-            for module in (getattr(model.blocks[i], half), model.blocks[i].norm1 if half == "attention" else None):
-                if module is not None:
-                    module.requires_grad_(False)
-            if half == "mlp":
-                model.blocks[i].norm2.requires_grad_(False)
+        weights.hold(model, self.fixed)
         first = next(model.parameters())
         self.leaf = torch.ones(len(self.leaf), device=first.device, dtype=first.dtype, requires_grad=True)
         self.norms = self._measure()
@@ -1088,8 +1113,13 @@ class Search:
             found[f"removed/{name}"] = float(c.removed[w])
             found[f"y/{name}"] = float(c.y[w])
         for g, halves in enumerate(self.space.gates):
-            found[f"gate/{_gate_name(halves)}"] = float(1 / (1 + math.exp(-c.logits[g])))
+            found[f"gate/{_gate_name(halves)}"] = self._probability(g)
         return found
+
+    def _probability(self, g: int) -> float:
+        """That gate `g` is open, as the step had it."""
+        logit = float(self.shown[g])
+        return float(logit > 0) if self.final is not None else 1 / (1 + math.exp(-logit))
 
     # ------------------------------------------------------------------------------------------------------------- the parts
 
@@ -1103,7 +1133,7 @@ class Search:
         return max(0.0, (step.index - first) / (stop - first))
 
     def _decide(self, slopes: Array, step: Step, first: int, stop: int) -> None:
-        controller, share = self.controller, self._share(step)
+        controller, share, ranks = self.controller, self._share(step), self._head_ranks()
         counts: Any = "ceil" if self.rules.ceil else "levels" if share >= WHOLE_FROM else "continuous"
         controller.advance(
             share,
@@ -1111,17 +1141,25 @@ class Search:
             self._count_slopes(slopes),
             slopes[self.masks :],
             self._energies(),
-            lambda removed, logits: self.space.shares(removed, logits, counts=counts),
+            lambda removed, logits: self.space.shares(removed, logits, counts=counts, ranks=ranks),
         )
         if step.world > 1:
             controller.agree(self.leaf.device)
         every = max(1, (stop - first) // 200)
         if (step.index - first) % every == 0 or step.index + 1 == stop:
-            k = self._resource()
+            k = self._binding()
             self.trace.append([step.index, float(controller.cost[k]), float(controller.goal[k])])
 
-    def _resource(self) -> int:
-        return 0 if self.controller.bound[0] else 1
+    def _head_ranks(self) -> dict[int, Array]:
+        """Of each block's heads, their places in the order in which they go; only where heads count their own dims."""
+        if not self.space.per_head:
+            return {}
+        return {slot.block: _ranks(self.scores(slot)) for slot in self.slots if slot.part == "heads"}
+
+    def _binding(self) -> int:
+        """The limited resource that is furthest above its goal, or least below it."""
+        c = self.controller
+        return max((k for k in (0, 1) if c.bound[k]), key=lambda k: float(c.cost[k] - c.goal[k]))
 
     @torch.no_grad()
     def _refresh(self, step: Step) -> None:
@@ -1133,6 +1171,7 @@ class Search:
             if self.rules.masked:
                 values[: self.masks] = self._soft_masks()
             values[self.masks :] = self.controller.effective(self._share(step))
+        self.shown = values[self.masks :]
         self.leaf.copy_(torch.tensor(values))
 
     def soft(self, step: Step, images: int) -> Soft:
@@ -1298,7 +1337,9 @@ class Search:
         for (i, part), value in scores.items():
             if part == "qk" and len(losses[(i, "v")]) == value.shape[-1] + 1:
                 losses[(i, "v")] = losses[(i, "v")] + np.concatenate([[0.0], np.cumsum(np.sort(value, axis=1).sum(0))])
-        self.layout = finalise(self.space, self.limits, self.controller.removed, self.controller.logits, losses)
+        self.layout = finalise(
+            self.space, self.limits, self.controller.removed, self.controller.logits, losses, self._head_ranks()
+        )
         self.rounded = self.space.total(self.layout.before)
         final = np.ones(len(self.leaf))
         for slot in self.slots:
@@ -1421,10 +1462,7 @@ def compress(
         )
     if data is None:
         raise DataError("uvc: the search trains on images; none were given. Pass data=.")
-    label_free = config.distill and not model.spec.outputs
-    if not config.distill and not model.spec.outputs:
-        raise ConfigError("uvc: distill=False on an encoder, which has no classifier to train; leave distill on.")
-    needed = not label_free and not (config.distill and config.rules.alpha == 1)
+    needed, label_free = needs_labels(model.spec, config)
     images = rooms.open(data, split="train", labelled=True if needed else False if label_free else None)
     objective = Search(space, _inner(teacher or model, config, images, label_free=label_free), config, limits, fixed)
     base = weights.fold_layer_scale(model, skip=fixed)
@@ -1452,6 +1490,22 @@ def compress(
     }
     history = [_row(line, space) for line in fitted.history if line["kind"] == "train"]
     return Compressed(model=small, method="uvc", variant=config.preset, history=history, report=report)
+
+
+def needs_labels(spec: ModelSpec, config: UvcConfig) -> tuple[bool, bool]:
+    """Whether the search needs labels, and whether it does not look at any. Raises ConfigError where it can learn nothing."""
+    if not spec.outputs and not config.distill:
+        raise ConfigError("uvc: distill=False on an encoder, which has no classifier to train; leave distill on.")
+    label_free = not spec.outputs
+    return not label_free and not (config.distill and config.rules.alpha == 1), label_free
+
+
+def check(spec: ModelSpec, config: UvcConfig, images: Images) -> None:
+    """Raise what `compress` would raise about these training images or this machine, before any work is done."""
+    needed, _ = needs_labels(spec, config)
+    if needed:
+        rooms.open(images, labelled=True)
+    ready(config.training, images)
 
 
 def _objective_name(config: UvcConfig, label_free: bool) -> str:
@@ -1488,18 +1542,23 @@ def _named(progress: Progress | None) -> Progress | None:
 
 
 def _row(line: Mapping[str, Any], space: Space) -> dict[str, Any]:
-    """A line of metrics.jsonl with the decisions as lists, one entry for each count or gate."""
+    """A line of metrics.jsonl with the decisions by what they are about: `block 3`, `block 3 head 1`, `block 3 mlp`."""
     row = {key: line[key] for key in ("step", "phase", "loss", "lr") if key in line}
     row |= {key: value for key, value in line.items() if key.endswith("_loss")}
     for name in ("cost", "budget", "z"):
         row[name] = {key.split("/", 1)[1]: line[key] for key in line if key.startswith(f"{name}/")}
     for name in ("removed", "y"):
         row[name] = {
-            part: [value for key, value in line.items() if key.startswith(f"{name}/{part}/")]
+            part: {_about(key.split("/")[2:], "head"): line[key] for key in line if key.startswith(f"{name}/{part}/")}
             for part in ("heads", "v", "hidden")
         }
-    row["gates"] = [line[f"gate/{_gate_name(halves)}"] for halves in space.gates]
+    names = [_gate_name(halves) for halves in space.gates]
+    row["gates"] = {_about(name.split("/"), ""): line[f"gate/{name}"] for name in names}
     return row
+
+
+def _about(place: Sequence[str], what: str) -> str:
+    return " ".join(["block", place[0], *(word for word in (what, *place[1:]) if word and len(place) > 1)])
 
 
 def _report(objective: Search, spec: ModelSpec) -> dict[str, Any]:
@@ -1534,7 +1593,7 @@ def _report(objective: Search, spec: ModelSpec) -> dict[str, Any]:
     warnings = []
     if cut > 0.05:
         warnings.append(
-            f"the search had not reached its budget: the finaliser itself cut {100 * cut:.1f} % of the dense cost. "
+            f"the search had not reached its budget: the finaliser itself cut {100 * cut:.1f} % of the cost of the network that was searched. "
             "Give it more steps, or a larger budget."
         )
     return {

@@ -30,6 +30,8 @@ class RecoverConfig(TrainConfig):
     """Temperature of soft distillation."""
     features: tuple[int, ...] = ()
     """Blocks whose outputs are matched too, with objective distilled."""
+    freeze: tuple[str, ...] = ()
+    """Parts whose weights stay, such as `blocks.0-2` or `blocks.11.attention`. `vitrim.run` adds those that the method froze."""
 
 
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=pydantic.ConfigDict(extra="forbid"))

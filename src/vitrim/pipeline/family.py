@@ -19,7 +19,7 @@ from vitrim.checkpoints import replace_text
 from vitrim.errors import ConfigError
 from vitrim.model import Vit
 from vitrim.pipeline.folder import written_or_said
-from vitrim.pipeline.running import RunResult, may_have_tail, reference_of, run
+from vitrim.pipeline.running import RunResult, may_have_tail, reference_of, run, with_tail
 from vitrim.result import Compressed
 from vitrim.sources import load
 from vitrim.training import Progress
@@ -63,6 +63,7 @@ def run_family(
     method = methods.method_of(method_config)
     if not hasattr(method_config, "budget"):
         raise ConfigError(f"{method}: a method without a budget gives no family.")
+    method_config = with_tail(method_config, wanted=settings.get("exact_tail", True))
     spec = dense.spec
     if settings.get("exact_tail", True) and may_have_tail(spec, method_config):
         spec = with_exact_tail(spec)
@@ -70,6 +71,8 @@ def run_family(
         methods.plan(method, spec, replace(method_config, budget=limit))
     together = method in methods.FAMILIES and settings.get("init") is None  # each member has a start of its own there
     once = _Once(tuple(asked.values()), folder / "scoring") if together else methods.compress
+    if not resume:
+        shutil.rmtree(folder / "scoring", ignore_errors=True)  # of a killed run that this one replaces
     members = []
     for index, budget in enumerate(budgets):
         place = folder / member_name(budget)

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from vitrim import data as rooms
+from vitrim import weights
 from vitrim.data import Images
 from vitrim.errors import ConfigError, DataError
+from vitrim.freezing import frozen
 from vitrim.model import Vit
 from vitrim.objectives import Distilled, LabelFree, Supervised
 from vitrim.pipeline.configs import RecoverConfig
@@ -65,6 +67,8 @@ def train_again(
     # a label-free run never looks at labels, which may be of other classes than the model's
     label_map = None if name == "label_free" else _label_map(model, images)
     student = copy.deepcopy(model)
+    learns = {name: parameter.requires_grad for name, parameter in student.named_parameters()}
+    weights.hold(student, frozen(student.spec, config.freeze))
     fitted = fit(
         student,
         objective,
@@ -76,6 +80,8 @@ def train_again(
         validate=_validator(held, teacher, config),
         progress=progress,
     )
+    for key, parameter in fitted.model.named_parameters():
+        parameter.requires_grad_(learns[key])
     return fitted, name
 
 

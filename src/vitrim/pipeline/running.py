@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
 import math
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,17 +14,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from vitrim import __version__, artifact, reporting, timing, weights
 from vitrim import data as rooms
-from vitrim.budget import Budget
+from vitrim.budget import Budget, exceeded
 from vitrim.checkpoints import replace_text
 from vitrim.counting import Cost, cost
 from vitrim.data import Images
 from vitrim.errors import ArtifactError, ConfigError, DataError, MeasureError
 from vitrim.freezing import frozen
-from vitrim.methods import TAUGHT, configure, method_of
+from vitrim.methods import CHECKS, CONFIGS, TAUGHT, configure, method_of
 from vitrim.methods import compress as compress_by
 from vitrim.methods import plan as plan_of
 from vitrim.model import Vit
@@ -36,7 +35,7 @@ from vitrim.result import Compressed
 from vitrim.sources import load
 from vitrim.spec import ModelSpec, spec_hash
 from vitrim.tasks.classification import class_index
-from vitrim.training import Progress, plain
+from vitrim.training import Progress, plain, ready
 
 LEAST_GAIN = 1.05
 """An ideal speed-up below this does not pay: launches and memory traffic eat it."""
@@ -96,6 +95,11 @@ def run(
     """
     if relative_to not in ("given", "original"):
         raise ConfigError(f"relative_to={relative_to!r}; expected 'given' or 'original'.")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            "run: the whole job runs in one process, and torchrun started several. Start it without torchrun, or call "
+            "vitrim.compress and vitrim.recover, whose training shares its batches over the processes."
+        )
     method = method_of(method_config)
     folder = Folder(Path(out), resume=resume, force=force)
     work = _Work(
@@ -139,6 +143,7 @@ class _Work:
     compressor: Callable[..., Compressed]
 
     def __post_init__(self) -> None:
+        self.config = with_tail(self.config, wanted=self.tail)
         self.tail = self.tail and may_have_tail(self.dense.spec, self.config)
         self.given = weights.exact_tail(self.dense) if self.tail else self.dense
         self.asked = self.config
@@ -156,13 +161,14 @@ class _Work:
         self.planned = plan_of(self.method, self.given.spec, self.config)
         self.first = None if self.init is None else self._first_config()
         self.train, self.held = self._images()
+        if self.method in CHECKS:
+            CHECKS[self.method](self.given.spec, self.config, self.train)
         if self.recovery is not None:
+            held = tuple(dict.fromkeys((*self.recovery.freeze, *getattr(self.config, "freeze", ()))))
+            frozen(self.dense.spec, held)
+            self.recovery = dataclasses.replace(self.recovery, freeze=held)
             self.objective = objective_named(self.recovery, self.dense, labelled=self.train.labelled)
-            if len(self.train) < self.recovery.batch_size:
-                raise DataError(
-                    f"{self.train.name}: {len(self.train)} training images for batch_size={self.recovery.batch_size} of the recovery; "
-                    "expected at least one full batch. Lower batch_size or give more images."
-                )
+            ready(self.recovery, self.train)
         self.dense_top1: float | None = None
         if self.judging.check_dense and not self.folder.resume:
             self.dense_top1 = refuse_chance(self.dense, self.held, self.judging)
@@ -174,10 +180,16 @@ class _Work:
         if self.init == self.method or budget is None:
             raise ConfigError(f"init={self.init!r}: expected another method than {self.method!r}, and a budget.")
         twice = {key: 2 * value for key, value in budget.to_dict().items()}
+        twice = {key: min(1.0, value) if key.startswith("keep_") else value for key, value in twice.items()}
+        known = {field.name for field in dataclasses.fields(CONFIGS[self.init])}
         shared = {
-            key: getattr(self.config, key) for key in ("seed", "freeze") if getattr(self.config, key, None) is not None
+            key: value
+            for key in known & {"seed", "freeze", "device", "images"}
+            if (value := getattr(self.config, key, None)) not in (None, "auto")
         }
-        first = configure(self.init, {"budget": Budget(**twice), **shared})
+        first = with_tail(configure(self.init, {"budget": Budget(**twice), **shared}), wanted=self.tail)
+        if not exceeded(cost(self.given), first.budget.limits(cost(self.given))):
+            self._warn(f"init={self.init!r} changes nothing here: the network meets twice the budget as it is.")
         if plan_of(self.init, self.given.spec, first)["needs"]["training"]:
             raise ConfigError(f"init={self.init!r} trains; expected a method of closed forms, such as auto.")
         return first
@@ -261,7 +273,15 @@ class _Work:
             start, self.config, data=self.train, progress=self.progress, folder=search, resume=search.is_dir(), **taught
         )
         before, after = cost(self.dense), cost(made.spec)
-        warnings = [self._warn(text) for text in made.report.get("warnings", ())]
+        warnings = list(made.report.get("warnings", ()))  # logged by `vitrim.compress`
+        self.warnings += warnings
+        if blind(made.spec) and not blind(self.dense.spec):
+            warnings.append(
+                self._warn(
+                    "No attention is left, and the classifier reads prefix tokens alone: they see no image, and every answer is the "
+                    "same. Keep more, or choose another method."
+                )
+            )
         warnings += self._warnings_before_training(made.model, before, after)
         made.save(self.folder.stages / "compressed", provenance=self._origin(), force=True)
         shutil.rmtree(self.folder.stages / "search", ignore_errors=True)  # what a killed search would have gone on from
@@ -269,6 +289,7 @@ class _Work:
             "method": made.method,
             "variant": made.variant,
             "spec": spec_hash(made.spec),
+            "start": cost(start).to_dict(),
             "cost": after.to_dict(),
             "report": made.report,
             "history": made.history,
@@ -457,12 +478,8 @@ class _Work:
 
     @cached_property
     def _weights(self) -> str:
-        """Hash of the dense model's spec and weights: a folder can hold others under the same name."""
-        digest = hashlib.sha256(spec_hash(self.dense.spec).encode())
-        for name, tensor in sorted(self.dense.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(_bytes_of(tensor))
-        return digest.hexdigest()[:16]
+        """Of the dense model: a folder can hold others under the same name."""
+        return weights.fingerprint(self.dense)
 
     def _origin(self) -> dict[str, Any]:
         """Source and first ancestor, handed down from run to run."""
@@ -504,7 +521,7 @@ class _Work:
                 "images_per_s": recovery["images_per_s"],
                 "search_images_per_s": compressed["report"].get("images_per_s"),
             },
-            "search": _search(compressed),
+            "search": _search(compressed, dense),
             "prediction": _prediction(compressed["report"]),
             "warnings": [*found["plan"]["warnings"], *compressed["warnings"], *found["evaluate"]["warnings"]],
             "seconds": {stage: found[stage]["seconds"] for stage in STAGES if stage in found},
@@ -529,16 +546,35 @@ class _Work:
         return text
 
 
-def _search(compressed: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What a searching method did on its way, thinned to what a plot shows; None for the others."""
+def _search(compressed: Mapping[str, Any], dense: Cost) -> dict[str, Any] | None:
+    """What a searching method did on its way, thinned to what a plot shows; None for the others.
+
+    A method's shares refer to the network that it was given, behind an exact tail or another method; here to the dense one.
+    """
     rows = [row for row in compressed["history"] if "cost" in row and "budget" in row]
     if not rows:
         return None
     every = math.ceil(len(rows) / PLOTTED)
     told = compressed["report"]
-    kept = {key: told[key] for key in ("saving", "finaliser") if key in told}
+    of_dense = {name: compressed["start"][name] / getattr(dense, name) for name in ("macs", "params")}
+    drawn = []
+    for row in [*rows[:-1:every], rows[-1]]:
+        shares = {key: {name: value * of_dense[name] for name, value in row[key].items()} for key in ("cost", "budget")}
+        drawn.append({**row, **shares})
+    kept: dict[str, Any] = {}
+    if "saving" in told:
+        kept["saving"] = {}
+        for name, saving in told["saving"].items():
+            before, own = 1 - of_dense[name], saving["share"] * of_dense[name]
+            parts = {"before": before, **{key: saving[key] * own for key in ("widths", "skipping")}}
+            total = max(before + own, 1e-12)
+            kept["saving"][name] = {"share": before + own, **{key: value / total for key, value in parts.items()}}
+    if "finaliser" in told:
+        kept["finaliser"] = {
+            name: {key: value * of_dense[name] for key, value in row.items()} for name, row in told["finaliser"].items()
+        }
     ended = {key: told["search"][key] for key in ("ended", "judged")} if "search" in told else {}
-    return {"history": [*rows[:-1:every], rows[-1]], **ended, **kept}
+    return {"history": drawn, **ended, **kept}
 
 
 def _prediction(told: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -561,10 +597,24 @@ def reference_of(dense: Vit, relative_to: str) -> Cost:
     return cost(ModelSpec.from_dict(original["spec"]))
 
 
+def blind(spec: ModelSpec) -> bool:
+    """Whether what is read can depend on no patch: only prefix tokens are, and no attention is left."""
+    return spec.pool.kind == "cls" and all(block.attention is None for block in spec.blocks)
+
+
 def may_have_tail(spec: ModelSpec, config: Any) -> bool:
-    """Whether the exact tail applies, and the last block is not frozen."""
+    """Whether the exact tail applies, the last block is not frozen, and the method's axes, if it has some, do not leave it out."""
+    if "tail" not in (getattr(config, "axes", None) or ("tail",)):
+        return False
     held = {block for block, _ in frozen(spec, getattr(config, "freeze", ()))}
     return weights.allows_exact_tail(spec) and len(spec.blocks) - 1 not in held
+
+
+def with_tail(config: Any, *, wanted: bool) -> Any:
+    """A method's config that adds no exact tail of its own where none is wanted."""
+    if wanted or not hasattr(config, "exact_tail"):
+        return config
+    return dataclasses.replace(config, exact_tail=False)
 
 
 def limited(config: Any, reference: Cost) -> Any:
@@ -597,8 +647,3 @@ def _name_of(model: str | Path | Vit) -> str:
         return str(model.provenance.get("source") or "a model in memory")
     text = str(model)
     return Path(text).resolve().name if Path(text).exists() else text
-
-
-def _bytes_of(tensor: Tensor) -> bytes:
-    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().tobytes()

@@ -1,6 +1,6 @@
 """The page's sections, from a result to HTML. Every label and path is escaped; nothing is loaded from anywhere."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from importlib import resources
 from typing import Any
@@ -262,10 +262,15 @@ def prediction(result: Result) -> str:
     columns = "".join(f'<th scope="col">{head}</th>' for head in heads)
     return (
         "<section>\n<h2>Predicted and reached</h2>\n"
-        f"<p>The best plans, built and compared on images held out. Both figures: {escape(found.get('metric') or '')}.</p>\n"
+        "<p>The best plans, built and compared on images held out from their fit; the best was then fitted anew on all of them. "
+        f"Both figures: {escape(found.get('metric') or '')}.</p>\n"
         '<div class="card scroll" tabindex="0" role="region" aria-label="table"><table>\n'
         f"<thead><tr>{columns}</tr></thead>\n<tbody>\n{_lines(rows)}\n</tbody>\n</table></div>\n</section>"
     )
+
+
+def _mean(values: Mapping[str, float]) -> float:
+    return sum(values.values()) / len(values)
 
 
 def _width_words(result: Result) -> str:
@@ -282,13 +287,34 @@ def _width_words(result: Result) -> str:
 def search(result: Result) -> str:
     """How a search went, where the method has one: the cost against its budget, the forces, the decisions."""
     found = result.get("search")
-    if not found or len(found["history"]) < 2:
+    if not found:
         return ""
     rows = found["history"]
 
     def series(*path: str) -> list[tuple[float, float]]:
         return [(row["step"], value) for row in rows if (value := lookup(row, "/".join(path))) is not None]
 
+    figures = _search_figures(rows, series) if len(rows) > 1 else []
+    said = f"<p>It {escape(found['ended'])} ({escape(found['judged'])}).</p>" if found.get("ended") else ""
+    shares = "".join(
+        f"<li>{ {'macs': 'MACs', 'params': 'parameters'}[key] } saved: {figure(result, f'search/saving/{key}/widths', percent)} by widths, "
+        f"{figure(result, f'search/saving/{key}/skipping', percent)} by skipping"
+        + (
+            f", {figure(result, f'search/saving/{key}/before', percent)} before the search began"
+            if (lookup(result, f"search/saving/{key}/before") or 0) > 0
+            else ""
+        )
+        + f"; the last step cut {figure(result, f'search/finaliser/{key}/cut', percent)} of the dense cost itself.</li>"
+        for key in found.get("saving") or {}
+    )
+    return (
+        f'<section>\n<h2>How the search went</h2>\n{said}<div class="card"><div class="pair">{"".join(figures)}</div>'
+        f'<ul class="gains">{shares}</ul></div>\n</section>'
+    )
+
+
+def _search_figures(rows: Sequence[Mapping[str, Any]], series: Callable[..., list[tuple[float, float]]]) -> list[str]:
+    """Costs, dual variables and decisions over the steps."""
     figures = []
     for resource in rows[-1].get("budget") or {}:
         word = {"macs": "MACs", "params": "parameters"}[resource]
@@ -306,27 +332,22 @@ def search(result: Result) -> str:
     if duals := [(f"for {key}", series("z", key)) for key in rows[-1].get("z") or {}]:
         title = "Price of the budget (dual variable)"
         figures.append(f"<figure><h3>{title}</h3>{charts.lines(duals, name='search-duals', title=title)}</figure>")
-    for part, word in (("heads", "heads"), ("v", "value dims"), ("hidden", "MLP units")):
-        count_ = len(lookup(rows[-1], f"removed/{part}") or ())
-        if drawn := [(f"block {i}", series("removed", part, str(i))) for i in range(count_)]:
-            title = f"Share of {word} removed, a line for each block"
+    words = {"heads": "heads", "v": "value dims", "hidden": "MLP units"}
+    for part, word in words.items():
+        if drawn := [(about, series("removed", part, about)) for about in lookup(rows[-1], f"removed/{part}") or ()]:
+            title = f"Share of {word} removed"
             chart = charts.lines(drawn, name=f"search-{part}", title=title, share=True)
             figures.append(f"<figure><h3>{title}</h3>{chart}</figure>")
-    if drawn := [(f"gate {i}", series("gates", str(i))) for i in range(len(rows[-1].get("gates") or ()))]:
-        title = "Probability that a block stays"
+    penalties = {word: part for part, word in words.items() if lookup(rows[-1], f"y/{part}")}
+    if drawn := [(word, [(row["step"], _mean(row["y"][part])) for row in rows]) for word, part in penalties.items()]:
+        title = "Weight of what is removed (dual variables), mean over blocks"
+        chart = charts.lines(drawn, name="search-penalties", title=title)
+        figures.append(f"<figure><h3>{title}</h3>{chart}</figure>")
+    if drawn := [(about, series("gates", about)) for about in rows[-1].get("gates") or ()]:
+        title = "Probability that it stays"
         chart = charts.lines(drawn, name="search-gates", title=title, share=True, bounds=(0, 1))
         figures.append(f"<figure><h3>{title}</h3>{chart}</figure>")
-    said = f"<p>It {escape(found['ended'])} ({escape(found['judged'])}).</p>" if found.get("ended") else ""
-    shares = "".join(
-        f"<li>{ {'macs': 'MACs', 'params': 'parameters'}[key] } saved: {figure(result, f'search/saving/{key}/widths', percent)} by widths, "
-        f"{figure(result, f'search/saving/{key}/skipping', percent)} by skipping; the last step cut "
-        f"{figure(result, f'search/finaliser/{key}/cut', percent)} of the dense cost itself.</li>"
-        for key in found.get("saving") or {}
-    )
-    return (
-        f'<section>\n<h2>How the search went</h2>\n{said}<div class="card"><div class="pair">{"".join(figures)}</div>'
-        f'<ul class="gains">{shares}</ul></div>\n</section>'
-    )
+    return figures
 
 
 def _kept_cell(
