@@ -14,8 +14,12 @@ import torch
 import vitrim
 from vitrim import artifact, counting, pipeline
 from vitrim.budget import Budget
-from vitrim.errors import ArtifactError, BudgetError, ConfigError, DataError
+from vitrim.errors import ArtifactError, BudgetError, ConfigError, DataError, VitrimError
+from vitrim.methods import uvc
+from vitrim.methods.auto import AutoConfig
 from vitrim.methods.comcat import ComcatConfig
+from vitrim.methods.dcvit import DcvitConfig
+from vitrim.methods.uvc import UvcConfig
 from vitrim.model import Vit, build
 from vitrim.pipeline import EvaluateConfig, MeasureConfig, RecoverConfig, judging
 from vitrim.pipeline.folder import STAGES
@@ -400,3 +404,101 @@ def test_recovering_without_a_teacher_says_what_to_pass() -> None:
 def test_a_measurement_of_nothing_is_refused(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         read_config(MeasureConfig, settings)
+
+
+# ------------------------------------------------------------------------------ what a method needs, freezes and hands over
+
+SEARCH: dict[str, Any] = {"steps": 4, "batch_size": 8, "device": "cpu", "log_every": 1}
+
+
+@pytest.mark.parametrize(
+    ("settings", "data", "said"),
+    [
+        ({}, pictures(labelled=False), "without labels"),
+        ({"batch_size": 39}, pictures(), "training images for batch_size=39"),
+        ({"amp": "fp16"}, pictures(), "needs a GPU"),
+        ({"world_size": 2}, pictures(), "world_size=2"),
+    ],
+)
+def test_what_a_search_lacks_is_said_before_anything_is_written(
+    settings: dict[str, Any], data: Any, said: str, tmp_path: Path
+) -> None:
+    config = UvcConfig(budget=Budget(keep_macs=0.6), **{**SEARCH, **settings})
+    with pytest.raises(VitrimError, match=said):
+        job(tmp_path / "a", config=config, data=data, recover=None)
+    assert not (tmp_path / "a").exists()
+
+
+def test_the_whole_job_refuses_to_run_in_several_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="one process"):
+        job(tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_frozen_parts_stay_through_the_recovery(tmp_path: Path) -> None:
+    model = tiny()
+    frozen = replace(COMCAT, freeze=("blocks.0", "blocks.1.mlp"), budget=Budget(keep_macs=0.9))
+    made = job(tmp_path / "a", model=model, config=frozen, measure=None)
+    before, after = model.state_dict(), made.model.state_dict()
+    held = [n for n in before if n.startswith(("blocks.0.", "blocks.1.mlp.", "blocks.1.norm2."))]
+    assert len(held) > 10
+    assert all(torch.equal(before[name], after[name]) for name in held)
+    assert any(not torch.equal(before[n], after[n]) for n in ("heads.label.weight", "norm.weight") if n in after)
+    assert all(p.requires_grad for p in made.model.parameters())
+
+
+def test_a_search_behind_another_method_learns_from_the_dense_network_and_counts_from_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    inner = uvc._inner
+
+    def looked(teacher: Vit, *args: Any, **more: Any) -> Any:
+        seen.append(teacher)
+        return inner(teacher, *args, **more)
+
+    monkeypatch.setattr(uvc, "_inner", looked)
+    model = tiny()
+    config = UvcConfig(budget=Budget(keep_macs=0.35), **SEARCH)
+    made = job(tmp_path / "a", model=model, config=config, init="auto", recover=None, measure=None)
+    assert [step.method for step in made.model.selection.steps] == ["exact_tail", "auto", "uvc"]
+    assert seen[0].spec == model.spec
+    found = made.summary["search"]
+    dense, small = counting.cost(model.spec).macs, counting.cost(made.spec).macs
+    assert found["finaliser"]["macs"]["final"] == pytest.approx(small / dense)
+    assert found["history"][-1]["budget"]["macs"] == pytest.approx(0.35, abs=1e-3)
+    saving = found["saving"]["macs"]
+    assert saving["share"] == pytest.approx(1 - small / dense)
+    assert saving["before"] + saving["widths"] + saving["skipping"] == pytest.approx(1)
+    assert saving["before"] > 0.2
+    assert "before the search began" in made.report.read_text(encoding="utf-8")
+
+
+def test_a_start_that_changes_nothing_is_said(tmp_path: Path) -> None:
+    config = UvcConfig(budget=Budget(keep_macs=0.7), **SEARCH)
+    made = job(tmp_path / "a", config=config, init="auto", recover=None, measure=None)
+    assert any("changes nothing" in text for text in made.summary["warnings"])
+
+
+def test_a_tail_that_is_not_wanted_is_not_added_by_the_method_either(tmp_path: Path) -> None:
+    config = AutoConfig(budget=Budget(keep_macs=0.7), images=16, builds=1)
+    for name, changes in (
+        ("flag", {"config": config, "exact_tail": False}),
+        ("axes", {"config": replace(config, axes=("qk", "vo", "mlp"))}),
+    ):
+        made = job(tmp_path / name, recover=None, measure=None, **changes)
+        assert not any(isinstance(step, Prefix) for step in made.spec.blocks[-1].steps)
+        assert counting.cost(made.spec).macs <= 0.7 * counting.cost(tiny().spec).macs
+
+
+def test_a_network_that_sees_no_image_any_more_is_said(tmp_path: Path) -> None:
+    model = tiny()
+    blocks = tuple(replace(block, attention=None) for block in model.spec.blocks)
+    assert pipeline.running.blind(replace(model.spec, blocks=blocks))
+    assert not pipeline.running.blind(model.spec)
+    config = DcvitConfig(budget=Budget(keep_macs=0.2), images=16, probe_images=4, batch_size=4, align=1)
+    made = job(tmp_path / "a", config=config, recover=None, measure=None, data=pictures(80))
+    alone = all(block.attention is None for block in made.spec.blocks)
+    assert alone == any("No attention is left" in text for text in made.summary["warnings"])
+    assert alone
