@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from PIL import Image
 
 import vitrim
 from tests.test_pipeline import COMCAT, JUDGE, MEASURE, RECOVER, pictures, tiny
@@ -15,6 +16,7 @@ from vitrim import counting, methods, pipeline, reporting
 from vitrim.budget import Budget
 from vitrim.cli import main
 from vitrim.errors import BudgetError, ConfigError
+from vitrim.methods.dcvit import DcvitConfig
 from vitrim.result import Compressed
 
 BUDGETS = (Budget(keep_macs=0.8), Budget(keep_macs=0.6))
@@ -121,3 +123,50 @@ def test_the_command_makes_a_family_from_a_list_of_shares(tmp_path: Path) -> Non
     shown = CliRunner().invoke(main, ["report", str(tmp_path / "all"), "--out", str(tmp_path / "page.html")])
     assert shown.exit_code == 0, shown.output
     assert "vitrim family" in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def test_a_replaced_family_takes_up_nothing_of_a_killed_one(tmp_path: Path) -> None:
+    config = DcvitConfig(images=16, probe_images=4, batch_size=4)
+    settings: dict[str, Any] = {"data": pictures(80), "recover": None, "measure": None, "evaluate": JUDGE}
+
+    def stop(stage: str, done: int, total: int, **facts: Any) -> None:
+        if stage == "refit":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run_family(tiny(), config, BUDGETS, out=tmp_path / "a", progress=stop, **settings)
+    assert (tmp_path / "a" / "scoring").is_dir()
+    other = tiny(seed=5)
+    scored: list[int] = []
+    made = pipeline.run_family(
+        other,
+        config,
+        BUDGETS,
+        out=tmp_path / "a",
+        force=True,
+        progress=lambda stage, done, *_, **__: scored.append(done) if stage == "score" else None,
+        **settings,
+    )
+    clean = pipeline.run_family(other, config, BUDGETS, out=tmp_path / "b", **settings)
+    assert scored == [1, 2]
+    for one, two in zip(made.members, clean.members, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one.model.parameters(), two.model.parameters(), strict=True))
+
+
+def test_a_folder_of_photos_gives_a_family_by_one_command(tmp_path: Path) -> None:
+    """Fifty photos without labels, nested as people keep them; scored once, judged by agreement."""
+    photos = tmp_path / "photos"
+    for i, image in enumerate(pictures(50, labelled=False)):
+        place = photos / ("2024" if i % 2 else "2025/may")
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(place / f"{i}.png")
+    vitrim.save(tiny(), tmp_path / "dense")
+    words = f"compress --model {tmp_path / 'dense'} --method dcvit --keep-macs 0.8,0.6 --data {photos} --images 40"
+    done = CliRunner().invoke(
+        main, [*words.split(), "--recover-steps", "0", "--no-measure", "--out", str(tmp_path / "family"), "--json"]
+    )
+    assert done.exit_code == 0, done.output
+    told = json.loads((tmp_path / "family" / "family.json").read_text(encoding="utf-8"))
+    assert [row["name"] for row in told["members"]] == ["keep_macs-0.8", "keep_macs-0.6"]
+    page = (tmp_path / "family" / "report.html").read_text(encoding="utf-8")
+    assert "greement" in page

@@ -748,3 +748,122 @@ def test_blocks_are_ranked_as_real_images_rank_their_plain_cuts(tmp_path: Path) 
     ranks = torch.stack([torch.tensor(values).argsort().argsort().double() for values in (ours, theirs)])
     assert len(ours) == 6
     assert float(torch.corrcoef(ranks)[0, 1]) > 0.5
+
+
+# ----------------------------------------------------------------------------------------- two limits, at and above the floor
+
+
+@settings(max_examples=25)
+@given(data=st.data())
+def test_two_limits_hold_in_both_forms_from_the_floor_up(data):
+    """The allocation of `closed` and the blocks of `finetune`, for uneven networks; out of reach is refused, never missed."""
+    widths = data.draw(st.lists(st.sampled_from([16, 24, 64, 128]), min_size=4, max_size=4))
+    blocks = tuple(replace(b, mlp=Mlp(hidden=m)) for b, m in zip(WIDE.blocks, widths, strict=True))
+    merge = Merge(at="end", axis="h", keep=2)
+    blocks = (blocks[0], replace(blocks[1], steps=(merge,) if data.draw(st.booleans()) else ()), *blocks[2:])
+    spec = replace(WIDE, blocks=blocks)
+    reference = cost(spec)
+    for variant in ("closed", "finetune"):
+        least = floor(spec, DcvitConfig(variant=variant))
+        shares = [data.draw(st.sampled_from([0.0, 0.0, 0.1, 0.3, 0.6, 0.95])) for _ in range(2)]
+        limits = {
+            name: getattr(least, name) + int(share * (getattr(reference, name) - getattr(least, name)))
+            for name, share in zip(("macs", "params"), shares, strict=True)
+        }
+        budget = Budget(max_macs=limits["macs"], max_params=limits["params"])
+        if variant == "closed":
+            losses = [
+                {o: (not o.attention) + 1 - o.hidden / 200 for o in block_options(spec, i, frozenset(), align=8)}
+                for i in range(4)
+            ]
+            rows = tables(spec, losses, frozenset(), align=8)
+            found = cost(dcvit.with_options(spec, allocate(spec, rows, budget, reference=reference)))
+            assert not exceeded(found, limits)
+            continue
+        chosen = DcvitConfig(variant=variant, budget=budget)
+        try:
+            shape = dcvit.structure(spec, chosen, budget)
+            order = dcvit.candidates(spec, frozenset())
+            scores = {str(i): data.draw(st.floats(0, 1)) for i in order}
+            ranked = sorted(order, key=lambda i: (scores[str(i)], i))
+            if not shape.k:
+                continue
+            picked, kept = dcvit.chosen_blocks(spec, ranked, shape, limits, scores)
+        except BudgetError:
+            continue
+        found = cost(dcvit.with_options(spec, dcvit._narrowed(spec, picked, kept)))
+        assert not exceeded(found, limits)
+        assert kept[picked[0]] == shape.hidden[picked[0]]
+
+
+@pytest.mark.parametrize("limits", [{"keep_macs": 0.69, "keep_params": 0.6}, {"keep_macs": 0.8}])
+def test_fine_tuning_keeps_two_limits_on_an_uneven_network(limits):
+    merge = Merge(at="end", axis="h", keep=2)
+    blocks = list(WIDE.blocks)
+    blocks[1] = replace(blocks[1], steps=(merge,))
+    blocks[2] = replace(blocks[2], mlp=Mlp(hidden=160))
+    model = normalised(replace(WIDE, blocks=tuple(blocks)))
+    budget = Budget(**limits)
+    small = dcvit.compress(model, tuning(budget), data=photos())
+    assert not exceeded(cost(small.spec), budget.limits(cost(model.spec)))
+
+
+def test_equal_images_and_unsaid_normalisation_are_refused_by_every_form_before_work():
+    seen: list[str] = []
+    same = photos(1).expand(16, -1, -1, -1)
+    with pytest.raises(DataError, match="are equal"):
+        dcvit.compress(normalised(), tuning(Budget(keep_macs=0.6)), data=same)
+    with pytest.raises(DataError, match="how the model normalises"):
+        dcvit.compress(
+            make(WIDE),
+            config(Budget(keep_macs=0.6), finetune_steps=2),
+            data=images(WIDE, 16),
+            progress=lambda stage, *_, **__: seen.append(stage),
+        )
+    assert not seen
+
+
+def test_scores_of_another_model_are_not_taken_up(tmp_path):
+    x = photos()
+    dcvit.compress(normalised(), config(Budget(keep_macs=0.6)), data=x, folder=tmp_path)
+    other = normalised()
+    with torch.no_grad():
+        other.blocks[0].mlp.fc1.weight.mul_(1.01)
+    with pytest.raises(TrainingError, match="weights"):
+        dcvit.compress(other, config(Budget(keep_macs=0.6)), data=x, folder=tmp_path, resume=True)
+
+
+def test_an_encoders_metric_images_are_no_more_than_were_asked_for():
+    model = normalised(replace(WIDE, outputs=()))
+    inputs = dcvit.Inputs(model, photos(40), tuning(metric_images=6, images=40))
+    read = []
+    plain_batches = inputs.batches
+    inputs.batches = lambda: (read.append(len(x)) or x for x in plain_batches())  # type: ignore[method-assign]
+    assert len(dcvit._metric_set(model, inputs, tuning(metric_images=6), None)) == 6
+    assert sum(read) < 20
+
+
+def test_streams_above_the_bound_lie_in_files(monkeypatch):
+    """So memory does not grow with the images: each batch of each place goes through one file, and none stays behind."""
+    monkeypatch.setattr(cf.streams, "IN_MEMORY_BYTES", 0)
+    seen: dict[str, int] = {"put": 0, "file": 0}
+    put, file = cf.Held.put, cf.Held._file
+
+    def watch_put(self, stream):
+        seen["put"] += 1
+        put(self, stream)
+
+    def watch_file(self, i, x):
+        seen["file"] += 1
+        assert self.folder is not None
+        assert len(list(self.folder.glob(f"{self.name}-*.bin"))) <= 2 * 64  # this place and the one before
+        return file(self, i, x)
+
+    monkeypatch.setattr(cf.Held, "put", watch_put)
+    monkeypatch.setattr(cf.Held, "_file", watch_file)
+    in_files = dcvit.compress(normalised(), config(Budget(keep_macs=0.6)), data=photos())
+    assert seen["put"] == seen["file"] > 8
+    monkeypatch.undo()
+    in_memory = dcvit.compress(normalised(), config(Budget(keep_macs=0.6)), data=photos())
+    state = in_memory.model.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in in_files.model.state_dict().items())
