@@ -145,10 +145,9 @@ def read_config(kind: type[C], values: Mapping[str, Any], *, where: str = "confi
         return kind(**values)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"]) or where
-        raise ConfigError(
-            f"{where}: {place}={first['input']!r}: {first['msg'].removeprefix('Value error, ')}"
-        ) from None
+        place = ".".join(str(part) for part in first["loc"])
+        given = f"{place}={first['input']!r}: " if place else ""  # what concerns several keys names them itself
+        raise ConfigError(f"{where}: {given}{first['msg'].removeprefix('Value error, ')}") from None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

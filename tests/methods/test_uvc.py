@@ -20,7 +20,7 @@ from vitrim.budget import Budget
 from vitrim.counting import cost
 from vitrim.data import Augment
 from vitrim.errors import BudgetError, ConfigError, DataError, TrainingError, VitrimError
-from vitrim.methods import uvc
+from vitrim.methods import configure, uvc
 from vitrim.methods.uvc import (
     Controller,
     Search,
@@ -38,7 +38,7 @@ from vitrim.model import Vit
 from vitrim.objectives import Distilled, Supervised
 from vitrim.spec import ModelSpec, Output, Prefix, spec_hash
 from vitrim.training import Batch, Step
-from vitrim.weights import cut, masked_twin
+from vitrim.weights import Keep, cut, masked_twin
 
 HALF = Budget(keep_macs=0.5)
 WIDE = vit(width=16, blocks=3, heads=2, head_dim=16, hidden=32, image=8, classes=4)
@@ -783,7 +783,8 @@ def test_history_and_report_say_what_was_decided_and_by_whom() -> None:
     assert {row["phase"] for row in rows} == {"warm-up", "search", "settle"}
     last = rows[-1]
     assert last["budget"]["macs"] == pytest.approx(0.5, abs=1e-4)
-    assert len(last["gates"]) == len(last["removed"]["hidden"]) == len(last["y"]["heads"]) == 3
+    names = ["block 0", "block 1", "block 2"]
+    assert list(last["gates"]) == list(last["removed"]["hidden"]) == list(last["y"]["heads"]) == names
     report = found.report
     for share in report["saving"].values():
         assert share["widths"] + share["skipping"] == pytest.approx(1)
@@ -871,3 +872,86 @@ def test_the_built_in_model_is_searched_from_end_to_end() -> None:
     assert cost(found.spec).macs <= 0.5 * cost(model).macs
     assert cost(found.spec).macs >= 0.49 * cost(model).macs
     assert found.model(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+
+
+def test_decisions_are_named_by_what_they_are_about() -> None:
+    found = compress(tiny(WIDE), quick(gates="halves", count_per_head=True, freeze=("blocks.0",)), data=pictures())
+    last = found.history[-1]
+    assert list(last["gates"]) == ["block 1 attention", "block 1 mlp", "block 2 attention", "block 2 mlp"]
+    assert list(last["removed"]["v"]) == [f"block {i} head {h}" for i in (1, 2) for h in (0, 1)]
+    assert list(last["removed"]["hidden"]) == ["block 1", "block 2"]
+
+
+def test_the_gates_that_are_told_are_those_of_the_forward_pass() -> None:
+    search, _ = searching()
+    search.controller.logits[:] = 1.0
+    late = at(68)
+    search._refresh(late)
+    used = 1 / (1 + np.exp(-search.leaf.detach().numpy()[search.masks :]))
+    told = [value for key, value in search.metrics().items() if key.startswith("gate/")]
+    assert told == pytest.approx(list(used), rel=1e-5)
+    assert told[0] > 1 / (1 + math.exp(-1.0)) + 0.1  # colder than the logit itself
+
+
+def test_a_second_budget_that_binds_is_the_one_that_is_judged() -> None:
+    budget = Budget(keep_macs=0.9, keep_params=0.4)
+    found = compress(tiny(WIDE), quick(budget, steps=60), data=pictures())
+    assert cost(found.spec).params <= 0.4 * cost(WIDE).params
+    trace = found.report["search"]["trace"]
+    assert trace[-1][2] == pytest.approx(0.4, abs=1e-3)  # its goal, not that of the operations
+
+
+def test_settings_that_the_loop_refuses_are_refused_at_once() -> None:
+    for wrong in ({"batch_size": 8, "accumulate": 3}, {"preset": "paper", "batch_size": 7}):
+        with pytest.raises(ConfigError, match=r"uvc: .*(accumulate|mix)"):
+            configure("uvc", {"budget": HALF, **wrong})
+
+
+def test_dims_of_heads_that_go_do_not_count() -> None:
+    """Two heads: the weaker goes and had lost nothing, the other lost three quarters: the block keeps a quarter."""
+    config = quick(count_per_head=True, gates="none", align=1)
+    space = space_of(WIDE, config)
+    removed = np.zeros(len(space.widths))
+    for w, width in enumerate(space.widths):
+        if width.part == "heads":
+            removed[w] = 0.5
+        elif width.part == "v" and width.head == 1:
+            removed[w] = 0.75
+    ranks = {i: np.array([0, 1]) for i in range(3)}
+    limits = {"macs": cost(WIDE).macs}
+    layout = finalise(space, limits, removed, np.zeros(0), losses_for(space), ranks)
+    assert [(shape.heads, shape.v) for shape in layout.before] == [(1, 4)] * 3
+    other = finalise(space, limits, removed, np.zeros(0), losses_for(space), {i: np.array([1, 0]) for i in range(3)})
+    assert [(shape.heads, shape.v) for shape in other.before] == [(1, 16)] * 3
+    gates = np.zeros(0)
+    fewer, more = (space.shares(removed, gates, ranks=r)[0][0] for r in (ranks, None))
+    assert fewer < more
+
+
+def test_a_teacher_of_another_shape_may_be_given() -> None:
+    from vitrim import compress as compress_by
+
+    start = cut(tiny(WIDE), [None, Keep(attention=False), None], method="test")
+    one = compress_by(start, quick(Budget(keep_macs=0.6)), data=pictures(), teacher=tiny(WIDE, seed=3))
+    two = compress_by(start, quick(Budget(keep_macs=0.6)), data=pictures())
+    assert not torch.equal(weights(one.model), weights(two.model))
+    from vitrim.methods.auto import AutoConfig
+
+    with pytest.raises(ConfigError, match="learns from no teacher"):
+        compress_by(start, AutoConfig(budget=HALF), data=pictures(), teacher=tiny(WIDE))
+
+
+@pytest.mark.parametrize("order", [("dcvit", "uvc", "comcat"), ("comcat", "uvc", "dcvit"), ("auto", "uvc", "auto")])
+def test_methods_compose_in_any_order(order: tuple[str, ...]) -> None:
+    """Real results, one cut after the other, each within its own budget."""
+    from vitrim.methods import compress as compress_by
+
+    model, few = tiny(WIDE), {"images": 24, "batch_size": 6}
+    for name in order:
+        more = QUICK if name == "uvc" else {**few, "probe_images": 8} if name in ("dcvit", "comcat") else few
+        if name == "comcat":
+            more = {key: value for key, value in more.items() if key != "batch_size"}
+        before = cost(model).macs
+        model = compress_by(model, configure(name, {"budget": Budget(keep_macs=0.7), **more}), data=pictures()).model
+        assert cost(model).macs <= 0.7 * before
+    assert [step.method for step in model.selection.steps] == list(order)
