@@ -852,6 +852,7 @@ def test_the_papers_preset_has_the_released_commands_values() -> None:
     assert (rules.count_step, rules.y_step, rules.z_steps) == (0.02, 1e-4, (1, 5, 9, 13, 17))
     assert (rules.gate_step, rules.gate_weight, rules.gate_every, rules.alpha, rules.tau) == (0.1, 5e-4, 50, 0.1, 1)
     assert config.per_head
+    assert training.warmup * 30 * (1_281_167 // 1024) == pytest.approx(500, rel=0.01)
 
 
 def test_plan_reads_nothing_and_says_what_is_needed() -> None:

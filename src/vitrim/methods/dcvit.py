@@ -9,7 +9,8 @@ Gives    `finetune`: k blocks without attention, their MLP at a common width, by
 Departs  `finetune`, preset `clean`: one channel subset a block, used in both stages; this project's MACs instead of the
          authors' counter; the teacher's LayerNorm epsilon (in preset `paper` too: one network has one); a linear ramp of the
          learning rate instead of a scaled loss; the model's own normalisation; optimiser steps instead of epochs; metric
-         images as tensors; the last trained block is L-1 at most. `closed` is not the paper's method and shares only the form
+         images as tensors; the last trained block is L-1 at most; total variation at one strength; in preset `paper` too the
+         cosine moves by steps and an epoch's last partial batch is left out. `closed` is not the paper's method and shares only the form
          of its result.
 
 The file in order: config; what is possible; options and allocation; images; closed form; fine-tuning; the calls.

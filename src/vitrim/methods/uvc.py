@@ -110,6 +110,8 @@ class Rules:
     mixup: float = 0.0
     cutmix: float = 0.0
     mix_share: float = 1.0
+    lr_warmup: float = 0.05
+    """Share of the run over which the learning rate rises."""
 
 
 PRESETS = {
@@ -158,6 +160,7 @@ PRESETS = {
         mixup=0.8,
         cutmix=1.0,
         mix_share=0.8,
+        lr_warmup=500 / 37_530,  # 500 steps of 30 epochs of ImageNet-1k in batches of 1024
     ),
 }
 """`paper`: the released command for DeiT-Tiny; absolute steps in units (heads, dims, MLP units), as there."""
@@ -257,7 +260,11 @@ class UvcConfig:
         given = {
             name: getattr(rules, name) for name in ("epochs", "batch_size", "smoothing", "mixup", "cutmix", "mix_share")
         }
-        return read_config(TrainConfig, {**own, **given, "min_lr": min(1e-5, self.lr), "log_every": every}, where="uvc")
+        return read_config(
+            TrainConfig,
+            {**own, **given, "min_lr": min(1e-5, self.lr), "warmup": rules.lr_warmup, "log_every": every},
+            where="uvc",
+        )
 
 
 # ------------------------------------------------------------------------------------------------------ what may be removed
