@@ -475,6 +475,12 @@ def test_a_search_behind_another_method_learns_from_the_dense_network_and_counts
     assert "before the search began" in made.report.read_text(encoding="utf-8")
 
 
+def test_few_photos_are_recovered_on_in_smaller_batches_and_it_is_said(tmp_path: Path) -> None:
+    made = job(tmp_path / "a", recover=RecoverConfig(steps=2), data=pictures(50, labelled=False), measure=None)
+    assert "The recovery takes batches of 40, since there are 45 training images." in made.summary["warnings"]
+    assert made.summary["recovery"]["steps"] == 2
+
+
 def test_a_start_that_changes_nothing_is_said(tmp_path: Path) -> None:
     config = UvcConfig(budget=Budget(keep_macs=0.7), **SEARCH)
     made = job(tmp_path / "a", config=config, init="auto", recover=None, measure=None)

@@ -167,6 +167,10 @@ class _Work:
             held = tuple(dict.fromkeys((*self.recovery.freeze, *getattr(self.config, "freeze", ()))))
             frozen(self.dense.spec, held)
             self.recovery = dataclasses.replace(self.recovery, freeze=held)
+            if len(self.train) < self.recovery.batch_size == RecoverConfig().batch_size:  # nobody chose it
+                few = max(1, len(self.train) // 8 * 8 or len(self.train))
+                self._warn(f"The recovery takes batches of {few}, since there are {len(self.train)} training images.")
+                self.recovery = dataclasses.replace(self.recovery, batch_size=few)
             self.objective = objective_named(self.recovery, self.dense, labelled=self.train.labelled)
             ready(self.recovery, self.train)
         self.dense_top1: float | None = None
@@ -261,7 +265,7 @@ class _Work:
             "limits": limits,
             "dense": dense.to_dict(),
             "dense_top1": self.dense_top1,
-            "warnings": self.warnings,
+            "warnings": list(self.warnings),
         }
 
     def _compress(self) -> dict[str, Any]:
