@@ -185,3 +185,38 @@ def test_export_writes_a_folder_that_timm_loads_and_refuses_one_that_is_there(tm
     assert "--force" in again.stderr
     assert run(*words, "--force").exit_code == 0
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_stage_that_starts_over_is_timed_from_its_new_beginning(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two builds of three blocks, ten seconds each: the first line of either says twenty seconds left."""
+    clock = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    show = progress.Lines()
+    for _ in range(2):
+        for done in (1, 2, 3):
+            clock[0] += 10
+            show("build", done, 3)
+    said = capsys.readouterr().err.splitlines()
+    assert said == ["build: 1/3  0:20 left", "build: 2/3  0:10 left", "build: 3/3  done in 0:30"] * 2
+
+
+def test_predictions_name_the_tokens_and_the_budgets_that_are_out_of_reach() -> None:
+    words = (
+        "plan --model builtin:cifar10-vit-micro --keep-macs 0.5,0.0001 --data sample --images 8 --axes qk,vo,mlp,tail"
+    )
+    done = CliRunner().invoke(main, [*words.split(), "--quiet", "--json"])
+    assert done.exit_code == 0, done.output
+    near, far = json.loads(done.stdout)["predictions"]
+    assert near["exact_tail"]
+    assert near["predicted_kl"] > 0
+    assert "out of reach" in far["refused"]
+    table = CliRunner().invoke(main, [*words.split(), "--quiet"], env={"COLUMNS": "250"})
+    assert "exact tail" in table.output
+    assert "out of reach" in table.output
+    alone = CliRunner().invoke(
+        main, ["plan", "--model", "builtin:cifar10-vit-micro", "--keep-macs", "0.5", "--axes", "mlp"]
+    )
+    assert alone.exit_code == 2
+    assert "--axes" in alone.output

@@ -163,6 +163,23 @@ def test_the_ridge_is_chosen_by_images_left_out():
     assert cf.choose_ridge(folds(8, 1.0, prior)[:1], prior) == max(cf.RIDGES)
 
 
+@pytest.mark.parametrize("noise", [0.02, 1.0, 8.0])
+@pytest.mark.parametrize("weighed", [False, True])
+def test_many_outputs_are_compared_on_random_sums_that_choose_as_all_of_them_do(noise, weighed, monkeypatch):
+    g = torch.Generator().manual_seed(1)
+    prior = torch.randn(24, 300, generator=g, dtype=torch.float64)
+    truth = prior + 0.5 * torch.randn(24, 300, generator=g, dtype=torch.float64)
+    folds = []
+    for _ in range(4):
+        x = torch.randn(20, 24, generator=g, dtype=torch.float64)
+        folds.append(sums(x, x @ truth + noise * torch.randn(20, 300, generator=g, dtype=torch.float64)))
+    metric = metric_of(300) if weighed else None
+    sketched = cf.choose_ridge(folds, prior, metric=metric)
+    monkeypatch.setattr(cf.regression, "SKETCH", 300)
+    exact = cf.choose_ridge(folds, prior, metric=metric)
+    assert abs(cf.RIDGES.index(sketched) - cf.RIDGES.index(exact)) <= 1
+
+
 def test_rows_that_are_not_there_or_not_finite_are_said_so():
     with pytest.raises(DataError, match="without rows"):
         cf.refit(cf.Regression.empty(3, 2), torch.zeros(3, 2), ridge=1e-2)
