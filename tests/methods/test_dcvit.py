@@ -867,3 +867,19 @@ def test_streams_above_the_bound_lie_in_files(monkeypatch):
     in_memory = dcvit.compress(normalised(), config(Budget(keep_macs=0.6)), data=photos())
     state = in_memory.model.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in in_files.model.state_dict().items())
+
+
+def test_the_last_attention_stays_where_the_budget_allows_it():
+    """Losses are added block by block, and say that attentions are worth little; the class token needs one."""
+    offered = [block_options(WIDE, i, frozenset(), align=8) for i in range(4)]
+    losses = [{o: (2e-3 - 1e-3 * o.attention) + 1 - o.hidden / 64 for o in row} for row in offered]
+    rows = tables(WIDE, losses, frozenset(), align=8)
+    budget = Budget(keep_macs=0.45)
+    blind, sighted = (allocate(WIDE, rows, budget, sighted=way) for way in (False, True))
+    assert not any(o.attention for o in blind)
+    assert sum(o.attention for o in sighted) == 1
+    limits = budget.limits(cost(WIDE))
+    assert not exceeded(cost(dcvit.with_options(WIDE, sighted)), limits)
+    least = cost(dcvit.with_options(WIDE, [Option(False, 0)] * 4)).macs
+    tight = Budget(max_macs=least + 1000)
+    assert not any(o.attention for o in allocate(WIDE, rows, tight, sighted=True))

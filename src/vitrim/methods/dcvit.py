@@ -481,13 +481,21 @@ def tables(
     return found
 
 
-def allocate(spec: ModelSpec, rows: Sequence[Table], budget: Budget, *, reference: Cost | None = None) -> Options:
+def allocate(
+    spec: ModelSpec,
+    rows: Sequence[Table],
+    budget: Budget,
+    *,
+    reference: Cost | None = None,
+    sighted: bool = False,
+) -> Options:
     """The options of least total predicted loss within the budget: exact dynamic programming over the blocks.
 
     Costs are rounded up to a grid of at least `closed_form.CELLS` (none at all where the costs have a common divisor that allows it),
     so the result is never above; what rounding leaves is filled. Two limits are met by a sweep of their mixtures, limits on
     memory by a sweep of caps on the widest moment. spec: LayerScale folded where it goes. reference: what shares refer to;
-    None: `spec`.
+    None: `spec`. sighted: keep an attention if the budget allows it, whatever the sum of losses says: what is added up block by
+    block does not know that a class token behind none sees no image.
     Raises BudgetError when even the cheapest options are above.
     """
     reference = reference or cost(spec)
@@ -515,11 +523,25 @@ def allocate(spec: ModelSpec, rows: Sequence[Table], budget: Budget, *, referenc
         if any(not len(a) for a in allowed):
             continue
         chosen = _programme(rows, allowed, rooms)
-        if chosen is not None:
-            plans.append(_filled(rows, allowed, chosen, rooms))
+        if chosen is None:
+            continue
+        starts = [chosen]
+        if sighted and not any(row.options[o].attention for row, o in zip(rows, chosen, strict=True)):
+            starts = [one for one in _sighted(rows, allowed, rooms) if one is not None] or starts
+        plans += [_filled(rows, allowed, start, rooms) for start in starts]
     assert plans, "the cheapest options are within the budget, so some plan is"
     _, best = min(plans, key=lambda plan_: plan_[0])
     return tuple(row.options[o] for row, o in zip(rows, best, strict=True))
+
+
+def _sighted(
+    rows: Sequence[Table], allowed: Sequence[np.ndarray], rooms: Mapping[str, float]
+) -> Iterator[list[int] | None]:
+    """For each block that can keep its attention, the best options with it kept; None where the budget does not allow it."""
+    for i, row in enumerate(rows):
+        own = np.array([o for o in allowed[i] if row.options[o].attention], dtype=np.int64)
+        if len(own):
+            yield _programme(rows, [*allowed[:i], own, *allowed[i + 1 :]], rooms)
 
 
 def _caps(rows: Sequence[Table], limits: Mapping[str, int], least: Cost) -> list[float]:
@@ -1731,7 +1753,7 @@ def _closed(
 ) -> Compressed:
     losses = [one.losses(block_options(model.spec, i, fixed, align=config.align)) for i, one in enumerate(scores)]
     rows = tables(model.spec, losses, fixed, align=config.align)
-    chosen = allocate(base.spec, rows, budget, reference=cost(model.spec))
+    chosen = allocate(base.spec, rows, budget, reference=cost(model.spec), sighted=model.spec.pool.kind == "cls")
     keeps = keeps_of(model.spec, chosen, scores)
     small = reconstruct(base, keeps, sites, inputs, config, fixed=fixed, room=room, progress=progress)
     if config.finetune_steps:
