@@ -131,6 +131,7 @@ SPENT = stack(
     ),
     click.option("--search-epochs", type=POSITIVE, help="Of uvc: length of the search."),
     click.option("--search-steps", type=click.IntRange(min=1), help="The same in optimiser steps."),
+    click.option("--tie-qk", is_flag=True, help="Of uvc: queries and keys lose dims too; better far below half."),
     click.option("--freeze", metavar="PARTS", help="Parts to keep as they are: blocks.0-2,blocks.11.attention."),
     click.option("--images", type=click.IntRange(min=1), help="Unlabelled images that the method looks at."),
 )
