@@ -340,6 +340,12 @@ def verdicts(found: list[dict[str, Any]]) -> list[str]:
             if other is not None:
                 words.append(f"{own - other:+.2f} against {called}")
         said.append(f"UVC at {keep:.0%} in points: {', '.join(words)}.")
+        tied = mean("UVC, q and k tied to v", keep)
+        if tied is not None:
+            said.append(
+                f"Queries and keys stay whole by default, as in the paper, and what is left of the budget pays for them: letting them go too (`tie_qk`) changes "
+                f"{tied - own:+.2f} points at {keep:.0%}."
+            )
     return said
 
 
