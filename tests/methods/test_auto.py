@@ -161,7 +161,7 @@ def test_a_score_is_what_the_network_with_that_part_alone_loses(part, score, tmp
     """The `measured` score of a level is the divergence of the network with it; the `fisher` one is of its size."""
     model, x = make(WIDE), pixels(WIDE, 16)
     work = working(model, config(0.5, images=16, score=score, draws=200), tmp_path, x)
-    library = auto.library(work)
+    library = auto.all_parts(work)
     found = library[1].tensors
     size = {"qk": 8, "v": 8, "hidden": 32, "off": 64}[part]
     state = {name: value.clone() for name, value in model.state_dict().items()}
@@ -546,7 +546,7 @@ def test_an_attention_that_goes_before_a_frozen_mlp_is_scored_as_it_is_built(tmp
     model, x = make(WIDE), pixels(WIDE, 16)
     frozen = config(0.9, images=16, axes=("attention",), freeze=("blocks.1.mlp",), score="measured")
     work = working(model, frozen, tmp_path, x)
-    library = auto.library(work)
+    library = auto.all_parts(work)
     scored = auto.score_blocks(work, library)[1].off[64]
     gone = weights.cut(model, [None, Keep(attention=False), None], method="test")
     assert scored == pytest.approx(work.divergence(gone), rel=1e-6)

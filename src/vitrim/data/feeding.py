@@ -54,6 +54,15 @@ class Feed:
             self if count >= len(self) else Feed(self.preprocess, images=self.images.take(count, seed, balanced=False))
         )
 
+    def alike(self, size: int) -> bool:
+        """Whether all of several are equal; read by so many, as far as the first that differs."""
+        first: Tensor | None = None
+        for x in self.batches(size):
+            first = x[:1] if first is None else first
+            if bool((x != first).any()):
+                return False
+        return len(self) > 1
+
     def batches(self, size: int) -> Iterator[Tensor]:
         """[B, C, h, w] each, the same in every pass."""
         if self.images is None:

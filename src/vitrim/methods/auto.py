@@ -181,19 +181,6 @@ class Levels:
         return Choice(self.qk[0], self.v[0], self.hidden[0])
 
 
-def fold(spec: ModelSpec, fixed: frozenset[Half]) -> ModelSpec:
-    """The spec after `weights.fold_layer_scale` of all halves but these."""
-    blocks = []
-    for i, block in enumerate(spec.blocks):
-        a, m = block.attention, block.mlp
-        if a is not None and (i, "attention") not in fixed:
-            a = replace(a, layer_scale=False)
-        if m is not None and (i, "mlp") not in fixed:
-            m = replace(m, layer_scale=False)
-        blocks.append(replace(block, attention=a, mlp=m))
-    return replace(spec, blocks=tuple(blocks))
-
-
 def has_tail(spec: ModelSpec) -> bool:
     return bool(spec.blocks) and any(isinstance(step, Prefix) for step in spec.blocks[-1].steps)
 
@@ -340,7 +327,7 @@ def _mlp(m: Mlp | None, base: ModelSpec, at: BlockTokens) -> tuple[int, int]:
 def room_of(spec: ModelSpec, config: AutoConfig) -> Room:
     """What the config may cut of this spec. Raises ConfigError where an axis that was asked for does not apply, or none does."""
     fixed = frozen(spec, config.freeze)
-    base = without_tail(fold(spec, fixed))
+    base = without_tail(weights.with_folded(spec, skip=fixed))
     asked = tuple(axis for axis in config.axes or AXES if axis != "tail" or config.exact_tail)
     dense = {f"block {i} {half}": "frozen" for i, half in sorted(fixed)}
     if spec.outputs:
@@ -847,21 +834,14 @@ class Inputs:
         step_ = min(HELD_OUT, self.count)
         held = every % step_ == step_ - 1
         self.rows = {"all": every, "held": every[held], "fit": every[~held], "probe": every[~held][:PROBE]}
-        self._refuse_alike()
+        if self.feed.alike(self.batch_size):
+            raise DataError(
+                f"auto: all {self.count} images are equal; expected different ones, such as a few hundred photos."
+            )
 
     def batches(self, part: str) -> Iterator[Tensor]:
         """Batches [B, C, h, w]."""
         return self.feed.subset(self.rows[part]).batches(self.batch_size)
-
-    def _refuse_alike(self) -> None:
-        first: Tensor | None = None
-        for x in self.batches("all"):
-            first = x[:1] if first is None else first
-            if not bool((x == first).all()):
-                return
-        raise DataError(
-            f"auto: all {self.count} images are equal; expected different ones, such as a few hundred photos."
-        )
 
 
 def _warnings(base: ModelSpec, room: Room, inputs: Inputs) -> list[str]:
@@ -1207,7 +1187,7 @@ def changes(block: Any, i: int, levels: Levels, found: Parts, entry: Stream, emi
             emit("hidden" if kind == "mlp" else "off", size, f"block:{i}", before.x + update - after.x)
 
 
-def library(work: Work) -> list[Parts]:
+def all_parts(work: Work) -> list[Parts]:
     """The parts of all blocks, in one walk of the dense stream."""
     found: list[Parts] = []
     count = len(work.base.blocks)
@@ -1233,7 +1213,7 @@ def score(work: Work) -> Scores:
     """What every option costs alone: blocks' parts, stream widths, token schedules."""
     noted = work.notes.get("scores")
     if noted is None:
-        rows = score_blocks(work, library(work))
+        rows = score_blocks(work, all_parts(work))
         values = [
             {kind: [[n, loss] for n, loss in sorted(getattr(one, kind).items())] for kind in KINDS} for one in rows
         ]
@@ -1282,8 +1262,8 @@ def score_blocks(work: Work, library: Sequence[Parts]) -> list[Losses]:
         noted = work.notes.get(f"scored-{n}")
         if noted is None:
             found = batch_losses(work, library, x, generator)
-            rows = [[[*key, loss] for key, loss in one.items()] for one in found]
-            work.notes.put(f"scored-{n}", {"signs": generator.get_state()}, {"blocks": rows})
+            plain = [[[*key, loss] for key, loss in one.items()] for one in found]
+            work.notes.put(f"scored-{n}", {"signs": generator.get_state()}, {"blocks": plain})
         else:
             found = [{(part, size): loss for part, size, loss in one} for one in noted[1]["blocks"]]
             generator.set_state(noted[0]["signs"])
@@ -1292,7 +1272,7 @@ def score_blocks(work: Work, library: Sequence[Parts]) -> list[Losses]:
                 so_far[key] = so_far.get(key, 0.0) + loss
         done += len(x)
         work.tell("score", done, total)
-    rows_ = []
+    rows = []
     for found_sums, levels in zip(sums, work.room.levels, strict=True):
         losses = Losses()
         for (part, size), value in found_sums.items():
@@ -1300,8 +1280,8 @@ def score_blocks(work: Work, library: Sequence[Parts]) -> list[Losses]:
                 raise DataError("auto: a score is not finite. Check the weights and the images' normalisation.")
             getattr(losses, part)[size] = value / total
         losses.settle(levels.whole)
-        rows_.append(losses)
-    return rows_
+        rows.append(losses)
+    return rows
 
 
 def batch_losses(

@@ -696,16 +696,6 @@ class Inputs:
         if not differ:
             raise self.alike()
 
-    def refuse_alike(self) -> None:
-        """Raise DataError when all images are equal."""
-        first: Tensor | None = None
-        for x in self.batches():
-            first = x[:1] if first is None else first
-            if bool((x != first).any()):
-                return
-        if self.count > 1:
-            raise self.alike()
-
     def alike(self) -> DataError:
         return DataError(f"dcvit: all {self.count} images are equal; expected different photos. Check the folder.")
 
@@ -1505,7 +1495,8 @@ def by_finetuning(
 
     Gives the student, what was kept of each block, the history and the report.
     """
-    inputs.refuse_alike()
+    if inputs.feed.alike(inputs.batch_size):
+        raise inputs.alike()
     shape = structure(reference, config, budget)
     limits = budget.limits(cost(reference))
     none: list[Keep | None] = [None] * len(base.blocks)

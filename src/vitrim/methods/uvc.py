@@ -342,7 +342,7 @@ class Space:
     def surviving(self, i: int, removed: Array, ranks: Mapping[int, Array] | None) -> list[int]:
         """The widths of block `i` that count the dims of heads which stay. ranks: of its heads, in the order in which they go."""
         where, heads = self.index[(i, "v")], self.index.get((i, "heads"))
-        if ranks is None or heads is None:
+        if not ranks or heads is None:
             return where
         gone = math.floor(float(removed[heads[0]]) * len(where) + 1e-9)
         return [w for w, rank in zip(where, ranks[i], strict=True) if rank >= gone]
@@ -828,7 +828,7 @@ class _Finaliser:
         shapes = space.dense()
         left = {}
         for (i, part), where in space.index.items():
-            alive = space.surviving(i, removed, self.ranks or None) if len(where) > 1 else where
+            alive = space.surviving(i, removed, self.ranks) if len(where) > 1 else where
             left[(i, part)] = space.widths[where[0]].size * (1 - float(removed[alive].min()))
         align = space.align
         cheapest = space.cheapest(space.least(align), "macs" if "macs" in self.limits else "params")
