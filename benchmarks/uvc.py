@@ -3,16 +3,19 @@
     python benchmarks/uvc.py --data PATH/TO/cifar10          two CPU cores, about an hour and a half; ablations at one budget
     python benchmarks/uvc.py --data PATH/TO/cifar10 --short  half of all steps
     python benchmarks/uvc.py --data PATH/TO/cifar10 --full   the larger built-in model, on an accelerator
+    python benchmarks/uvc.py --data PATH/TO/cifar10 --resume --recipe FOLDER   afterwards: each size by the built-in model's own recipe,
+        on all of --data's training images, from random weights and from UVC's; half an hour for each on a core, kept in FOLDER
 
 Search, recovery and calibration use the built-in sample (with --full: --data's training split). Test rows are all of --data's.
 Needs the extra `bench` (Torch-Pruning). Writes benchmarks/results/uvc-MODEL.jsonl and docs/benchmarks/uvc-MODEL.md; `--table` only
-the latter. Rows are kept as they come: a stopped run goes on with `--resume`.
+the latter. Rows are kept as they come: a stopped run goes on with `--resume`. `--keep 0.25` makes the rows of that budget alone.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
+from pathlib import Path
 from typing import Any
 
 import protocol
@@ -25,11 +28,17 @@ from vitrim.counting import cost
 from vitrim.model import Vit
 from vitrim.objectives import train
 from vitrim.pipeline import RecoverConfig
+from vitrim.spec import spec_hash
 from vitrim.training import TrainConfig, read_config
 
 STEP = "a search step against a plain distilled step"
 STEP_AIM = 1.3
 CONTROL = "control (dense, same recovery)"
+RECIPE = "from scratch, UVC's shape, full recipe"
+RECIPE_AFTER = "UVC's network, full recipe"
+RECIPE_CONTROL = "dense, full recipe once more"
+RECIPES = {RECIPE: "scratch", RECIPE_AFTER: "uvc", RECIPE_CONTROL: "dense"}
+"""Rows that the built-in model's recipe trains, and the names of their folders."""
 RIVALS = {
     CONTROL: "the control",
     "Torch-Pruning (group Taylor)": "Torch-Pruning",
@@ -55,7 +64,8 @@ def main() -> None:
         "uvc",
         __doc__,
         short={"action": "store_true", "help": "half the protocol's steps, in search and recovery"},
-        recipe={"action": "store_true", "help": "also train a network of each size by the built-in model's recipe"},
+        recipe={"type": Path, "metavar": "FOLDER", "help": "also train networks by the model's own recipe, kept here"},
+        keep={"type": float, "action": "append", "help": "only this share of the MACs; may be repeated"},
     )
     if not options.table:
         Run(options).all()
@@ -67,7 +77,8 @@ class Run(protocol.Run):
 
     def __init__(self, options: Any) -> None:
         super().__init__(options)
-        self.recipe = options.recipe
+        self.recipe: Path | None = options.recipe
+        self.keeps = options.keep or [*((0.7, 0.5, 0.35, 0.2) if self.full else (0.5, 0.25, 0.15)), 1.0]
         self.scale = 2 if options.short else 1
         """What the protocol's steps are divided by."""
         self.search: dict[str, Any] = (
@@ -78,13 +89,16 @@ class Run(protocol.Run):
         self.control_right = self.right
 
     def all(self) -> None:
-        """Dense and control, then each budget and seed."""
+        """Dense and control, then each budget and seed; last what the recipe makes of the dense model when run again."""
         self.add("dense", 1.0, 0, None, self.dense)
         self.step_cost()
         for seed in (0, 1, 2) if self.full else (0,):
             self.control(seed)
-            for keep in (0.7, 0.5, 0.35, 0.2) if self.full else (0.5, 0.25, 0.15):
-                self.budget(keep, seed, ablate=self.full or keep == 0.25)
+            for keep in self.keeps:
+                if keep < 1:
+                    self.budget(keep, seed, ablate=self.full or keep == 0.25)
+                else:
+                    self.by_recipe(RECIPE_CONTROL, self.dense, keep, seed)
 
     def recovery(self, seed: int, *, long: bool = False, lr: float | None = None) -> RecoverConfig:
         """The protocol's; long: as many steps as search and recovery have together. lr: instead of the protocol's."""
@@ -141,9 +155,16 @@ class Run(protocol.Run):
         limit = int(keep * cost(self.dense).macs)
         budget = vitrim.Budget(keep_macs=keep)
         found = self.one("UVC", keep, seed, lambda: self.uvc(budget, seed))
-        later = ("UVC's widths, units at random", "from scratch, UVC's shape, same steps")
+        later = ["UVC's widths, units at random", "from scratch, UVC's shape, same steps"]
+        if self.recipe is not None:
+            later += [RECIPE, RECIPE_AFTER]
         if found is None and not self.refused("UVC", keep, seed) and not all(self.there(r, keep, seed) for r in later):
             found = self.uvc(budget, seed)[0]  # a stopped run goes on: the same seed gives the same network
+            made = next(r["spec"] for r in self.rows if (r["row"], r["keep"], r["seed"]) == ("UVC", keep, seed))
+            if made != spec_hash(found.spec):
+                raise RuntimeError(
+                    f"UVC at {keep:.0%} came out with another shape than its row has; make that row anew."
+                )
         if found is not None:
             self.one(
                 "UVC's widths, units at random", keep, seed, lambda: (pruned.random_like(self.dense, found, seed), {})
@@ -156,14 +177,8 @@ class Run(protocol.Run):
                 long=True,
                 lr=5e-4,
             )
-            if self.recipe:
-                self.one(
-                    "from scratch, UVC's shape, full recipe",
-                    keep,
-                    seed,
-                    lambda: (self.by_recipe(found, seed), {}),
-                    recover=False,
-                )
+            self.by_recipe(RECIPE, pruned.from_scratch(found, seed), keep, seed)
+            self.by_recipe(RECIPE_AFTER, found, keep, seed)
         self.one(
             "magnitude, equal shares",
             keep,
@@ -211,9 +226,17 @@ class Run(protocol.Run):
         x, y = next(iter(rooms.batches(images, rooms.evaluation(how), 256)))
         return pruned.torch_pruning(self.dense, x, y, limit)
 
-    def by_recipe(self, small: Vit, seed: int) -> Vit:
-        start = pruned.from_scratch(small, seed)
-        return train(start, self.data, read_config(TrainConfig, recipes.read(self.name)["train"], where="recipe")).model
+    def by_recipe(self, row: str, start: Vit, keep: float, seed: int) -> None:
+        """Train as the built-in model was trained, on its images; a stopped run goes on from its checkpoint."""
+        if self.recipe is None or self.there(row, keep, seed):
+            return
+        config = read_config(TrainConfig, recipes.read(self.name)["train"] | {"seed": seed}, where="recipe")
+        out = self.recipe / f"{RECIPES[row]}-{keep:g}-{seed}"
+        made = train(start, self.data, config, out=out, resume=out.is_dir())
+        learned = {"steps": made.steps, "epochs": config.epochs, "batch_size": config.batch_size, "lr": config.lr}
+        images = len(rooms.open(self.data, split="train", labelled=True))
+        before = protocol.accuracy(start, self.test)[0]
+        self.add(row, keep, seed, made.seconds, made.model, before=before, recovery=learned | {"images": images})
 
     def one(
         self,
@@ -224,7 +247,6 @@ class Run(protocol.Run):
         *,
         long: bool = False,
         lr: float | None = None,
-        recover: bool = True,
     ) -> Vit | None:
         """Cut, score, recover, score, time; gives the network before recovery, or None where the budget is out of reach."""
         if self.there(row, keep, seed):
@@ -237,12 +259,9 @@ class Run(protocol.Run):
             return None
         spent = time.monotonic() - began
         before = protocol.accuracy(small, self.test)[0]
-        final, seconds = small, None
-        if recover:
-            how = self.recovery(seed, long=long, lr=lr)
-            final, seconds = protocol.recovered(small, self.dense, self.source, how)
-            told["recovery"] = amount_of(how)
-        self.add(row, keep, seed, seconds, final, before=before, search_s=spent, **told)
+        how = self.recovery(seed, long=long, lr=lr)
+        final, seconds = protocol.recovered(small, self.dense, self.source, how)
+        self.add(row, keep, seed, seconds, final, before=before, search_s=spent, recovery=amount_of(how), **told)
         return small
 
     def add(self, row: str, keep: float, seed: int, seconds: float | None, model: Vit | None, **told: Any) -> None:
