@@ -481,6 +481,27 @@ def test_few_photos_are_recovered_on_in_smaller_batches_and_it_is_said(tmp_path:
     assert made.summary["recovery"]["steps"] == 2
 
 
+def test_a_step_of_the_recovery_is_timed_in_turns_with_the_same_step_of_the_dense_model(tmp_path: Path) -> None:
+    rates = job(tmp_path / "short", measure=None).summary["recovery"]["images_per_s"]
+    assert rates is None  # three steps are too few to pay for a timing
+    made = job(tmp_path / "long", recover=replace(RECOVER, steps=50, log_every=50), measure=None)
+    rates = made.summary["recovery"]["images_per_s"]
+    assert set(rates) == {"dense", "compressed"}
+    assert min(rates.values()) > 0
+    assert f"{rates['compressed'] / rates['dense']:.2f} times as fast" in made.report.read_text(encoding="utf-8")
+    assert len(made.summary["recovery"]["curve"]) == 1  # the timing's own steps are not the recovery's
+
+
+def test_timing_a_step_leaves_the_models_as_they_were() -> None:
+    models = {"dense": tiny(), "other": tiny(1)}
+    before = {name: copy.deepcopy(model.state_dict()) for name, model in models.items()}
+    images = vitrim.data.open(pictures(), split="train", labelled=None)
+    rates = pipeline.recovery.training_speeds(models, models["dense"], images, RECOVER, rounds=1)
+    assert set(rates) == set(models)
+    for name, model in models.items():
+        assert all(torch.equal(value, before[name][key]) for key, value in model.state_dict().items())
+
+
 def test_a_start_that_changes_nothing_is_said(tmp_path: Path) -> None:
     config = UvcConfig(budget=Budget(keep_macs=0.7), **SEARCH)
     made = job(tmp_path / "a", config=config, init="auto", recover=None, measure=None)

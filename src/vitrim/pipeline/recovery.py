@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
+import statistics
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -62,6 +64,40 @@ def train_again(
     progress: Progress | None,
 ) -> tuple[FitResult, str]:
     """Fit a copy of the model; gives the result and the objective's name as it was resolved. images: train; held: validation."""
+    return _again(
+        model,
+        teacher,
+        images,
+        config,
+        out=Path(out) if out is not None else None,
+        resume=resume,
+        validate=_validator(held, teacher, config),
+        progress=progress,
+    )
+
+
+def training_speeds(
+    models: Mapping[str, Vit], teacher: Vit | None, images: Images, config: RecoverConfig, *, rounds: int = 3
+) -> dict[str, float]:
+    """Images a second of a recovery step of each model, in turns: medians over the rounds. The models are left as they were.
+
+    A round takes three steps of each, the first of which is not counted.
+    """
+    short = dataclasses.replace(config, steps=3, tracker=None)
+    rates: dict[str, list[float]] = {name: [] for name in models}
+    for _ in range(rounds):
+        for name, model in models.items():
+
+            def hear(_: str, done: int, __: int, *, name: str = name, **facts: Any) -> None:
+                if done > 1 and "images_per_s" in facts:
+                    rates[name].append(facts["images_per_s"])
+
+            _again(model, teacher, images, short, progress=hear)
+    return {name: statistics.median(found) for name, found in rates.items()}
+
+
+def _again(model: Vit, teacher: Vit | None, images: Images, config: RecoverConfig, **how: Any) -> tuple[FitResult, str]:
+    """Fit a copy by the objective that the config asks for; how: as `fit` takes it."""
     name = objective_named(config, model, labelled=images.labelled)
     objective = _objective(name, config, model, teacher, images)
     # a label-free run never looks at labels, which may be of other classes than the model's
@@ -69,17 +105,7 @@ def train_again(
     student = copy.deepcopy(model)
     learns = {name: parameter.requires_grad for name, parameter in student.named_parameters()}
     weights.hold(student, frozen(student.spec, config.freeze))
-    fitted = fit(
-        student,
-        objective,
-        images,
-        config,
-        out=Path(out) if out is not None else None,
-        resume=resume,
-        label_map=label_map,
-        validate=_validator(held, teacher, config),
-        progress=progress,
-    )
+    fitted = fit(student, objective, images, config, label_map=label_map, **how)
     for key, parameter in fitted.model.named_parameters():
         parameter.requires_grad_(learns[key])
     return fitted, name

@@ -30,7 +30,7 @@ from vitrim.model import Vit
 from vitrim.pipeline.configs import EvaluateConfig, MeasureConfig, RecoverConfig
 from vitrim.pipeline.folder import STAGES, Folder, written_or_said
 from vitrim.pipeline.judging import judge, refuse_chance
-from vitrim.pipeline.recovery import objective_named, train_again
+from vitrim.pipeline.recovery import objective_named, train_again, training_speeds
 from vitrim.result import Compressed
 from vitrim.sources import load
 from vitrim.spec import ModelSpec, spec_hash
@@ -39,6 +39,9 @@ from vitrim.training import Progress, plain, ready
 
 LEAST_GAIN = 1.05
 """An ideal speed-up below this does not pay: launches and memory traffic eat it."""
+
+STEPS_PER_SPEED_ROUND = 50
+"""A recovery of so many steps is followed by one round that times its step against the dense model's; at most three rounds."""
 
 PLOTTED = 150
 """Rows of a search that its plots show."""
@@ -352,12 +355,15 @@ class _Work:
             progress=self.progress,
         )
         artifact.save(fitted.model, self.folder.stages / "recovered", force=True)
-        lines = fitted.history
+        lines, rounds = fitted.history, min(3, fitted.steps // STEPS_PER_SPEED_ROUND)
+        both = {"dense": self.dense, "compressed": self._small}
         return {
             "objective": objective,
             "steps": fitted.steps,
             "train_seconds": round(fitted.seconds, 2),
-            "images_per_s": fitted.images_per_s,
+            "images_per_s": training_speeds(both, self.dense, self.train, self.recovery, rounds=rounds)
+            if rounds
+            else None,
             "curve": [{"step": line["step"], "loss": line["loss"]} for line in lines if line["kind"] == "train"],
             "validation": [
                 {key: value for key, value in line.items() if key not in ("kind", "seconds")}
@@ -523,7 +529,6 @@ class _Work:
             | {
                 "seconds": recovery["train_seconds"],
                 "images_per_s": recovery["images_per_s"],
-                "search_images_per_s": compressed["report"].get("images_per_s"),
             },
             "search": _search(compressed, dense),
             "prediction": _prediction(compressed["report"]),

@@ -16,8 +16,8 @@
     difference {points, low, high, count}: top-1 of the final model minus the dense one in percentage points with its paired
               95 % interval; None without labels
     timing    {rows, speedups, notes}: of `vitrim.timing`, models named "dense" and "compressed"; None if not measured
-    recovery  {objective, steps, seconds, curve: [{step, loss}], validation: [{step, top1}], images_per_s, search_images_per_s: of a
-              search with the dense model's widths, where there was one}; None without one
+    recovery  {objective, steps, seconds, curve: [{step, loss}], validation: [{step, top1}], images_per_s: {dense, compressed}: of a
+              training step, timed in turns; None after a short one}; None without one
     search    {history: [{step, cost, budget, z, removed, gates}], ended, judged, saving, finaliser}, of a method that searches; else None
     prediction {metric, predicted_kl, reached_kl, candidates: [{width, steps, macs, params, predicted_kl, reached_kl}]}, of a method that
               plans; else None
