@@ -95,11 +95,11 @@ def from_scratch(small: Vit, seed: int) -> Vit:
     return found
 
 
-def torch_pruning(dense: Vit, x: Tensor, y: Tensor, limit: int) -> Vit:
+def torch_pruning(dense: Vit, x: Tensor, y: Tensor, limit: int, *, whole_heads: bool = False) -> Vit:
     """Torch-Pruning 1.6 by its own recipe for timm's ViTs: group Taylor, dims in every head and MLP units, the stream whole.
 
-    x, y: images as the network takes them, and labels, for the gradients. Raises DataError where it cut no head dims or no MLP
-    units, which its isomorphic mode does without a word.
+    x, y: images as the network takes them, and labels, for the gradients. whole_heads: its other choice, heads instead of dims in
+    heads. Raises DataError where it cut nothing of an attention or no MLP units, which its isomorphic mode does without a word.
     """
     import torch_pruning as tp
 
@@ -108,6 +108,7 @@ def torch_pruning(dense: Vit, x: Tensor, y: Tensor, limit: int) -> Vit:
         for block in module.blocks:
             block.attn.fused_attn = False  # its recipe replaces the forward; plain products are the same numbers
         heads = {block.attn.qkv: block.attn.num_heads for block in module.blocks}
+        fewest = 1 / min(heads.values())  # it would take the last head too, and fail
         inner = [
             module.head,
             module.patch_embed.proj,
@@ -124,8 +125,9 @@ def torch_pruning(dense: Vit, x: Tensor, y: Tensor, limit: int) -> Vit:
                 pruning_ratio=1 - share,
                 ignored_layers=inner,
                 num_heads=heads,
-                prune_num_heads=False,
-                prune_head_dims=True,
+                prune_num_heads=whole_heads,
+                prune_head_dims=not whole_heads,
+                head_pruning_ratio=1 - max(share, fewest) if whole_heads else 0.0,
             )
             module.zero_grad()
             nn.functional.cross_entropy(module(x), y).backward()
@@ -149,6 +151,13 @@ def torch_pruning(dense: Vit, x: Tensor, y: Tensor, limit: int) -> Vit:
     small = nearest(pruned, limit)
     for i, (before, after) in enumerate(zip(dense.spec.blocks, small.spec.blocks, strict=True)):
         a, b, m, n = before.attention, after.attention, before.mlp, after.mlp
-        if a is None or b is None or m is None or n is None or b.v_dim >= a.v_dim or n.hidden >= m.hidden:
+        if (
+            a is None
+            or b is None
+            or m is None
+            or n is None
+            or b.heads * b.v_dim >= a.heads * a.v_dim
+            or n.hidden >= m.hidden
+        ):
             raise DataError(f"Torch-Pruning left block {i} as it was in part: check its recipe.")
     return small

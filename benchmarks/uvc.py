@@ -42,6 +42,7 @@ RECIPES = {RECIPE: "scratch", RECIPE_AFTER: "uvc", RECIPE_CONTROL: "dense"}
 RIVALS = {
     CONTROL: "the control",
     "Torch-Pruning (group Taylor)": "Torch-Pruning",
+    "Torch-Pruning, whole heads": "Torch-Pruning with whole heads",
     "from scratch, UVC's shape, same steps": "its shape from scratch",
     "UVC's widths, units at random": "its widths with units at random (so much is the choice of units)",
     "magnitude, equal shares": "magnitude",
@@ -186,6 +187,9 @@ class Run(protocol.Run):
             lambda: (pruned.nearest(lambda s: pruned.by_magnitude(self.dense, s), limit), {}),
         )
         self.one("Torch-Pruning (group Taylor)", keep, seed, lambda: (self.torch_pruning(limit, seed), {}))
+        self.one(
+            "Torch-Pruning, whole heads", keep, seed, lambda: (self.torch_pruning(limit, seed, whole_heads=True), {})
+        )
         for label, method in (("DC-ViT closed", "dcvit"), ("COMCAT whitened", "comcat")):
             small = self.one(label, keep, seed, lambda method=method: (self.closed(method, budget, seed), {}))
             if method == "comcat" and small is None and not self.refused(label, keep, seed):
@@ -219,12 +223,12 @@ class Run(protocol.Run):
         config = vitrim.methods.configure(method, {"budget": budget, "seed": seed, "images": 1000})
         return vitrim.compress(self.dense, config, data=self.source).model
 
-    def torch_pruning(self, limit: int, seed: int) -> Vit:
+    def torch_pruning(self, limit: int, seed: int, *, whole_heads: bool = False) -> Vit:
         how = self.dense.config.preprocess
         assert how is not None
         images = rooms.open(self.source, split="train", labelled=True).take(256, seed)
         x, y = next(iter(rooms.batches(images, rooms.evaluation(how), 256)))
-        return pruned.torch_pruning(self.dense, x, y, limit)
+        return pruned.torch_pruning(self.dense, x, y, limit, whole_heads=whole_heads)
 
     def by_recipe(self, row: str, start: Vit, keep: float, seed: int) -> None:
         """Train as the built-in model was trained, on its images; a stopped run goes on from its checkpoint."""
