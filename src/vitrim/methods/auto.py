@@ -1664,20 +1664,18 @@ def predict(
     """For each budget what would be cut and the divergence predicted for it, before anything is built; plain JSON values."""
     reference = cost(model)
     room = _reachable(model, config, budgets)
+    scores: Scores | None = None
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="vitrim-auto-") as temporary:
-        rows: list[dict[str, Any]] = []
-        if not any(exceeded(reference, budget.limits(reference)) for budget in budgets):
-            return [{"budget": budget.to_dict(), **_described_whole(room)} for budget in budgets]
-        work = _work(model, config, room, data, progress, folder, resume, Path(temporary))
-        scores = score(work)
         for budget in budgets:
             limits = budget.limits(reference)
             if not exceeded(reference, limits):
-                rows.append({"budget": budget.to_dict(), **_described_whole(room)})
-                continue
-            best = best_plans(room, scores, limits, reference, count=1)[0]
-            rows.append({"budget": budget.to_dict(), **_described(room, scores, best)})
-        return rows
+                found = _described_whole(room)
+            else:
+                scores = scores or score(_work(model, config, room, data, progress, folder, resume, Path(temporary)))
+                found = _described(room, scores, best_plans(room, scores, limits, reference, count=1)[0])
+            rows.append({"budget": budget.to_dict(), **found})
+    return rows
 
 
 def _reachable(model: Vit, config: AutoConfig, budgets: Sequence[Budget]) -> Room:
