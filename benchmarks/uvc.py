@@ -304,7 +304,8 @@ def table(name: str, found: list[dict[str, Any]]) -> str:
         "",
         f"Made by `benchmarks/uvc.py` from `benchmarks/results/uvc-{name}.jsonl`. Top-1 on {first['test_images']:,} CIFAR-10 test images, {seeds} "
         f"seed{'s' if seeds > 1 else ''}; UVC's search: {length} of {searched.get('batch_size')} images; recovery: distilled from the dense model, its steps and learning rate in "
-        "the column. UVC and the from-scratch rows learn from all of the sample's training images, DC-ViT and COMCAT from 1,000 of them. Differences in points with their paired bootstrap interval (95 %). Speed: PyTorch "
+        "the column. UVC and the from-scratch rows learn from all of the sample's training images, DC-ViT and COMCAT from 1,000 of them; "
+        "rows by the full recipe are trained as the built-in model was, with labels alone, on the images that their column names. Differences in points with their paired bootstrap interval (95 %). Speed: PyTorch "
         f"eager, one thread, float32, {timed['speed'][0]['device_name']}, interleaved with the dense model, median of 15.",
         "",
         "| row | asked | MACs kept | parameters kept | before recovery | recovery | after | after, against control | seconds to find it | "
@@ -322,10 +323,7 @@ def table(name: str, found: list[dict[str, Any]]) -> str:
         spent = f"{row['search_s']:.0f}" if row.get("search_s") is not None else ""
         against = "" if row["row"] == "dense" else protocol.points(row["against_control"])
         cells = [row["row"], f"{row['keep']:.0%}", f"{row['kept_macs']:.1%}", f"{row['kept_params']:.1%}", before]
-        how = row.get("recovery")
-        cells.append(
-            f"{how['steps'] or how['epochs']:g} {'steps' if how['steps'] else 'epochs'}, {how['lr']:g}" if how else ""
-        )
+        cells.append(recovery_words(row.get("recovery")))
         cells += [f"{row['top1']:.2f}", against, spent, *speed, ideal]
         lines.append("| " + " | ".join(cells) + " |")
     told = [row for row in found if row["row"].startswith("UVC") and row.get("told")]
@@ -342,6 +340,14 @@ def table(name: str, found: list[dict[str, Any]]) -> str:
     lines += [f"- {text}" for text in verdicts(found)]
     lines += ["", f"Conditions: { ({key: first[key] for key in ('versions', 'processor', 'threads')}) }."]
     return "\n".join(lines) + "\n"
+
+
+def recovery_words(how: dict[str, Any] | None) -> str:
+    """Steps and learning rate, and images where a row has its own."""
+    if how is None:
+        return ""
+    length = f"{how['steps']:,} steps" if how["steps"] else f"{how['epochs']:g} epochs"
+    return f"{length}, {how['lr']:g}" + (f", {how['images']:,} images" if "images" in how else "")
 
 
 def verdicts(found: list[dict[str, Any]]) -> list[str]:
@@ -363,6 +369,12 @@ def verdicts(found: list[dict[str, Any]]) -> list[str]:
             if other is not None:
                 words.append(f"{own - other:+.2f} against {called}")
         said.append(f"UVC at {keep:.0%} in points: {', '.join(words)}.")
+        fresh, inherited = mean(RECIPE, keep), mean(RECIPE_AFTER, keep)
+        if fresh is not None and inherited is not None:
+            said.append(
+                f"By the built-in model's recipe in full, with its time and its images, at {keep:.0%}: {fresh:.2f} from random weights in UVC's shape, {inherited:.2f} from "
+                f"UVC's own weights ({inherited - fresh:+.2f} by what was kept); the dense model trained once more {words_of(mean(RECIPE_CONTROL, 1.0))}."
+            )
         tied = mean("UVC, q and k tied to v", keep)
         if tied is not None:
             said.append(
@@ -370,6 +382,10 @@ def verdicts(found: list[dict[str, Any]]) -> list[str]:
                 f"{tied - own:+.2f} points at {keep:.0%}."
             )
     return said
+
+
+def words_of(top1: float | None) -> str:
+    return "was not run" if top1 is None else f"has {top1:.2f}"
 
 
 def told_words(told: dict[str, Any]) -> str:

@@ -23,6 +23,7 @@ WAYS = (
     "magnitude, equal shares",
 )
 TRAINED = ("UVC", "UVC, started from auto")
+IN_FULL = ("from scratch, UVC's shape, full recipe", "UVC's network, full recipe")
 
 
 def read(name: str) -> list[dict[str, Any]]:
@@ -76,6 +77,23 @@ def recovered(rows: list[dict[str, Any]]) -> list[str]:
     ]
 
 
+def in_full() -> list[str]:
+    """Networks of each size by the built-in model's own recipe: what all of its images and its time would buy."""
+    rows = [row for row in read("uvc") if row["row"] in IN_FULL]
+    if not rows:
+        return []
+    how = rows[0]["recovery"]
+    again = next((r["top1"] for r in read("uvc") if r["row"] == "dense, full recipe once more"), None)
+    control = "" if again is None else f" The dense model trained once more so: {again:.2f}."
+    return [
+        f"What the dense model's own training buys at these sizes: its whole recipe, {how['steps']:,} steps on {how['images']:,} labelled images, "
+        f"{min(row['recovery_s'] for row in rows) / 60:.0f} to {max(row['recovery_s'] for row in rows) / 60:.0f} minutes each on one core.{control}",
+        "",
+        *grid(rows, IN_FULL, lambda row: f"{row['top1']:.2f}"),
+        "",
+    ]
+
+
 def pages() -> list[str]:
     """Where the rows and their conditions stand."""
     known = {
@@ -93,7 +111,7 @@ def pages() -> list[str]:
 def section() -> str:
     """The text between the markers."""
     rows = [row for row in read("auto") if row["seed"] == 0 and row["images"] in (0, 256)]
-    return "\n".join([BEGIN, "", *untrained(rows), "", *recovered(rows), "", *pages(), "", END])
+    return "\n".join([BEGIN, "", *untrained(rows), "", *recovered(rows), "", *in_full(), *pages(), "", END])
 
 
 def main() -> None:

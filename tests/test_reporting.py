@@ -389,6 +389,16 @@ def test_ticks_enclose_their_range(low: float, high: float) -> None:
     assert ticks == sorted(set(ticks))
 
 
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (0.0, 0.0149), (0.6512, 0.6533), (0, 3e-5), (1200, 4700)])
+@pytest.mark.parametrize("kind", [charts.number_tick, charts.percent_tick])
+def test_ticks_are_told_apart(low: float, high: float, kind: Any) -> None:
+    ticks = charts.nice_ticks(low, high)
+    words = [kind(ticks)(tick) for tick in ticks]
+    assert len(set(words)) == len(ticks)
+    values = [float(word.removesuffix(" %").replace(",", "")) for word in words]
+    assert values == pytest.approx([tick * (100 if words[0].endswith("%") else 1) for tick in ticks])
+
+
 def test_smoothing_keeps_the_last_step_and_the_range() -> None:
     points = [(float(step), float(step % 7)) for step in range(1, 1000)]
     means = charts.smooth(points)

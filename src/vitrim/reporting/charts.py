@@ -129,8 +129,8 @@ def curve(
         across = LEFT + (WIDTH - LEFT - RIGHT) * step / last
         return across, base - (value - ticks[0]) / span * (base - high)
 
-    form = percent_tick(ticks) if share else three
-    parts = [_level(at(0, tick)[1], form(tick)) for tick in ticks]
+    shown = (percent_tick if share else number_tick)(ticks)
+    parts = [_level(at(0, tick)[1], shown(tick)) for tick in ticks]
     for place, (label, value) in enumerate(references):
         y = at(0, value)[1]
         parts.append(f'<line class="reference" x1="{LEFT}" y1="{y:.1f}" x2="{WIDTH - RIGHT}" y2="{y:.1f}"/>')
@@ -146,6 +146,7 @@ def curve(
     parts.append(_text(LEFT, base + 16, "0", "middle"))
     parts.append(_text(WIDTH - RIGHT, base + 16, f"step {last:g}", "end"))
     first, end = points[0][1], points[-1][1]
+    form = percent if share else three
     described = f"From {form(first)} at step {points[0][0]:g} to {form(end)} at step {points[-1][0]:g}."
     return svg("".join(parts), height=190, title=title, description=described, name=name)
 
@@ -155,7 +156,6 @@ def lines(
     *,
     name: str,
     title: str,
-    form: Callable[[float], str] = three,
     share: bool = False,
     dashed: Sequence[tuple[str, Sequence[tuple[float, float]]]] = (),
     bounds: tuple[float, float] | None = None,
@@ -176,7 +176,7 @@ def lines(
         )
         return " ".join(f"{x:.1f},{y:.1f}" for x, y in at)
 
-    shown = percent_tick(ticks) if share else form
+    shown = (percent_tick if share else number_tick)(ticks)
     parts = [_level(base - (tick - ticks[0]) / span * (base - high), shown(tick)) for tick in ticks]
     for kind, group in (("reference", dashed), ("line", series)):
         for label, points in group:
@@ -185,7 +185,7 @@ def lines(
             )
     parts.append(_text(LEFT, base + 16, "0", "middle"))
     parts.append(_text(WIDTH - RIGHT, base + 16, f"step {last:g}", "end"))
-    value = percent if share else form
+    value = percent if share else three
     described = "; ".join(f"{label} ends at {value(points[-1][1])}" for label, points in (*series, *dashed))
     return svg("".join(parts), height=190, title=title, description=f"{described}.", name=name)
 
@@ -254,10 +254,17 @@ def nice_ticks(low: float, high: float, aim: int = 4) -> list[float]:
     return [round(index * step, 12) for index in range(first, last + 1)]
 
 
+def number_tick(ticks: Sequence[float], scale: float = 1.0, unit: str = "") -> Callable[[float], str]:
+    """Numbers times a scale, with as many digits as the ticks have."""
+    shown = [scale * tick for tick in ticks]
+    exact = 1e-6 * (max(shown) - min(shown))
+    digits = next((d for d in range(12) if all(abs(tick - round(tick, d)) <= exact for tick in shown)), 12)
+    return lambda value: f"{scale * value:,.{digits}f}{unit}"
+
+
 def percent_tick(ticks: Sequence[float]) -> Callable[[float], str]:
-    """Percent with as many digits as tell the ticks apart."""
-    digits = 0 if all(abs(100 * tick - round(100 * tick)) < 1e-9 for tick in ticks) else 1
-    return lambda value: f"{100 * value:.{digits}f} %"
+    """Percent with as many digits as the ticks have."""
+    return number_tick(ticks, 100.0, " %")
 
 
 def runtime_name(runtime: str) -> str:
