@@ -36,9 +36,16 @@ STEP_AIM = 1.3
 CONTROL = "control (dense, same recovery)"
 RECIPE = "from scratch, UVC's shape, full recipe"
 RECIPE_AFTER = "UVC's network, full recipe"
+RECIPE_AUTO = "auto's network, full recipe"
 RECIPE_CONTROL = "dense, full recipe once more"
-RECIPES = {RECIPE: "scratch", RECIPE_AFTER: "uvc", RECIPE_CONTROL: "dense"}
+RECIPES = {RECIPE: "scratch", RECIPE_AFTER: "uvc", RECIPE_AUTO: "auto", RECIPE_CONTROL: "dense"}
 """Rows that the built-in model's recipe trains, and the names of their folders."""
+IN_FULL = {
+    RECIPE: "from random weights in UVC's shape",
+    RECIPE_AFTER: "from UVC's own weights",
+    RECIPE_AUTO: "from auto's network",
+    RECIPE_CONTROL: "for the dense model trained once more",
+}
 RIVALS = {
     CONTROL: "the control",
     "Torch-Pruning (group Taylor)": "Torch-Pruning",
@@ -198,6 +205,9 @@ class Run(protocol.Run):
                 self.one(
                     f"{label}, recovered for UVC's search too", keep, seed, lambda small=small: (small, {}), long=True
                 )
+        if self.recipe is not None and not self.there(RECIPE_AUTO, keep, seed):
+            auto = vitrim.AutoConfig(budget=budget, seed=seed)
+            self.by_recipe(RECIPE_AUTO, vitrim.compress(self.dense, auto, data=self.source).model, keep, seed)
         if ablate:
             for label, changes in ABLATIONS.items():
                 self.one(label, keep, seed, lambda changes=changes: self.uvc(budget, seed, **changes))
@@ -369,11 +379,11 @@ def verdicts(found: list[dict[str, Any]]) -> list[str]:
             if other is not None:
                 words.append(f"{own - other:+.2f} against {called}")
         said.append(f"UVC at {keep:.0%} in points: {', '.join(words)}.")
-        fresh, inherited = mean(RECIPE, keep), mean(RECIPE_AFTER, keep)
-        if fresh is not None and inherited is not None:
+        long = {called: mean(row, 1.0 if row == RECIPE_CONTROL else keep) for row, called in IN_FULL.items()}
+        if long[IN_FULL[RECIPE]] is not None:
+            given = ", ".join(f"{top1:.2f} {called}" for called, top1 in long.items() if top1 is not None)
             said.append(
-                f"By the built-in model's recipe in full, with its time and its images, at {keep:.0%}: {fresh:.2f} from random weights in UVC's shape, {inherited:.2f} from "
-                f"UVC's own weights ({inherited - fresh:+.2f} by what was kept); the dense model trained once more {words_of(mean(RECIPE_CONTROL, 1.0))}."
+                f"By the built-in model's recipe in full, with its time and its images, at {keep:.0%}: {given}."
             )
         tied = mean("UVC, q and k tied to v", keep)
         if tied is not None:
@@ -382,10 +392,6 @@ def verdicts(found: list[dict[str, Any]]) -> list[str]:
                 f"{tied - own:+.2f} points at {keep:.0%}."
             )
     return said
-
-
-def words_of(top1: float | None) -> str:
-    return "was not run" if top1 is None else f"has {top1:.2f}"
 
 
 def told_words(told: dict[str, Any]) -> str:
