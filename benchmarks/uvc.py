@@ -107,6 +107,7 @@ class Run(protocol.Run):
                     self.budget(keep, seed, ablate=self.full or keep == 0.25)
                 else:
                     self.by_recipe(RECIPE_CONTROL, self.dense, keep, seed)
+            self.compare_in_full(seed)
 
     def recovery(self, seed: int, *, long: bool = False, lr: float | None = None) -> RecoverConfig:
         """The protocol's; long: as many steps as search and recovery have together. lr: instead of the protocol's."""
@@ -245,12 +246,28 @@ class Run(protocol.Run):
         if self.recipe is None or self.there(row, keep, seed):
             return
         config = read_config(TrainConfig, recipes.read(self.name)["train"] | {"seed": seed}, where="recipe")
-        out = self.recipe / f"{RECIPES[row]}-{keep:g}-{seed}"
+        out = self.kept(row, keep, seed)
         made = train(start, self.data, config, out=out, resume=out.is_dir())
         learned = {"steps": made.steps, "epochs": config.epochs, "batch_size": config.batch_size, "lr": config.lr}
         images = len(rooms.open(self.data, split="train", labelled=True))
         before = protocol.accuracy(start, self.test)[0]
         self.add(row, keep, seed, made.seconds, made.model, before=before, recovery=learned | {"images": images})
+
+    def kept(self, row: str, keep: float, seed: int) -> Path:
+        """Where a network that the recipe trained is kept."""
+        assert self.recipe is not None
+        return self.recipe / f"{RECIPES[row]}-{keep:g}-{seed}"
+
+    def compare_in_full(self, seed: int) -> None:
+        """Rows by the recipe have the dense model by the recipe as their control."""
+        if self.recipe is None or not self.there(RECIPE_CONTROL, 1.0, seed):
+            return
+        right = protocol.accuracy(vitrim.load(self.kept(RECIPE_CONTROL, 1.0, seed)), self.test)[1]
+        for row in self.rows:
+            if row["row"] in RECIPES and row["seed"] == seed:
+                own = protocol.accuracy(vitrim.load(self.kept(row["row"], row["keep"], seed)), self.test)[1]
+                row["against_control"] = protocol.difference(right, own)
+        protocol.write(self.place, self.rows)
 
     def one(
         self,
@@ -315,7 +332,7 @@ def table(name: str, found: list[dict[str, Any]]) -> str:
         f"Made by `benchmarks/uvc.py` from `benchmarks/results/uvc-{name}.jsonl`. Top-1 on {first['test_images']:,} CIFAR-10 test images, {seeds} "
         f"seed{'s' if seeds > 1 else ''}; UVC's search: {length} of {searched.get('batch_size')} images; recovery: distilled from the dense model, its steps and learning rate in "
         "the column. UVC and the from-scratch rows learn from all of the sample's training images, DC-ViT and COMCAT from 1,000 of them; "
-        "rows by the full recipe are trained as the built-in model was, with labels alone, on the images that their column names. Differences in points with their paired bootstrap interval (95 %). Speed: PyTorch "
+        "rows by the full recipe are trained as the built-in model was, with labels alone, on the images that their column names, and their control is the dense model trained so once more. Differences in points with their paired bootstrap interval (95 %). Speed: PyTorch "
         f"eager, one thread, float32, {timed['speed'][0]['device_name']}, interleaved with the dense model, median of 15.",
         "",
         "| row | asked | MACs kept | parameters kept | before recovery | recovery | after | after, against control | seconds to find it | "
