@@ -4,7 +4,7 @@
     python benchmarks/uvc.py --data PATH/TO/cifar10 --short  half of all steps
     python benchmarks/uvc.py --data PATH/TO/cifar10 --full   the larger built-in model, on an accelerator
     python benchmarks/uvc.py --data PATH/TO/cifar10 --resume --recipe FOLDER   afterwards: each size by the built-in model's own recipe,
-        on all of --data's training images, from random weights and from UVC's; half an hour for each on a core, kept in FOLDER
+        on all of --data's training images, from random weights, UVC's and auto's; 15 to 45 minutes each on a core, kept in FOLDER
 
 Search, recovery and calibration use the built-in sample (with --full: --data's training split). Test rows are all of --data's.
 Needs the extra `bench` (Torch-Pruning). Writes benchmarks/results/uvc-MODEL.jsonl and docs/benchmarks/uvc-MODEL.md; `--table` only
