@@ -51,6 +51,7 @@ RIVALS = {
     "Torch-Pruning (group Taylor)": "Torch-Pruning",
     "Torch-Pruning, whole heads": "Torch-Pruning with whole heads",
     "from scratch, UVC's shape, same steps": "its shape from scratch",
+    RECIPE: "its shape from scratch by the recipe in full",
     "UVC's widths, units at random": "its widths with units at random (so much is the choice of units)",
     "magnitude, equal shares": "magnitude",
     "COMCAT whitened, recovered for UVC's search too": "COMCAT with as many steps in all",
