@@ -170,8 +170,8 @@ class Run(protocol.Run):
             later += [RECIPE, RECIPE_AFTER]
         if found is None and not self.refused("UVC", keep, seed) and not all(self.there(r, keep, seed) for r in later):
             found = self.uvc(budget, seed)[0]  # a stopped run goes on: the same seed gives the same network
-            made = next(r["spec"] for r in self.rows if (r["row"], r["keep"], r["seed"]) == ("UVC", keep, seed))
-            if made != spec_hash(found.spec):
+            row = self.made("UVC", keep, seed)
+            if row is None or row["spec"] != spec_hash(found.spec):
                 raise RuntimeError(
                     f"UVC at {keep:.0%} came out with another shape than its row has; make that row anew."
                 )
@@ -214,13 +214,17 @@ class Run(protocol.Run):
             for label, changes in ABLATIONS.items():
                 self.one(label, keep, seed, lambda changes=changes: self.uvc(budget, seed, **changes))
 
+    def made(self, row: str, keep: float, seed: int) -> dict[str, Any] | None:
+        """The row, if it was made."""
+        return next((r for r in self.rows if (r["row"], r["keep"], r["seed"]) == (row, keep, seed)), None)
+
     def there(self, row: str, keep: float, seed: int) -> bool:
         """Whether the row was made."""
-        return any((r["row"], r["keep"], r["seed"]) == (row, keep, seed) for r in self.rows)
+        return self.made(row, keep, seed) is not None
 
     def refused(self, row: str, keep: float, seed: int) -> bool:
         """Whether the row says that its budget is out of reach."""
-        return any((r["row"], r["keep"], r["seed"]) == (row, keep, seed) and "refused" in r for r in self.rows)
+        return "refused" in (self.made(row, keep, seed) or {})
 
     def uvc(self, budget: vitrim.Budget, seed: int, **changes: Any) -> tuple[Vit, dict[str, Any]]:
         config = vitrim.UvcConfig(budget=budget, seed=seed, **self.search, **changes)

@@ -79,11 +79,12 @@ def recovered(rows: list[dict[str, Any]]) -> list[str]:
 
 def in_full() -> list[str]:
     """Networks of each size by the built-in model's own recipe: what all of its images and its time would buy."""
-    rows = [row for row in read("uvc") if row["row"] in IN_FULL]
+    every = read("uvc")
+    rows = [row for row in every if row["row"] in IN_FULL]
     if not rows:
         return []
     how = rows[0]["recovery"]
-    again = next((r["top1"] for r in read("uvc") if r["row"] == "dense, full recipe once more"), None)
+    again = next((r["top1"] for r in every if r["row"] == "dense, full recipe once more"), None)
     control = "" if again is None else f" The dense model trained once more so: {again:.2f}."
     return [
         f"What the dense model's own training buys at these sizes: its whole recipe, {how['steps']:,} steps on {how['images']:,} labelled images, "

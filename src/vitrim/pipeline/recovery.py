@@ -83,16 +83,12 @@ def training_speeds(
 
     A round takes three steps of each, the first of which is not counted.
     """
-    short = dataclasses.replace(config, steps=3, tracker=None)
+    short = dataclasses.replace(config, steps=3, log_every=1, tracker=None)
     rates: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(rounds):
         for name, model in models.items():
-
-            def hear(_: str, done: int, __: int, *, name: str = name, **facts: Any) -> None:
-                if done > 1 and "images_per_s" in facts:
-                    rates[name].append(facts["images_per_s"])
-
-            _again(model, teacher, images, short, progress=hear)
+            history = _again(model, teacher, images, short)[0].history
+            rates[name] += [line["images_per_s"] for line in history[1:]]
     return {name: statistics.median(found) for name, found in rates.items()}
 
 
