@@ -42,7 +42,7 @@ try:
     main({words!r})
 except SystemExit as done:
     assert not done.code, done.code
-print("heavy:", sorted({{"torch", "timm", "numpy", "torchvision", "pydantic", "matplotlib"}} & set(sys.modules)))
+print("heavy:", sorted({{"torch", "timm", "numpy", "torchvision", "pydantic"}} & set(sys.modules)))
 """
 
 

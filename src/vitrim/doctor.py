@@ -16,7 +16,6 @@ PACKAGES = (
     "click",
     "pydantic",
     "rich",
-    "matplotlib",
     "accelerate",
     "safetensors",
     "huggingface_hub",

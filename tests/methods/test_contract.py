@@ -1,6 +1,8 @@
 """What holds for every method, whatever it cuts."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ from tests.specs import images, make, vit
 from vitrim import methods
 from vitrim.budget import Budget
 from vitrim.counting import cost
-from vitrim.errors import BudgetError, ConfigError
+from vitrim.errors import BudgetError, ConfigError, TrainingError
 from vitrim.model import Vit
 from vitrim.spec import ModelSpec, Preprocess
 
@@ -123,3 +125,51 @@ def test_nothing_to_cut_leaves_the_network_as_it_is(method: str) -> None:
     model, x = known(SPEC), images(SPEC, dtype=torch.float32)
     small = methods.compress(model, configured(method, 1.0), data=data_for(SPEC, method))
     assert torch.equal(small.model(x), model(x))
+
+
+def test_the_plan_says_range_tolerance_needs_and_what_stays(method: str) -> None:
+    planned = methods.plan(method, SPEC, configured(method))
+    assert set(planned) == {"method", "variant", "range", "step", "needs", "dense"}
+    assert set(planned["needs"]) == {"images", "labels", "training"}
+    whole = cost(SPEC)
+    for name in ("macs", "params", "memory_bytes", "file_bytes"):
+        low, high = planned["range"][name]
+        assert 0 < low < high == getattr(whole, name)
+        assert 0 <= planned["step"][name] < high
+
+
+def test_the_lowest_share_of_the_range_is_reached_and_less_is_refused(method: str) -> None:
+    low, _ = methods.plan(method, SPEC, configured(method))["range"]["macs"]
+    share = low / cost(SPEC).macs
+    small = methods.compress(known(SPEC), configured(method, share * 1.001), data=data_for(SPEC, method))
+    assert cost(small.spec).macs <= share * 1.001 * cost(SPEC).macs
+    with pytest.raises(BudgetError, match="out of reach"):
+        methods.compress(known(SPEC), configured(method, share * 0.99), data="no such folder")
+
+
+def test_the_result_is_near_its_budget(method: str) -> None:
+    small, whole = methods.compress(known(SPEC), configured(method), data=data_for(SPEC, method)), cost(SPEC)
+    step = methods.plan(method, SPEC, configured(method))["step"]["macs"]
+    assert 0.6 * whole.macs - max(0.01 * whole.macs, step) <= cost(small.spec).macs <= 0.6 * whole.macs
+
+
+def test_a_finished_run_is_refused_and_resumed_to_the_same_network(method: str, tmp_path: Path) -> None:
+    """A run that leaves nothing behind begins anew instead."""
+    made = methods.compress(known(SPEC), configured(method), data=data_for(SPEC, method), folder=tmp_path)
+    if any(tmp_path.iterdir()):
+        with pytest.raises(TrainingError, match="resume"):
+            methods.compress(known(SPEC), configured(method), data=data_for(SPEC, method), folder=tmp_path)
+        with pytest.raises(TrainingError, match="another"):
+            methods.compress(
+                known(SPEC), configured(method, seed=3), data=data_for(SPEC, method), folder=tmp_path, resume=True
+            )
+    again = methods.compress(known(SPEC), configured(method), data=data_for(SPEC, method), folder=tmp_path, resume=True)
+    assert again.spec == made.spec
+    assert all(torch.equal(a, b) for a, b in zip(made.model.parameters(), again.model.parameters(), strict=True))
+
+
+def test_the_report_is_plain_json_and_names_its_warnings_as_sentences(method: str) -> None:
+    small = methods.compress(known(SPEC), configured(method), data=data_for(SPEC, method))
+    assert json.loads(json.dumps(small.report)) == small.report
+    assert json.loads(json.dumps(small.history)) == small.history
+    assert all(isinstance(text, str) and text.endswith(".") for text in small.report.get("warnings", ()))

@@ -39,8 +39,8 @@ def config(budget: Budget | None = None, **fields: object) -> DcvitConfig:
 
 
 def tuning(budget: Budget | None = None, **fields: object) -> DcvitConfig:
-    few = {"steps": 3, "metric_steps": 3, "metric_images": 4, "augment": Augment(), **fields}
-    return config(budget, variant="finetune", **few)
+    few = {"steps": 3, "metric_steps": 3, "metric_images": 4, "augment": Augment(), "images": 16, "batch_size": 8}
+    return DcvitConfig(budget=budget, variant="finetune", **{**few, **fields})  # type: ignore[arg-type]
 
 
 def deit(width: int, depth: int = 12, patch: int = 16) -> ModelSpec:
@@ -407,6 +407,23 @@ def test_each_setting_of_the_closed_form_is_heard(field):
         torch.equal(a, b) for a, b in zip(plain.model.parameters(), other.model.parameters(), strict=True)
     )
     assert not same
+
+
+@pytest.mark.parametrize(
+    ("variant", "field"),
+    [
+        *(
+            ("closed", f)
+            for f in ({"k": 1}, {"preset": "paper"}, {"steps": 7}, {"metric_images": 7}, {"metric_steps": 7})
+        ),
+        *(("finetune", f) for f in ({"align": 4}, {"ridge": 0.1}, {"weighted": False}, {"hand_over": True})),
+        *(("finetune", f) for f in ({"probe_images": 7}, {"finetune_steps": 7})),
+    ],
+)
+def test_a_setting_that_the_variant_does_not_look_at_is_refused(variant, field):
+    (name,) = field
+    with pytest.raises(ValueError, match=f"{name}=.* has no meaning in variant '{variant}'"):
+        DcvitConfig(variant=variant, **field)
 
 
 def test_a_compressed_block_mixes_no_tokens_and_forgets_the_order_of_its_units():

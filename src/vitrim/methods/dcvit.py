@@ -59,6 +59,11 @@ OPEN = Gates(policy="open")
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 FOLDS = 4
 """Parts of the images of which one is left out at a time."""
+IGNORED = {
+    "closed": ("k", "preset", "steps", "metric_images", "metric_steps"),
+    "finetune": ("align", "ridge", "weighted", "probe_images", "hand_over", "finetune_steps"),
+}
+"""Fields of one variant that the other does not look at, and refuses."""
 _ORDER, _SUBSET, _NOISE = 0x6463_6F72, 0x6463_7375, 0x6463_6E6F
 
 
@@ -123,9 +128,8 @@ class DcvitConfig:
             raise ConfigError(
                 f"dcvit: k={self.k!r}; expected 1 block or more, or none to take as few as the budget allows."
             )
-        wrong = {"closed": ("k", "preset"), "finetune": ("finetune_steps", "ridge")}[self.variant]
-        for name in wrong:
-            if getattr(self, name) not in (None, 0, "clean"):
+        for name in IGNORED[self.variant]:
+            if getattr(self, name) != self.__dataclass_fields__[name].default:
                 raise ConfigError(
                     f"dcvit: {name}={getattr(self, name)!r} has no meaning in variant {self.variant!r}; leave it out, or "
                     f"choose variant={'finetune' if self.variant == 'closed' else 'closed'!r}."

@@ -281,7 +281,6 @@ class _Work:
         )
         before, after = cost(self.dense), cost(made.spec)
         warnings = list(made.report.get("warnings", ()))  # logged by `vitrim.compress`
-        self.warnings += warnings
         if blind(made.spec) and not blind(self.dense.spec):
             warnings.append(
                 self._warn(
