@@ -16,7 +16,7 @@ import protocol
 
 import vitrim
 from vitrim import data as rooms
-from vitrim import weights
+from vitrim import surgery
 from vitrim.pipeline import RecoverConfig
 
 
@@ -57,7 +57,7 @@ def rows(name: str, data: str, keeps: tuple[float, ...], *, full: bool) -> list[
         protocol.say(f"{row['row']:>20} keep {row.get('keep', 1):.2f} seed {row.get('seed', 0)}: {shown}")
 
     add({"row": "dense", "before": base, **protocol.described(dense, dense)})
-    tail = weights.exact_tail(dense)
+    tail = surgery.exact_tail(dense)
     add(
         {
             "row": "exact tail",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import vitrim
-from vitrim import weights
+from vitrim import surgery
 from vitrim.counting import cost
 from vitrim.model import Vit
 from vitrim.pipeline import RecoverConfig
@@ -31,7 +31,7 @@ def streams(model: Vit, x: Tensor, names: tuple[str, ...], batch: int = 50) -> d
 def dropped(model: Vit, order: list[int], limit: int) -> tuple[Vit, list[int]]:
     """The model without the first blocks of `order`, as few as bring its MACs to the limit."""
     for count in range(len(order) + 1):
-        small = weights.drop(model, blocks=order[:count])
+        small = surgery.drop(model, blocks=order[:count])
         if cost(small).macs <= limit:
             return small, order[:count]
     raise OutOfReach(f"even without its blocks the model has more than {limit:,} MACs.")
@@ -68,7 +68,7 @@ def refitted_range(model: Vit, x: Tensor, limit: int) -> Vit:
     gram = update.T @ update
     gram += 1e-6 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
     linear = torch.linalg.solve(gram, update.T @ target)  # D D: update @ linear ~ target
-    small = weights.drop(model, blocks=range(start + 1, start + 1 + count))
+    small = surgery.drop(model, blocks=range(start + 1, start + 1 + count))
     mlp = small.blocks[start].mlp
     with torch.no_grad():
         mlp.fc2.weight.copy_((linear.T @ mlp.fc2.weight.double()).float())
@@ -97,7 +97,7 @@ def taught(small: Vit, teacher: Vit, data: object, *, steps: int, batch: int, se
 def by_recoverability(model: Vit, data: object, *, steps: int, batch: int, seed: int) -> list[int]:
     """Blocks by how well the network recovers without each, the best first."""
     losses = [
-        taught(weights.drop(model, blocks=[i]), model, data, steps=steps, batch=batch, seed=seed)[1]
+        taught(surgery.drop(model, blocks=[i]), model, data, steps=steps, batch=batch, seed=seed)[1]
         for i in range(len(model.blocks))
     ]
     return sorted(range(len(losses)), key=lambda i: losses[i])

@@ -25,7 +25,7 @@ from vitrim.counting import cost
 from vitrim.data import Images
 from vitrim.model import Vit
 from vitrim.pipeline import RecoverConfig
-from vitrim.pipeline.judging import difference as difference
+from vitrim.pipeline.comparison import difference as difference
 from vitrim.spec import spec_hash
 
 RESULTS = Path(__file__).parent / "results"

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 import vitrim
-from vitrim import weights
+from vitrim import surgery
 from vitrim.counting import cost
 from vitrim.errors import DataError
 from vitrim.model import Vit, build
 from vitrim.sources.timm import to_module
-from vitrim.weights import Keep
+from vitrim.surgery import Keep
 
 
 def nearest(make: Callable[[float], Vit], limit: int, *, rounds: int = 12) -> Vit:
@@ -48,7 +48,7 @@ def by_magnitude(dense: Vit, share: float) -> Vit:
         vo = (v.norm(dim=1) * out.norm(dim=1)).view(a.heads, a.v_dim)
         units = module.mlp.fc1.weight.norm(dim=1) * module.mlp.fc2.weight.norm(dim=0)
         keeps.append(Keep(qk=_top_rows(qk, share), v=_top_rows(vo, share), hidden=_top(units, share)))
-    return weights.cut(dense, keeps, method="magnitude")
+    return surgery.cut(dense, keeps, method="magnitude")
 
 
 def _top(scores: Tensor, share: float) -> tuple[int, ...]:
@@ -83,7 +83,7 @@ def random_like(dense: Vit, small: Vit, seed: int) -> Vit:
                 hidden=None if n is None else draw(m.hidden, n.hidden),
             )
         )
-    return weights.cut(dense, keeps, method="random")
+    return surgery.cut(dense, keeps, method="random")
 
 
 def from_scratch(small: Vit, seed: int) -> Vit:

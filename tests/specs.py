@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 from vitrim.model import Vit, build
 from vitrim.spec import (
-    Attention,
-    Block,
+    AttentionSpec,
+    BlockSpec,
     ConvStem,
     Merge,
-    Mlp,
+    MlpSpec,
     ModelSpec,
     Output,
     Pool,
@@ -26,7 +26,7 @@ from vitrim.spec import (
     T2TTransformer,
     Tokens,
 )
-from vitrim.weights import Keep
+from vitrim.surgery import Keep
 
 
 def randomise(model: Vit, seed: int = 0, dtype: torch.dtype = torch.float64) -> Vit:
@@ -70,8 +70,9 @@ def vit(
     **fields: object,
 ) -> ModelSpec:
     """A small ordinary classifier."""
-    block = Block(
-        attention=Attention(heads=heads, qk_dim=head_dim, v_dim=head_dim, scale=head_dim**-0.5), mlp=Mlp(hidden=hidden)
+    block = BlockSpec(
+        attention=AttentionSpec(heads=heads, qk_dim=head_dim, v_dim=head_dim, scale=head_dim**-0.5),
+        mlp=MlpSpec(hidden=hidden),
     )
     spec = ModelSpec(
         image_px=(image, image),
@@ -85,9 +86,9 @@ def vit(
 
 
 @st.composite
-def attentions(draw: st.DrawFn) -> Attention:
+def attentions(draw: st.DrawFn) -> AttentionSpec:
     flag = st.booleans()
-    return Attention(
+    return AttentionSpec(
         heads=draw(st.integers(1, 3)),
         qk_dim=draw(st.integers(1, 6)),
         v_dim=draw(st.integers(1, 6)),
@@ -103,9 +104,9 @@ def attentions(draw: st.DrawFn) -> Attention:
 
 
 @st.composite
-def mlps(draw: st.DrawFn) -> Mlp:
+def mlps(draw: st.DrawFn) -> MlpSpec:
     flag, rank = st.booleans(), st.one_of(st.none(), st.integers(1, 6))
-    return Mlp(
+    return MlpSpec(
         kind=draw(st.sampled_from(["gelu", "gelu_tanh", "quick_gelu", "relu", "silu", "swiglu"])),
         hidden=draw(st.integers(1, 12)),
         fc1_rank=draw(rank),
@@ -172,7 +173,7 @@ def specs(draw: st.DrawFn, *, steps: bool = True, gates: bool = True) -> ModelSp
             attention = None if attention is None else replace(attention, gate=False)
             mlp = None if mlp is None else replace(mlp, gate=False)
         chosen, tokens = _steps(draw, tokens) if steps else ((), tokens)
-        blocks.append(Block(attention=attention, mlp=mlp, steps=chosen))
+        blocks.append(BlockSpec(attention=attention, mlp=mlp, steps=chosen))
     if steps and kind == "cls" and blocks and not blocks[-1].steps and draw(flag):
         blocks[-1] = replace(blocks[-1], steps=(Prefix(),))
     tail = bool(blocks) and any(isinstance(step, Prefix) for step in blocks[-1].steps)

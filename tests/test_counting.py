@@ -8,7 +8,7 @@ import pytest
 
 from tests.specs import vit
 from vitrim.counting import attention_macs, cost, mlp_macs, similarity_macs
-from vitrim.spec import Attention, Mlp, ModelSpec
+from vitrim.spec import AttentionSpec, MlpSpec, ModelSpec
 
 
 def deit(width: int, heads: int) -> ModelSpec:
@@ -35,8 +35,8 @@ def test_factorised_deit_counts_are_those_of_the_comcat_sheet(
     spec = deit(width, heads)
     block = replace(
         spec.blocks[0],
-        attention=Attention(heads=heads, qk_dim=rank, v_dim=rank, scale=0.125, k_bias=False, v_bias=False),
-        mlp=Mlp(hidden=4 * width, fc1_rank=f, fc2_rank=f),
+        attention=AttentionSpec(heads=heads, qk_dim=rank, v_dim=rank, scale=0.125, k_bias=False, v_bias=False),
+        mlp=MlpSpec(hidden=4 * width, fc1_rank=f, fc2_rank=f),
     )
     found = cost(replace(spec, blocks=(block,) * 12))
     assert (found.params, found.macs) == (params, macs)

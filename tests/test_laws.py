@@ -16,7 +16,7 @@ from vitrim.counting import cost, macs, params
 from vitrim.errors import SpecError
 from vitrim.model import Gates
 from vitrim.spec import Config, ModelSpec, Selection, from_json, spec_hash, to_json
-from vitrim.weights import (
+from vitrim.surgery import (
     Factors,
     Keep,
     allows_exact_tail,
@@ -78,7 +78,7 @@ def test_law_3_cut_equals_masked(data: st.DataObject) -> None:
     chosen = data.draw(keeps(spec))
     smaller = cut(model, chosen, method="test")
     # A similarity step may choose other pairs only if the stream differs, and a gate may flip only then too.
-    assert close(model(x, soft=masked_twin(model, chosen), gates=OPEN), smaller(x, gates=OPEN))
+    assert close(model(x, masks=masked_twin(model, chosen), gates=OPEN), smaller(x, gates=OPEN))
     assert params(smaller.spec) == sum(p.numel() for p in smaller.parameters())
 
 

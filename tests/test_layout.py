@@ -3,6 +3,7 @@
 import ast
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ ORDER = (
     "tokens",
     "stems",
     "model",
-    "weights",
+    "surgery",
     "closed_form",
     "card",
     "checkpoints",
@@ -57,7 +58,12 @@ def room_of(path: Path) -> str:
 
 def files() -> list[Path]:
     """Every module but the package's own, which only says where the public names live."""
-    return sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+    return sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py" and not moved(path))
+
+
+def moved(path: Path) -> bool:
+    """Whether a module is only the former name of another."""
+    return path.read_text(encoding="utf-8").startswith('"""Moved to `')
 
 
 def name_of(path: Path) -> str:
@@ -142,6 +148,15 @@ def test_only_the_command_prints_or_exits(path: Path) -> None:
     calls = [node.func for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
     names = {ast.unparse(call) for call in calls}
     assert not names & {"print", "exit", "quit", "sys.exit", "click.echo", "sys.stdout.write", "sys.stderr.write"}
+
+
+@pytest.mark.parametrize("path", [p for p in sorted(PACKAGE.rglob("*.py")) if moved(p)], ids=name_of)
+def test_a_former_name_leads_to_the_module_that_moved(path: Path) -> None:
+    old = ".".join(("vitrim", *path.relative_to(PACKAGE).with_suffix("").parts))
+    new = path.read_text(encoding="utf-8").split("`")[1]
+    module, names = import_module(old), vars(import_module(new))
+    public = names.get("__all__") or [name for name in names if not name.startswith("_")]
+    assert all(getattr(module, name) is names[name] for name in public)
 
 
 @pytest.mark.parametrize("word", ["utils", "helpers", "common"])

@@ -12,7 +12,7 @@ import torch
 from tests.specs import close, images, make, vit
 from vitrim.counting import cost
 from vitrim.errors import SpecError
-from vitrim.model import Gates, Soft, build, sinusoids
+from vitrim.model import Gates, Masks, build, sinusoids
 from vitrim.spec import ConvStem, Merge, Output, Pool, Position, T2TPerformer, T2TTransformer
 
 
@@ -35,9 +35,9 @@ def test_soft_of_ones_changes_nothing_and_every_field_changes_something() -> Non
     expected = model(x)
     for name, shape in shapes.items():
         ones = torch.ones(shape, dtype=torch.float64)
-        assert close(expected, model(x, soft=Soft(**{name: (ones, None)}))), name
+        assert close(expected, model(x, masks=Masks(**{name: (ones, None)}))), name
         half = (0.5 * ones).requires_grad_()
-        changed = model(x, soft=Soft(**{name: (None, half)}))
+        changed = model(x, masks=Masks(**{name: (None, half)}))
         assert not close(expected, changed, 1e-6), name
         changed.sum().backward()
         assert half.grad is not None, name
@@ -47,11 +47,11 @@ def test_a_block_of_weight_zero_is_skipped_and_one_per_image_works() -> None:
     spec = vit()
     model, x = make(spec), images(spec)
     zero = torch.zeros((), dtype=torch.float64)
-    skipped = model(x, soft=Soft(block=(None, zero)))
-    halves = model(x, soft=Soft(attention=(None, zero), mlp=(None, zero)))
+    skipped = model(x, masks=Masks(block=(None, zero)))
+    halves = model(x, masks=Masks(attention=(None, zero), mlp=(None, zero)))
     assert close(skipped, halves)
     each = torch.tensor([0.0, 1.0], dtype=torch.float64)
-    mixed = model(x, soft=Soft(block=(None, each)))
+    mixed = model(x, masks=Masks(block=(None, each)))
     assert close(mixed, torch.stack([skipped[0], model(x)[1]]))
 
 
@@ -61,7 +61,7 @@ def test_a_soft_block_over_its_own_merge_is_refused() -> None:
         spec, blocks=(replace(spec.blocks[0], steps=(Merge(at="mid", axis="h", keep=2),)), spec.blocks[1])
     )
     with pytest.raises(SpecError, match="scale its halves instead"):
-        make(merging)(images(spec), soft=Soft(block=(torch.ones(()), None)))
+        make(merging)(images(spec), masks=Masks(block=(torch.ones(()), None)))
 
 
 def test_taps_give_the_streams_of_the_blocks() -> None:

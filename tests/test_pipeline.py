@@ -23,7 +23,7 @@ from vitrim.methods.uvc import UvcConfig
 from vitrim.model import Vit, build
 from vitrim.pipeline import EvaluateConfig, MeasureConfig, RecoverConfig, judging
 from vitrim.pipeline.folder import STAGES
-from vitrim.spec import Attention, Block, Config, Mlp, ModelSpec, Output, Position, Prefix, Preprocess
+from vitrim.spec import AttentionSpec, BlockSpec, Config, MlpSpec, ModelSpec, Output, Position, Prefix, Preprocess
 from vitrim.training import read_config
 
 COMCAT = ComcatConfig(budget=Budget(keep_macs=0.6), images=16, probe_images=4, align=2)
@@ -33,7 +33,7 @@ JUDGE = EvaluateConfig(samples=4, check_dense=False)
 
 
 def tiny(seed: int = 0, *, outputs: bool = True) -> Vit:
-    block = Block(attention=Attention(heads=2, qk_dim=8, v_dim=8, scale=8**-0.5), mlp=Mlp(hidden=32))
+    block = BlockSpec(attention=AttentionSpec(heads=2, qk_dim=8, v_dim=8, scale=8**-0.5), mlp=MlpSpec(hidden=32))
     spec = ModelSpec(
         image_px=(8, 8),
         patch_px=(4, 4),

@@ -11,7 +11,7 @@ import pytest
 from vitrim import counting, reporting
 from vitrim.errors import ArtifactError
 from vitrim.reporting import charts, figures, page
-from vitrim.spec import Attention, Block, Mlp, ModelSpec, Output, Position, Prefix
+from vitrim.spec import AttentionSpec, BlockSpec, MlpSpec, ModelSpec, Output, Position, Prefix
 from vitrim.timing import quartiles, speedups
 
 PIXEL = "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
@@ -20,10 +20,12 @@ SVG_LEAVES = {"rect", "line", "circle", "polyline"}
 
 
 def network(*, cut: bool) -> ModelSpec:
-    whole = Block(attention=Attention(heads=2, qk_dim=16, v_dim=16, scale=0.25), mlp=Mlp(hidden=64))
-    small = Block(attention=Attention(heads=1, qk_dim=8, v_dim=12, scale=0.25), mlp=Mlp(hidden=64, fc1_rank=8))
-    last = Block(attention=Attention(heads=2, qk_dim=16, v_dim=16, scale=0.25), mlp=None, steps=(Prefix(),))
-    blocks = (small, Block(attention=None, mlp=Mlp(hidden=24)), last) if cut else (whole, whole, whole)
+    whole = BlockSpec(attention=AttentionSpec(heads=2, qk_dim=16, v_dim=16, scale=0.25), mlp=MlpSpec(hidden=64))
+    small = BlockSpec(
+        attention=AttentionSpec(heads=1, qk_dim=8, v_dim=12, scale=0.25), mlp=MlpSpec(hidden=64, fc1_rank=8)
+    )
+    last = BlockSpec(attention=AttentionSpec(heads=2, qk_dim=16, v_dim=16, scale=0.25), mlp=None, steps=(Prefix(),))
+    blocks = (small, BlockSpec(attention=None, mlp=MlpSpec(hidden=24)), last) if cut else (whole, whole, whole)
     return ModelSpec(
         image_px=(16, 16),
         patch_px=(4, 4),

@@ -12,11 +12,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from .spec import (
-    Attention,
+    AttentionSpec,
     BlockTokens,
     ConvStem,
     Merge,
-    Mlp,
+    MlpSpec,
     ModelSpec,
     Similarity,
     T2TPerformer,
@@ -104,7 +104,7 @@ def similarity_macs(patches: int, keep: int, width: int) -> int:
     return sources * targets * width + (patches - keep) * targets * (width + 1)
 
 
-def attention_params(a: Attention, width: int) -> Any:
+def attention_params(a: AttentionSpec, width: int) -> Any:
     """Parameters of one attention half with its norm, LayerScale and gate."""
     inner_qk, inner_v = a.heads * a.qk_dim, a.heads * a.v_dim
     weights = width * (2 * inner_qk + 2 * inner_v)
@@ -113,14 +113,14 @@ def attention_params(a: Attention, width: int) -> Any:
     return weights + biases + norms + _half_extras(a, width)
 
 
-def mlp_params(m: Mlp, width: int) -> Any:
+def mlp_params(m: MlpSpec, width: int) -> Any:
     """Parameters of one MLP half with its norm, LayerScale and gate."""
     first = 2 * m.hidden if m.kind == "swiglu" else m.hidden
     weights = linear_macs(1, width, first, m.fc1_rank) + linear_macs(1, m.hidden, width, m.fc2_rank)
     return weights + first * m.fc1_bias + width * m.fc2_bias + _half_extras(m, width)
 
 
-def _half_extras(half: Attention | Mlp, width: int) -> int:
+def _half_extras(half: AttentionSpec | MlpSpec, width: int) -> int:
     return 2 * width + width * half.layer_scale + (2 * width + 2) * half.gate
 
 

@@ -20,16 +20,13 @@ from torch.utils.checkpoint import checkpoint
 from . import tokens as merging
 from .errors import SpecError, did_you_mean
 from .spec import (
-    Attention as AttentionSpec,
-)
-from .spec import (
-    Block as BlockSpec,
-)
-from .spec import (
+    AttentionSpec,
+    BlockSpec,
     BlockTokens,
     Config,
     ConvStem,
     Merge,
+    MlpSpec,
     ModelSpec,
     Output,
     Prefix,
@@ -38,9 +35,6 @@ from .spec import (
     Step,
     token_walk,
 )
-from .spec import (
-    Mlp as MlpSpec,
-)
 from .stems import ConvPatches, TokensToTokens
 
 Rows = Sequence[Tensor | None]
@@ -48,7 +42,7 @@ Rows = Sequence[Tensor | None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Soft:
+class Masks:
     """Multiplicative tensors of a search, differentiable; 0 and 1 give the masked twin of a cut network.
 
     Each field is None or has one entry for each block, None or a tensor: `block`, `attention`, `mlp` scalar or [B]
@@ -142,7 +136,7 @@ def _spread(scale: Tensor) -> Tensor:
     return scale.reshape(-1, 1, 1)
 
 
-class Half(nn.Module):
+class Sublayer(nn.Module):
     """What both halves of a block share: LayerScale and the gate."""
 
     gamma: nn.Parameter | None
@@ -164,7 +158,7 @@ class Half(nn.Module):
         return None if self.gate is None else gates.decide(self.gate(x.mean(1)), noise)
 
 
-class Attention(Half):
+class Attention(Sublayer):
     """Multi-head attention with free query/key and value widths and an explicit scale."""
 
     q_bias: nn.Parameter | None
@@ -216,17 +210,17 @@ class Attention(Half):
         return q, k, _split_heads(v, s.heads)
 
     def forward(
-        self, x: Tensor, *, queries: int | None = None, bias: Tensor | None = None, soft: Mapping[str, Tensor]
+        self, x: Tensor, *, queries: int | None = None, bias: Tensor | None = None, masks: Mapping[str, Tensor]
     ) -> Tensor:
         """The half's update.  x: B N D normalised; bias: B 1 1 N added to the scores -> B N D."""
         q, k, v = self.qkv_heads(x, queries)
-        if "qk" in soft:
-            q = q * soft["qk"][:, None, :]
-        if "v" in soft:
-            v = v * soft["v"][:, None, :]
+        if "qk" in masks:
+            q = q * masks["qk"][:, None, :]
+        if "v" in masks:
+            v = v * masks["v"][:, None, :]
         y = self._attend(q, k, v, bias)  # B H N V
-        if "heads" in soft:
-            y = y * soft["heads"][:, None, None]
+        if "heads" in masks:
+            y = y * masks["heads"][:, None, None]
         return self.scaled(self.out(y.transpose(1, 2).flatten(2)))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
@@ -238,7 +232,7 @@ class Attention(Half):
         return y[..., :v_dim]
 
 
-class Mlp(Half):
+class Mlp(Sublayer):
     """Two linears, each dense or in two factors, and an activation or a gated product."""
 
     def __init__(self, width: int, spec: MlpSpec) -> None:
@@ -250,27 +244,27 @@ class Mlp(Half):
         self.fc2a = None if spec.fc2_rank is None else nn.Linear(spec.hidden, spec.fc2_rank, bias=False)
         self.fc2 = nn.Linear(spec.fc2_rank or spec.hidden, width, bias=spec.fc2_bias)
 
-    def units(self, x: Tensor, soft: Mapping[str, Tensor]) -> Tensor:
+    def units(self, x: Tensor, masks: Mapping[str, Tensor]) -> Tensor:
         """Hidden units after the activation or product.  B N D -> B N M."""
         if self.fc1a is not None:
             x = self.fc1a(x)
-            if "fc1_rank" in soft:
-                x = x * soft["fc1_rank"]
+            if "fc1_rank" in masks:
+                x = x * masks["fc1_rank"]
         x = self.fc1(x)
         if self.spec.kind == "swiglu":
             gate, value = x.chunk(2, dim=-1)
             x = F.silu(gate) * value
         else:
             x = ACTIVATIONS[self.spec.kind](x)
-        return x * soft["hidden"] if "hidden" in soft else x
+        return x * masks["hidden"] if "hidden" in masks else x
 
-    def forward(self, x: Tensor, *, soft: Mapping[str, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, *, masks: Mapping[str, Tensor]) -> Tensor:
         """The half's update.  x: B N D normalised -> B N D."""
-        x = self.units(x, soft)
+        x = self.units(x, masks)
         if self.fc2a is not None:
             x = self.fc2a(x)
-            if "fc2_rank" in soft:
-                x = x * soft["fc2_rank"]
+            if "fc2_rank" in masks:
+                x = x * masks["fc2_rank"]
         return self.scaled(self.fc2(x))
 
 
@@ -363,14 +357,14 @@ class Block(nn.Module):
     def forward(
         self,
         stream: Stream,
-        soft: Mapping[str, Tensor] | None = None,
+        masks: Mapping[str, Tensor] | None = None,
         gates: Gates | None = None,
         noise: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Stream, dict[str, Any]]:
         """One block.  Gives the stream after it, and what taps may want: `mid`, `block` (streams), `decisions`."""
-        soft, gates = soft or {}, gates or Gates(policy="open")
-        if "block" in soft and any(step.at != "end" for step in self.spec.steps):
-            raise SpecError("soft.block on a block with token steps at its start or middle; scale its halves instead.")
+        masks, gates = masks or {}, gates or Gates(policy="open")
+        if "block" in masks and any(step.at != "end" for step in self.spec.steps):
+            raise SpecError("masks.block on a block with token steps at its start or middle; scale its halves instead.")
         seen: dict[str, Any] = {"decisions": [None, None]}
         stream = self._step(stream, "start")
         entry = stream.x
@@ -381,21 +375,21 @@ class Block(nn.Module):
         if self.spec.attention is not None:
             normed = self.norm1(whole.x)
             update = self.attention(
-                normed, queries=None if tail is None else whole.prefix, bias=_size_bias(whole), soft=soft
+                normed, queries=None if tail is None else whole.prefix, bias=_size_bias(whole), masks=masks
             )
             decision = self.attention.decision(normed, gates, None if noise is None else noise[0])
             seen["decisions"][0] = decision
-            stream = stream._replace(x=stream.x + _weighed(update, soft.get("attention"), decision))
+            stream = stream._replace(x=stream.x + _weighed(update, masks.get("attention"), decision))
         seen["mid"] = stream
         stream = self._step(stream, "mid")
         if self.spec.mlp is not None:
             normed = self.norm2(stream.x)
             decision = self.mlp.decision(normed, gates, None if noise is None else noise[1])
             seen["decisions"][1] = decision
-            update = self.mlp(normed, soft=soft)
-            stream = stream._replace(x=stream.x + _weighed(update, soft.get("mlp"), decision))
-        if "block" in soft:
-            stream = stream._replace(x=entry + _spread(soft["block"]) * (stream.x - entry))
+            update = self.mlp(normed, masks=masks)
+            stream = stream._replace(x=stream.x + _weighed(update, masks.get("mlp"), decision))
+        if "block" in masks:
+            stream = stream._replace(x=entry + _spread(masks["block"]) * (stream.x - entry))
         seen["block"] = stream
         return self._step(stream, "end"), seen
 
@@ -551,7 +545,7 @@ class Vit(nn.Module):
         return torch.cat([head, resized.flatten(2)[0].T.to(table.dtype)])
 
     def forward(
-        self, x: Tensor, soft: Soft | None = None, gates: Gates | None = None, want: Sequence[str] | None = None
+        self, x: Tensor, masks: Masks | None = None, gates: Gates | None = None, want: Sequence[str] | None = None
     ) -> Any:
         """Logits [B, classes] (the mean of several classifiers), or pooled features [B, D] of an encoder.
 
@@ -568,7 +562,7 @@ class Vit(nn.Module):
         for i, block in enumerate(self.blocks):
             arguments = (
                 stream,
-                None if soft is None else soft.of(i),
+                None if masks is None else masks.of(i),
                 gates,
                 None if gates.noise is None else gates.noise[i],
             )
@@ -697,3 +691,6 @@ def build(spec: ModelSpec | Config) -> Vit:
     model = Vit(config)
     initialise(model)
     return model.eval()
+
+
+Soft = Masks  # its name until 0.2

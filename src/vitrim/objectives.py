@@ -20,7 +20,7 @@ from .data.draws import seeded
 from .errors import ConfigError, DataError, TrainingError
 from .model import Vit, build
 from .spec import Config, ModelSpec, Output, Preprocess
-from .training import HALF, Batch, FitResult, Progress, Step, TrainConfig, fit, mapped, plain
+from .training import AMP_DTYPES, Batch, FitResult, Progress, Step, TrainConfig, fit, mapped, plain
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """(logits B classes, labels) -> a scalar, a mean over the images."""
@@ -421,7 +421,7 @@ def _scorer(
         answers, truths = [], []
         for x, y in data_module.batches(images, transform, 256, workers=config.workers, device=parameter.device):
             assert y is not None
-            with torch.autocast(parameter.device.type, enabled=config.amp != "no", dtype=HALF.get(config.amp)):
+            with torch.autocast(parameter.device.type, enabled=config.amp != "no", dtype=AMP_DTYPES.get(config.amp)):
                 answers.append(model(x.to(parameter.dtype)).to(parameter.dtype).cpu())
             truths.append(y.cpu())
         logits, labels = torch.cat(answers), mapped(torch.cat(truths), label_map, model.spec.classes)

@@ -73,7 +73,7 @@ class Position:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Attention:
+class AttentionSpec:
     """Multi-head attention whose query/key and value widths are free.
 
     scale: of the scores; the dense model's `head_dim ** -0.5`, whatever `qk_dim` became.
@@ -98,7 +98,7 @@ MlpKind = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu", "swiglu"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Mlp:
+class MlpSpec:
     """Two linears and an activation. hidden: units after the activation (or, for `swiglu`, after the product)."""
 
     kind: MlpKind = "gelu"
@@ -143,11 +143,11 @@ Step = Merge | Similarity | Prefix
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Block:
+class BlockSpec:
     """A pre-norm block. A half that is gone is None. steps: token steps, in order within each place."""
 
-    attention: Attention | None
-    mlp: Mlp | None
+    attention: AttentionSpec | None
+    mlp: MlpSpec | None
     steps: tuple[Step, ...] = ()
 
 
@@ -189,7 +189,7 @@ class ModelSpec:
     final_norm: bool = True
     pool_norm: bool = False
     norm_eps: float = 1e-6
-    blocks: tuple[Block, ...]
+    blocks: tuple[BlockSpec, ...]
     pool: Pool = Pool()
     outputs: tuple[Output, ...] = ()
 
@@ -339,7 +339,7 @@ class Tokens:
 class BlockTokens:
     """Tokens of one block: at its entry, as attention's keys and queries, in its MLP, at its exit.
 
-    before: the tokens that each step finds, in the order of `Block.steps`.
+    before: the tokens that each step finds, in the order of `BlockSpec.steps`.
     """
 
     enter: Tokens
@@ -697,3 +697,6 @@ def _check_value(kind: Any, value: Any, where: str) -> None:
     elif origin is None and type(value) is not kind:  # `type`, not isinstance: True is no number here
         raise SpecError(f"{where}: expected {kind.__name__}, got {value!r}.")
     return None
+
+
+Attention, Mlp, Block = AttentionSpec, MlpSpec, BlockSpec  # their names until 0.2

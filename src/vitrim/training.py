@@ -46,7 +46,7 @@ Progress = Callable[..., None]
 
 LEAST_BETWEEN = 50
 """Steps between two validations of a run whose epochs are shorter."""
-HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _MICRO_BATCH = 0x6D62  # keeps these draws apart from the data's with the same seed
 
 

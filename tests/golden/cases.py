@@ -22,7 +22,7 @@ from vitrim.budget import Budget
 from vitrim.counting import cost
 from vitrim.model import Vit
 from vitrim.result import Compressed
-from vitrim.spec import Block, Merge, ModelSpec, Pool, Preprocess, Similarity, spec_hash
+from vitrim.spec import BlockSpec, Merge, ModelSpec, Pool, Preprocess, Similarity, spec_hash
 
 FILE = Path(__file__).with_name("networks.json")
 TOLERANCE = 2e-3
@@ -53,7 +53,7 @@ def mixed_spec() -> ModelSpec:
     return replace(spec, blocks=blocks)
 
 
-def _scaled(block: Block) -> Block:
+def _scaled(block: BlockSpec) -> BlockSpec:
     assert block.attention is not None
     assert block.mlp is not None
     return replace(

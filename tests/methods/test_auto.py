@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import vitrim
 from tests.specs import close, images, make, specs, vit
 from vitrim import closed_form as cf
-from vitrim import weights
+from vitrim import surgery
 from vitrim.budget import RESOURCES, Budget, exceeded
 from vitrim.closed_form import fisher
 from vitrim.counting import cost
@@ -22,8 +22,19 @@ from vitrim.errors import BudgetError, ConfigError, DataError, TrainingError
 from vitrim.methods import auto
 from vitrim.methods.auto import AutoConfig, Plan
 from vitrim.model import Vit
-from vitrim.spec import Attention, Block, Merge, Mlp, ModelSpec, Output, Pool, Prefix, Preprocess, Similarity
-from vitrim.weights import Factors, Keep
+from vitrim.spec import (
+    AttentionSpec,
+    BlockSpec,
+    Merge,
+    MlpSpec,
+    ModelSpec,
+    Output,
+    Pool,
+    Prefix,
+    Preprocess,
+    Similarity,
+)
+from vitrim.surgery import Factors, Keep
 
 WIDE = vit(blocks=3, width=32, heads=2, head_dim=16, hidden=64)
 
@@ -140,10 +151,10 @@ def test_rebuilding_without_a_cut_changes_nothing(kind, tmp_path):
     assert block.attention is not None
     changed = {
         "plain": block,
-        "swiglu": replace(block, mlp=Mlp(kind="swiglu", hidden=40, layer_scale=True)),
-        "factored": replace(block, mlp=Mlp(hidden=64, fc1_rank=9, fc2_rank=11)),
+        "swiglu": replace(block, mlp=MlpSpec(kind="swiglu", hidden=40, layer_scale=True)),
+        "factored": replace(block, mlp=MlpSpec(hidden=64, fc1_rank=9, fc2_rank=11)),
         "gates": replace(
-            block, attention=replace(block.attention, gate=True, qk_norm="rms"), mlp=Mlp(hidden=64, gate=True)
+            block, attention=replace(block.attention, gate=True, qk_norm="rms"), mlp=MlpSpec(hidden=64, gate=True)
         ),
     }[kind]
     spec = replace(WIDE, blocks=(changed,) * 3)
@@ -171,21 +182,21 @@ def test_a_score_is_what_the_network_with_that_part_alone_loses(part, score, tmp
         factors = Factors(
             q=found["qk/left"][..., :8], k=found["qk/right"].mT[..., :8], q_bias=found["qk/bias"][..., :8]
         )
-        changed = weights.factorise(model, [None, factors, None], method="test")
+        changed = surgery.factorise(model, [None, factors, None], method="test")
     elif part == "v":
         o = found["o/8/w"].unflatten(0, (2, 8))
         factors = Factors(v=found["v/left"][..., :8], o=o, out_bias=found["o/8/b"])
-        changed = weights.factorise(model, [None, factors, None], method="test")
+        changed = surgery.factorise(model, [None, factors, None], method="test")
     else:
         kind = "mlp" if part == "hidden" else "off"
         keep = tuple(found[f"{kind}/{size}/keep"].tolist())
-        cut = weights.cut(model, [None, Keep(attention=part != "off", hidden=keep), None], method="test")
+        cut = surgery.cut(model, [None, Keep(attention=part != "off", hidden=keep), None], method="test")
         state = {
             **cut.state_dict(),
             f"{here}.mlp.fc2.weight": found[f"{kind}/{size}/w"].T,
             f"{here}.mlp.fc2.bias": found[f"{kind}/{size}/b"],
         }
-        changed = weights.with_spec(cut, cut.spec, state)
+        changed = surgery.with_spec(cut, cut.spec, state)
     assert changed.spec.blocks[1] != spec
     measured = work.divergence(changed)
     scored = getattr(auto.score_blocks(work, library)[1], part)[size]
@@ -201,12 +212,12 @@ def test_a_dead_block_is_cut_to_nothing_and_costs_nothing():
     for name in state:
         if name.startswith("blocks.1.") and ("out." in name or "fc2." in name):
             state[name] = torch.zeros_like(state[name])
-    dead = weights.with_spec(model, WIDE, state)
+    dead = surgery.with_spec(model, WIDE, state)
     row = auto.predict(dead, config(axes=("block",)), [Budget(keep_macs=0.75)], data=pixels(WIDE))[0]
     assert [b["hidden"][0] for b in row["blocks"]] == [64, 0, 64]
     assert row["predicted_kl"] < 1e-12
     small = auto.compress(dead, config(0.75, axes=("block",)), data=pixels(WIDE))
-    assert small.spec.blocks[1] == Block(attention=None, mlp=None)
+    assert small.spec.blocks[1] == BlockSpec(attention=None, mlp=None)
     assert close(small.model(pixels(WIDE)), dead(pixels(WIDE)), 1e-8)
 
 
@@ -217,14 +228,14 @@ def test_a_block_that_goes_leaves_its_mean_to_the_one_before():
     for name in state:
         if name.startswith("blocks.1.") and name.endswith(("out.weight", "fc2.weight")):
             state[name] = torch.zeros_like(state[name])
-    constant = weights.with_spec(model, WIDE, state)
+    constant = surgery.with_spec(model, WIDE, state)
     small = auto.compress(constant, config(0.75, axes=("block",)), data=pixels(WIDE))
-    assert small.spec.blocks[1] == Block(attention=None, mlp=None)
+    assert small.spec.blocks[1] == BlockSpec(attention=None, mlp=None)
     assert close(small.model(pixels(WIDE)), constant(pixels(WIDE)), 1e-8)
 
 
 def test_the_tail_is_added_where_it_is_allowed_and_used_where_it_is_there():
-    for given_ in (make(WIDE), weights.exact_tail(make(WIDE))):
+    for given_ in (make(WIDE), surgery.exact_tail(make(WIDE))):
         small = auto.compress(given_, config(0.5), data=pixels(WIDE))
         assert small.spec.blocks[-1].steps == (Prefix(),)
         assert small.report["exact_tail"]
@@ -289,15 +300,19 @@ NETWORKS: dict[str, ModelSpec] = {
     "stream": encoder("none"),
     "siglip": replace(WIDE, outputs=(), prefix=(), pool=Pool(kind="map", heads=2, hidden=16)),
     "mean": replace(WIDE, pool=Pool(kind="mean"), final_norm=False, pool_norm=True, prefix=()),
-    "swiglu": replace(WIDE, blocks=(replace(WIDE.blocks[0], mlp=Mlp(kind="swiglu", hidden=40, layer_scale=True)),) * 3),
+    "swiglu": replace(
+        WIDE, blocks=(replace(WIDE.blocks[0], mlp=MlpSpec(kind="swiglu", hidden=40, layer_scale=True)),) * 3
+    ),
     "normed scores": replace(
         WIDE,
         blocks=(
-            replace(WIDE.blocks[0], attention=Attention(heads=2, qk_dim=16, v_dim=16, scale=0.25, qk_norm="layer")),
+            replace(WIDE.blocks[0], attention=AttentionSpec(heads=2, qk_dim=16, v_dim=16, scale=0.25, qk_norm="layer")),
         )
         * 3,
     ),
-    "cut by comcat": replace(WIDE, blocks=(replace(WIDE.blocks[0], mlp=Mlp(hidden=64, fc1_rank=12, fc2_rank=10)),) * 3),
+    "cut by comcat": replace(
+        WIDE, blocks=(replace(WIDE.blocks[0], mlp=MlpSpec(hidden=64, fc1_rank=12, fc2_rank=10)),) * 3
+    ),
     "cut by dcvit": replace(
         WIDE, blocks=(WIDE.blocks[0], replace(WIDE.blocks[0], attention=None), replace(WIDE.blocks[0], mlp=None))
     ),
@@ -548,7 +563,7 @@ def test_an_attention_that_goes_before_a_frozen_mlp_is_scored_as_it_is_built(tmp
     work = working(model, frozen, tmp_path, x)
     library = auto.all_parts(work)
     scored = auto.score_blocks(work, library)[1].off[64]
-    gone = weights.cut(model, [None, Keep(attention=False), None], method="test")
+    gone = surgery.cut(model, [None, Keep(attention=False), None], method="test")
     assert scored == pytest.approx(work.divergence(gone), rel=1e-6)
 
 

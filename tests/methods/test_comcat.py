@@ -9,14 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.specs import close, images, make, specs, vit
-from vitrim import weights
+from vitrim import surgery
 from vitrim.budget import RESOURCES, Budget
 from vitrim.counting import cost
 from vitrim.errors import BudgetError, ConfigError, DataError
 from vitrim.methods import comcat, compress, configure, plan
 from vitrim.methods.comcat import ComcatConfig, Key, allocate, floor, groups, step, with_ranks
-from vitrim.spec import Attention, Block, Mlp, ModelSpec, Output, Position, Preprocess, spec_hash
-from vitrim.weights import Keep, cut
+from vitrim.spec import AttentionSpec, BlockSpec, MlpSpec, ModelSpec, Output, Position, Preprocess, spec_hash
+from vitrim.surgery import Keep, cut
 
 WIDE = vit(width=32, heads=2, head_dim=16, hidden=64)
 
@@ -31,7 +31,9 @@ def pixels(spec: ModelSpec, count: int = 6) -> torch.Tensor:
 
 def deit(width: int, classes: int = 1000) -> ModelSpec:
     heads = width // 64
-    block = Block(attention=Attention(heads=heads, qk_dim=64, v_dim=64, scale=0.125), mlp=Mlp(hidden=4 * width))
+    block = BlockSpec(
+        attention=AttentionSpec(heads=heads, qk_dim=64, v_dim=64, scale=0.125), mlp=MlpSpec(hidden=4 * width)
+    )
     return ModelSpec(
         image_px=(224, 224),
         patch_px=(16, 16),
@@ -54,7 +56,7 @@ def uniform(spec: ModelSpec, **ranks: int) -> ModelSpec:
 @given(spec=specs())
 def test_full_rank_changes_no_output(variant, spec):
     model, x = make(spec), images(spec)
-    offered, _ = groups(weights.with_folded(spec))
+    offered, _ = groups(surgery.with_folded(spec))
     ranks: list[dict[str, int]] = [{} for _ in spec.blocks]
     for group in offered:
         a = spec.blocks[group.key.block].attention
@@ -70,7 +72,7 @@ def test_full_rank_changes_no_output(variant, spec):
 
 def test_a_linear_at_its_own_rank_is_exact():
     """Weights of a rank below break-even lose nothing."""
-    spec = replace(WIDE, blocks=(replace(WIDE.blocks[0], mlp=Mlp(hidden=64, fc1_rank=6, fc2_rank=5)),) * 2)
+    spec = replace(WIDE, blocks=(replace(WIDE.blocks[0], mlp=MlpSpec(hidden=64, fc1_rank=6, fc2_rank=5)),) * 2)
     model, x = make(spec), images(spec)
     cheaper = {"fc1": 5, "fc2": 5}
     with pytest.raises(ConfigError, match="fc2 rank 5; expected 1 to 4"):
@@ -151,7 +153,7 @@ def test_the_result_is_within_the_budget_and_near_it(spec, data):
     share = data.draw(st.floats(0.05, 1.0))
     value = share if name.startswith("keep") else share * getattr(dense, resource) / 1e6
     budget = Budget(**{name: value})
-    base = weights.with_folded(spec)
+    base = surgery.with_folded(spec)
     offered, _ = groups(base)
     draws = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     energies = {g.key: sorted(torch.rand(g.limit, generator=draws).square().tolist(), reverse=True) for g in offered}

@@ -19,7 +19,7 @@ import vitrim
 from tests.specs import close, images, make, specs, vit
 from vitrim import closed_form as cf
 from vitrim import data as opened
-from vitrim import weights
+from vitrim import surgery
 from vitrim.budget import RESOURCES, Budget, exceeded
 from vitrim.counting import cost
 from vitrim.data import Augment
@@ -27,8 +27,20 @@ from vitrim.errors import BudgetError, ConfigError, DataError, TrainingError
 from vitrim.methods import comcat, dcvit
 from vitrim.methods.dcvit import DcvitConfig, Option, allocate, block_options, floor, solve, step, tables
 from vitrim.model import Vit
-from vitrim.spec import Attention, Block, Merge, Mlp, ModelSpec, Output, Pool, Position, Prefix, Preprocess, Similarity
-from vitrim.weights import Keep
+from vitrim.spec import (
+    AttentionSpec,
+    BlockSpec,
+    Merge,
+    MlpSpec,
+    ModelSpec,
+    Output,
+    Pool,
+    Position,
+    Prefix,
+    Preprocess,
+    Similarity,
+)
+from vitrim.surgery import Keep
 
 WIDE = vit(width=32, blocks=4, heads=2, head_dim=16, hidden=64)
 PREPROCESS = Preprocess(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), size_px=(16, 16))
@@ -44,7 +56,9 @@ def tuning(budget: Budget | None = None, **fields: object) -> DcvitConfig:
 
 
 def deit(width: int, depth: int = 12, patch: int = 16) -> ModelSpec:
-    block = Block(attention=Attention(heads=width // 64, qk_dim=64, v_dim=64, scale=0.125), mlp=Mlp(hidden=4 * width))
+    block = BlockSpec(
+        attention=AttentionSpec(heads=width // 64, qk_dim=64, v_dim=64, scale=0.125), mlp=MlpSpec(hidden=4 * width)
+    )
     return ModelSpec(
         image_px=(224, 224),
         patch_px=(patch, patch),
@@ -123,7 +137,7 @@ def test_parameters_of_the_readmes_example():
     assert cost(spec).params == 86_567_656
     gone = dcvit.with_options(spec, dcvit._narrowed(spec, [1, 2, 3, 4], dict.fromkeys(range(1, 5), 1151)))
     assert cost(gone).params == 65_301_732
-    three = replace(spec, blocks=(*spec.blocks[:9], *(Block(attention=None, mlp=None),) * 3))
+    three = replace(spec, blocks=(*spec.blocks[:9], *(BlockSpec(attention=None, mlp=None),) * 3))
     assert cost(three).params == 65_304_040
     # with the attention products counted, the four narrowed blocks are the cheaper form
     assert cost(gone).macs < cost(three).macs
@@ -170,9 +184,9 @@ def test_any_network_ends_within_the_budget_and_as_its_masked_twin(spec, share, 
     assert limit - found <= max(0.01 * high, step(spec, config(align=2))[resource])
     assert all(torch.equal(before[n], v) for n, v in model.state_dict().items())
     keeps = keeps_of(spec, small.model)
-    plain = weights.cut(model, keeps, method="dcvit")
-    assert weights.with_folded(small.spec) == weights.with_folded(plain.spec)
-    masked = model(x, soft=weights.masked_twin(model, keeps))
+    plain = surgery.cut(model, keeps, method="dcvit")
+    assert surgery.with_folded(small.spec) == surgery.with_folded(plain.spec)
+    masked = model(x, masks=surgery.masked_twin(model, keeps))
     assert close(plain(x), masked)
     assert torch.isfinite(small.model(x)).all()
 
@@ -375,7 +389,7 @@ def test_duplicate_units_go_without_loss():
 def test_the_refit_loses_less_than_the_plain_cut():
     model, x = make(WIDE), images(WIDE, 48)
     small = dcvit.compress(model, config(Budget(keep_macs=0.6), images=48), data=x)
-    plain = weights.cut(model, keeps_of(WIDE, small.model), method="cut")
+    plain = surgery.cut(model, keeps_of(WIDE, small.model), method="cut")
     fresh = images(WIDE, 16, seed=11)
     aim = model(fresh).detach()
     assert (small.model(fresh).detach() - aim).square().mean() < 0.8 * (plain(fresh).detach() - aim).square().mean()
@@ -436,7 +450,7 @@ def test_a_compressed_block_mixes_no_tokens_and_forgets_the_order_of_its_units()
     assert torch.equal(one[:, 4:], two[:, 4:])
     assert not torch.equal(one[:, 3], two[:, 3])
     order = torch.randperm(20, generator=torch.Generator().manual_seed(0))
-    again = weights.cut(small, [None, Keep(hidden=tuple(order.tolist())), None, None], method="order")
+    again = surgery.cut(small, [None, Keep(hidden=tuple(order.tolist())), None, None], method="order")
     assert close(again(x), small(x))
 
 
@@ -457,7 +471,7 @@ def test_token_steps_are_kept_and_followed(change):
     model, x = make(spec), images(spec, 24)
     small = dcvit.compress(model, config(Budget(keep_macs=0.6), images=24), data=x)
     assert small.spec.blocks[at].steps == change["steps"]
-    plain = weights.cut(model, keeps_of(spec, small.model), method="cut")
+    plain = surgery.cut(model, keeps_of(spec, small.model), method="cut")
     aim = model(x).detach()
     assert (small.model(x).detach() - aim).square().mean() < (plain(x).detach() - aim).square().mean()
 
@@ -627,7 +641,7 @@ def test_the_fine_tuned_form_meets_the_budget_and_spares_the_ends():
         assert sorted(small.report["order"]) == [r["block"] for r in rows if r["attention"] == "lost"]
         assert small.variant == "finetune"
         kept = keeps_of(model.spec, small.model)
-        assert weights.with_folded(weights.cut(model, kept, method="x").spec) == weights.with_folded(small.spec)
+        assert surgery.with_folded(surgery.cut(model, kept, method="x").spec) == surgery.with_folded(small.spec)
         last = max(small.report["order"]) + 1
         for name, value in small.model.state_dict().items():
             if name.startswith("heads") or (name.startswith("blocks") and int(name.split(".")[1]) > last):
@@ -639,7 +653,7 @@ def test_the_fine_tuned_form_meets_the_budget_and_spares_the_ends():
 def test_only_the_front_learns_and_nothing_is_lost_where_nothing_was_cut():
     teacher = normalised()
     inputs = dcvit.Inputs(teacher, photos(), tuning())
-    student = weights.copy(teacher)
+    student = surgery.copy(teacher)
     still = dcvit.Mimic(teacher, last=1, fixed=frozenset())
     still.param_groups(student)
     from vitrim.training import Batch, Step
@@ -648,7 +662,7 @@ def test_only_the_front_learns_and_nothing_is_lost_where_nothing_was_cut():
         student, Batch(images=images(WIDE, 2, dtype=torch.float32), labels=None), Step(index=0, total=1, epoch=0)
     )
     assert float(loss.detach()) == 0
-    cut, _ = dcvit._narrow(weights.copy(teacher), 1, 20, tuning())
+    cut, _ = dcvit._narrow(surgery.copy(teacher), 1, 20, tuning())
     before = {n: v.clone() for n, v in cut.state_dict().items()}
     dcvit.finetune(
         cut,
@@ -690,7 +704,7 @@ def test_fine_tuning_is_resumed_between_trials(tmp_path):
 
 
 def test_the_paper_preset_and_steps_after_the_closed_form_run():
-    spec = replace(WIDE, blocks=tuple(replace(b, mlp=Mlp(hidden=128)) for b in WIDE.blocks))
+    spec = replace(WIDE, blocks=tuple(replace(b, mlp=MlpSpec(hidden=128)) for b in WIDE.blocks))
     model = normalised(spec)
     paper = dcvit.compress(model, tuning(Budget(keep_macs=0.7), preset="paper", steps=2), data=photos())
     assert cost(paper.spec).macs <= 0.7 * cost(spec).macs
@@ -732,13 +746,13 @@ def test_fifty_photos_keep_the_built_in_model(tmp_path):
     family = dcvit.compress_family(
         model, DcvitConfig(images=50), [Budget(keep_macs=k) for k in (0.8, 0.5)], data="sample"
     )
-    plain = weights.cut(model, keeps_of(model.spec, family[1].model), method="cut")
+    plain = surgery.cut(model, keeps_of(model.spec, family[1].model), method="cut")
     count = 300
     dense = vitrim.evaluate(model, "sample", limit=count)["top1"]
     gentle, hard, cut = (
         vitrim.evaluate(m, "sample", limit=count)["top1"] for m in (family[0].model, family[1].model, plain)
     )
-    dropped = vitrim.evaluate(weights.drop(model, blocks=[2, 3, 4]), "sample", limit=count)["top1"]
+    dropped = vitrim.evaluate(surgery.drop(model, blocks=[2, 3, 4]), "sample", limit=count)["top1"]
     assert gentle > dense - 0.03
     assert hard > dense - 0.06
     assert hard > cut + 0.05
@@ -775,7 +789,7 @@ def test_blocks_are_ranked_as_real_images_rank_their_plain_cuts(tmp_path: Path) 
 def test_two_limits_hold_in_both_forms_from_the_floor_up(data):
     """The allocation of `closed` and the blocks of `finetune`, for uneven networks; out of reach is refused, never missed."""
     widths = data.draw(st.lists(st.sampled_from([16, 24, 64, 128]), min_size=4, max_size=4))
-    blocks = tuple(replace(b, mlp=Mlp(hidden=m)) for b, m in zip(WIDE.blocks, widths, strict=True))
+    blocks = tuple(replace(b, mlp=MlpSpec(hidden=m)) for b, m in zip(WIDE.blocks, widths, strict=True))
     merge = Merge(at="end", axis="h", keep=2)
     blocks = (blocks[0], replace(blocks[1], steps=(merge,) if data.draw(st.booleans()) else ()), *blocks[2:])
     spec = replace(WIDE, blocks=blocks)
@@ -818,7 +832,7 @@ def test_fine_tuning_keeps_two_limits_on_an_uneven_network(limits):
     merge = Merge(at="end", axis="h", keep=2)
     blocks = list(WIDE.blocks)
     blocks[1] = replace(blocks[1], steps=(merge,))
-    blocks[2] = replace(blocks[2], mlp=Mlp(hidden=160))
+    blocks[2] = replace(blocks[2], mlp=MlpSpec(hidden=160))
     model = normalised(replace(WIDE, blocks=tuple(blocks)))
     budget = Budget(**limits)
     small = dcvit.compress(model, tuning(budget), data=photos())
@@ -864,7 +878,7 @@ def test_streams_above_the_bound_lie_in_files(monkeypatch):
     """So memory does not grow with the images: each batch of each place goes through one file, and none stays behind."""
     monkeypatch.setattr(cf.streams, "IN_MEMORY_BYTES", 0)
     seen: dict[str, int] = {"put": 0, "file": 0}
-    put, file = cf.Held.put, cf.Held._file
+    put, file = cf.StreamCache.put, cf.StreamCache._file
 
     def watch_put(self, stream):
         seen["put"] += 1
@@ -876,8 +890,8 @@ def test_streams_above_the_bound_lie_in_files(monkeypatch):
         assert len(list(self.folder.glob(f"{self.name}-*.bin"))) <= 2 * 64  # this place and the one before
         return file(self, i, x)
 
-    monkeypatch.setattr(cf.Held, "put", watch_put)
-    monkeypatch.setattr(cf.Held, "_file", watch_file)
+    monkeypatch.setattr(cf.StreamCache, "put", watch_put)
+    monkeypatch.setattr(cf.StreamCache, "_file", watch_file)
     in_files = dcvit.compress(normalised(), config(Budget(keep_macs=0.6)), data=photos())
     assert seen["put"] == seen["file"] > 8
     monkeypatch.undo()

@@ -37,8 +37,8 @@ from vitrim.methods.uvc import (
 from vitrim.model import Vit
 from vitrim.objectives import Distilled, Supervised
 from vitrim.spec import ModelSpec, Output, Prefix, spec_hash
+from vitrim.surgery import Keep, cut, masked_twin
 from vitrim.training import Batch, Step
-from vitrim.weights import Keep, cut, masked_twin
 
 HALF = Budget(keep_macs=0.5)
 WIDE = vit(width=16, blocks=3, heads=2, head_dim=16, hidden=32, image=8, classes=4)
@@ -323,7 +323,7 @@ def test_warm_up_leaves_every_decision_untouched_and_the_network_whole() -> None
         where = at(index, 10)
         search.leaf.grad = None
         search.loss(model, Batch(images=x, labels=torch.zeros(4, dtype=torch.int64)), where).backward()
-        assert torch.equal(model(x, soft=search.soft(where, 4)), model(x))
+        assert torch.equal(model(x, masks=search.soft(where, 4)), model(x))
         search.after_backward(where)
         search.after_step(where)
     after = search.controller.state()
@@ -390,7 +390,7 @@ def test_settled_masks_are_hard_and_take_no_gradient() -> None:
     assert search.leaf.grad is None
     assert soft.hidden is not None
     assert all(set(row.tolist()) <= {0.0, 1.0} for row in soft.hidden if row is not None)
-    twice = [model(x, soft=search.soft(at(99), 4)) for _ in range(2)]
+    twice = [model(x, masks=search.soft(at(99), 4)) for _ in range(2)]
     assert torch.equal(*twice)
 
 
@@ -574,12 +574,12 @@ def test_the_cut_network_is_the_masked_one_of_the_settled_search(options: dict[s
     search.leaf = search.leaf.detach().double().requires_grad_()
     search._refresh(at(99))
     x = torch.randn(4, 3, 8, 8, dtype=torch.float64)
-    masked = model(x, soft=search.soft(at(99), 4))
+    masked = model(x, masks=search.soft(at(99), 4))
     small = cut(model, search.keeps(), method="uvc")
     assert search.layout is not None
     assert small.spec == search.space.spec_with(search.layout.shapes)
     assert close(small(x), masked)
-    assert close(model(x, soft=masked_twin(model, search.keeps())), masked)
+    assert close(model(x, masks=masked_twin(model, search.keeps())), masked)
     assert small.spec.width == WIDE.width
     for name in ("position", "prefix", "norm.weight", "stem.proj.weight"):
         assert torch.equal(small.state_dict()[name], model.state_dict()[name])

@@ -21,13 +21,13 @@ from tests.sources import test_huggingface, test_timm, test_torchvision
 from torch import Tensor, nn
 
 import vitrim
-from vitrim import methods, sources, weights
+from vitrim import methods, sources, surgery
 from vitrim.budget import Budget
 from vitrim.counting import cost
 from vitrim.errors import SourceError
 from vitrim.model import Vit
 from vitrim.sources import huggingface, t2t
-from vitrim.spec import Attention, Mlp, ModelSpec, Preprocess
+from vitrim.spec import AttentionSpec, MlpSpec, ModelSpec, Preprocess
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,16 +184,16 @@ def test_logits_and_features_are_the_familys_own(case: str) -> None:
     assert all(same(found[f"block:{i}"], stream) for i, stream in enumerate(streams))
 
 
-def keeps_of(model: Vit) -> list[weights.Keep | None]:
+def keeps_of(model: Vit) -> list[surgery.Keep | None]:
     """Heads, dims, units and halves gone, other ones in each block."""
-    keeps: list[weights.Keep | None] = []
+    keeps: list[surgery.Keep | None] = []
     for i, block in enumerate(model.spec.blocks):
         a, m = block.attention, block.mlp
-        assert isinstance(a, Attention)
-        assert isinstance(m, Mlp)
+        assert isinstance(a, AttentionSpec)
+        assert isinstance(m, MlpSpec)
         heads = tuple(range(i % 2, a.heads))
         v = tuple(tuple(sorted((h + j) % a.v_dim for j in range(a.v_dim - 1))) for h in heads)
-        keeps.append(weights.Keep(heads=heads, v=v, hidden=tuple(range(i, m.hidden, 2)), mlp=i != 1, attention=i != 2))
+        keeps.append(surgery.Keep(heads=heads, v=v, hidden=tuple(range(i, m.hidden, 2)), mlp=i != 1, attention=i != 2))
     return keeps
 
 
@@ -203,7 +203,7 @@ def test_cut_equals_masked(case: str) -> None:
     _, _, model = taken(case)
     model = model.double()
     x, keeps = images(model.spec), keeps_of(model)
-    assert same(weights.cut(model, keeps, method="test")(x), model(x, soft=weights.masked_twin(model, keeps)))
+    assert same(surgery.cut(model, keeps, method="test")(x), model(x, masks=surgery.masked_twin(model, keeps)))
 
 
 @torch.no_grad()
@@ -230,16 +230,16 @@ def test_every_method_cuts_it_and_the_folder_gives_the_same_answers(case: str, m
 def sayable(model: Vit) -> Vit:
     """Cut to what each family can say: one block fewer, and every MLP to its first half.
 
-    Attention pooling has the blocks' own width in all families, and is never cut: there the MLPs stay.
+    AttentionSpec pooling has the blocks' own width in all families, and is never cut: there the MLPs stay.
     """
-    half: list[weights.Keep | None] = [
+    half: list[surgery.Keep | None] = [
         None
         if block.mlp is None or model.spec.pool.kind == "map"
-        else weights.Keep(hidden=tuple(range(block.mlp.hidden // 2)))
+        else surgery.Keep(hidden=tuple(range(block.mlp.hidden // 2)))
         for block in model.spec.blocks
     ]
     last = len(model.spec.blocks) - 1
-    return weights.drop(weights.cut(model, half, method="test"), blocks=(last,))
+    return surgery.drop(surgery.cut(model, half, method="test"), blocks=(last,))
 
 
 @torch.no_grad()
@@ -247,7 +247,7 @@ def sayable(model: Vit) -> Vit:
 def test_a_cut_model_goes_back_into_its_family(case: str, tmp_path: Path) -> None:
     family, _, model = taken(case)
     small = sayable(model)
-    module = family.back(weights.without_empty(small), case.partition("/")[2])
+    module = family.back(surgery.without_empty(small), case.partition("/")[2])
     x = images(small.spec)
     assert same(family.answer(module.double(), x, small.spec), small.double()(x))
     assert sources.write(small.float(), family.format, tmp_path / "back").exists()
@@ -256,10 +256,10 @@ def test_a_cut_model_goes_back_into_its_family(case: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize("case", CASES)
 def test_what_the_family_cannot_say_is_refused_with_the_block_in_the_way(case: str, tmp_path: Path) -> None:
     family, _, model = taken(case)
-    keeps: list[weights.Keep | None] = [None] * len(model.spec.blocks)
-    keeps[1] = weights.Keep(hidden=(0, 1, 2))
+    keeps: list[surgery.Keep | None] = [None] * len(model.spec.blocks)
+    keeps[1] = surgery.Keep(hidden=(0, 1, 2))
     with pytest.raises(SourceError, match=r"block [01]"):
-        sources.write(weights.cut(model, keeps, method="test"), family.format, tmp_path / "back")
+        sources.write(surgery.cut(model, keeps, method="test"), family.format, tmp_path / "back")
     assert not list(tmp_path.iterdir())
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import vitrim
-from vitrim import counting, weights
+from vitrim import counting, surgery
 from vitrim.errors import SourceError, SpecError
 from vitrim.model import Vit, build
 from vitrim.spec import Pool, Preprocess, from_json, spec_hash, to_json
@@ -173,7 +173,7 @@ def test_a_loaded_model_gives_the_modules_logits_and_features(name: str) -> None
     assert_same(module, model)
 
 
-KEEP = weights.Keep(heads=(0, 2), qk=((0, 2, 3), (1, 4, 7)), v=((0, 1, 2, 5), (2, 3, 4, 6)), hidden=tuple(range(3, 17)))
+KEEP = surgery.Keep(heads=(0, 2), qk=((0, 2, 3), (1, 4, 7)), v=((0, 1, 2, 5), (2, 3, 4, 6)), hidden=tuple(range(3, 17)))
 
 
 @torch.no_grad()
@@ -181,9 +181,9 @@ KEEP = weights.Keep(heads=(0, 2), qk=((0, 2, 3), (1, 4, 7)), v=((0, 1, 2, 5), (2
 def test_a_cut_model_equals_the_masked_one(name: str) -> None:
     model = vitrim.from_model(small(name)).double()
     keep = replace(KEEP, qk=None, v=None) if name == "vit_head_dim" else KEEP
-    keeps = [keep, weights.Keep(attention=False)]
+    keeps = [keep, surgery.Keep(attention=False)]
     x = images(model.spec)
-    assert same(weights.cut(model, keeps, method="test")(x), model(x, soft=weights.masked_twin(model, keeps)))
+    assert same(surgery.cut(model, keeps, method="test")(x), model(x, masks=surgery.masked_twin(model, keeps)))
 
 
 RESIZED = [
@@ -760,24 +760,24 @@ def test_fewer_blocks_and_a_narrower_mlp_go_back(name: str, tmp_path: Path) -> N
     model = vitrim.from_model(small(name, num_hidden_layers=3))
     if name == "siglip_tower":
         with pytest.raises(SourceError, match="attention pooling has 3 heads, 40 MLP units"):
-            source.to_module(weights.cut(model, [weights.Keep(hidden=tuple(range(17)))] * 3, method="test"))
+            source.to_module(surgery.cut(model, [surgery.Keep(hidden=tuple(range(17)))] * 3, method="test"))
     else:
-        model = weights.cut(model, [weights.Keep(hidden=tuple(range(17)))] * 3, method="test")
+        model = surgery.cut(model, [surgery.Keep(hidden=tuple(range(17)))] * 3, method="test")
     small_spec = replace(model.spec, blocks=model.spec.blocks[:2])
     state = {key: value for key, value in model.state_dict().items() if not key.startswith("blocks.2.")}
-    assert_back(weights.with_spec(model, small_spec, state), tmp_path / "back")
+    assert_back(surgery.with_spec(model, small_spec, state), tmp_path / "back")
 
 
 def test_an_exact_tail_is_left_out(tmp_path: Path) -> None:
-    assert_back(weights.exact_tail(vitrim.from_model(small("deit_teacher"))), tmp_path / "back")
+    assert_back(surgery.exact_tail(vitrim.from_model(small("deit_teacher"))), tmp_path / "back")
 
 
 @pytest.mark.parametrize("name", ["vit", "deit", "dinov2", "dinov2_registers", "mae", "msn"])
 def test_one_narrower_head_width_and_fewer_heads_go_back(name: str, tmp_path: Path) -> None:
     model = vitrim.from_model(small(name)).double()
     channels = ((0, 2, 3, 5, 6),) * 2
-    keep = weights.Keep(heads=(0, 2), qk=channels, v=channels)
-    back = assert_back(weights.cut(model, [keep] * 2, method="test"), tmp_path / "back")
+    keep = surgery.Keep(heads=(0, 2), qk=channels, v=channels)
+    back = assert_back(surgery.cut(model, [keep] * 2, method="test"), tmp_path / "back")
     assert back.config.head_dim == 5
     again = vitrim.load(f"hf:{tmp_path / 'back'}")
     assert again.spec.blocks[0].attention is not None
@@ -785,17 +785,17 @@ def test_one_narrower_head_width_and_fewer_heads_go_back(name: str, tmp_path: Pa
 
 
 def test_a_folded_layer_scale_goes_back_as_ones(tmp_path: Path) -> None:
-    folded = weights.fold_layer_scale(vitrim.from_model(small("dinov2")))
+    folded = surgery.fold_layer_scale(vitrim.from_model(small("dinov2")))
     back = assert_back(folded, tmp_path / "back")
     assert torch.equal(back.state_dict()["dinov2.encoder.layer.1.layer_scale2.lambda1"], torch.ones(24).double())
 
 
 def test_an_encoder_of_dinov2_with_an_mlp_that_it_cannot_say_goes_back_as_vit(tmp_path: Path) -> None:
-    model = weights.cut(
-        vitrim.from_model(small("dinov2_encoder")), [weights.Keep(hidden=tuple(range(17)))] * 2, method="test"
+    model = surgery.cut(
+        vitrim.from_model(small("dinov2_encoder")), [surgery.Keep(hidden=tuple(range(17)))] * 2, method="test"
     )
     assert type(assert_back(model, tmp_path / "back")) is ViTModel
-    cut = weights.cut(vitrim.from_model(small("dinov2")), [weights.Keep(hidden=tuple(range(17)))] * 2, method="test")
+    cut = surgery.cut(vitrim.from_model(small("dinov2")), [surgery.Keep(hidden=tuple(range(17)))] * 2, method="test")
     with pytest.raises(SourceError, match=r"block 0 has 17 MLP units.*whole number of times the width 24"):
         source.to_module(cut)
 
@@ -803,16 +803,16 @@ def test_an_encoder_of_dinov2_with_an_mlp_that_it_cannot_say_goes_back_as_vit(tm
 def test_the_block_that_transformers_cannot_say_is_named() -> None:
     model = vitrim.from_model(small("vit", num_hidden_layers=3))
     for keep, words in (
-        (weights.Keep(attention=False), "block 1 has no attention"),
-        (weights.Keep(mlp=False), "block 1 has no MLP"),
-        (weights.Keep(heads=(0, 2)), r"block 1 differs from block 0 \(heads 2"),
-        (weights.Keep(v=((0, 1),) * 3), "block 1 has heads of 8 for queries and 2 for values"),
-        (weights.Keep(hidden=tuple(range(9))), r"block 1 differs from block 0 \(MLP units 9"),
+        (surgery.Keep(attention=False), "block 1 has no attention"),
+        (surgery.Keep(mlp=False), "block 1 has no MLP"),
+        (surgery.Keep(heads=(0, 2)), r"block 1 differs from block 0 \(heads 2"),
+        (surgery.Keep(v=((0, 1),) * 3), "block 1 has heads of 8 for queries and 2 for values"),
+        (surgery.Keep(hidden=tuple(range(9))), r"block 1 differs from block 0 \(MLP units 9"),
     ):
-        cut = weights.cut(model, [None, keep, None], method="test")
+        cut = surgery.cut(model, [None, keep, None], method="test")
         with pytest.raises(SourceError, match=words):
             source.to_module(cut)
-    narrow = weights.cut(vitrim.from_model(small("clip_tower")), [weights.Keep(heads=(0, 2))] * 2, method="test")
+    narrow = surgery.cut(vitrim.from_model(small("clip_tower")), [surgery.Keep(heads=(0, 2))] * 2, method="test")
     with pytest.raises(SourceError, match="block 0 has 2 heads of 8, and CLIPVisionModel wants"):
         source.to_module(narrow)
 

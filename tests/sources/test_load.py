@@ -14,11 +14,11 @@ from vitrim import artifact, hub
 from vitrim.errors import ArtifactError, SourceError
 from vitrim.model import Vit, build
 from vitrim.sources import builtin
-from vitrim.spec import Attention, Block, Mlp, ModelSpec, Output, Position
+from vitrim.spec import AttentionSpec, BlockSpec, MlpSpec, ModelSpec, Output, Position
 
 
 def spec(classes: int = 3) -> ModelSpec:
-    block = Block(attention=Attention(heads=2, qk_dim=4, v_dim=4, scale=0.5), mlp=Mlp(hidden=8))
+    block = BlockSpec(attention=AttentionSpec(heads=2, qk_dim=4, v_dim=4, scale=0.5), mlp=MlpSpec(hidden=8))
     return ModelSpec(
         image_px=(8, 8),
         patch_px=(4, 4),

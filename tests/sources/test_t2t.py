@@ -22,10 +22,10 @@ from vitrim.budget import Budget
 from vitrim.counting import cost
 from vitrim.errors import SourceError
 from vitrim.methods import comcat
-from vitrim.model import Soft, Vit
+from vitrim.model import Masks, Vit
 from vitrim.sources import t2t, t2t_names
 from vitrim.spec import Config, Merge, ModelSpec, T2TPerformer, T2TTransformer
-from vitrim.weights import Keep, cut, drop, exact_tail, fold_layer_scale, masked_twin
+from vitrim.surgery import Keep, cut, drop, exact_tail, fold_layer_scale, masked_twin
 
 # name: arguments of the authors' class, parameters, trainable ones, GMACs (the sheet's counted columns)
 PUBLISHED: dict[str, tuple[dict[str, Any], int, int, float]] = {
@@ -173,7 +173,7 @@ def test_law_3_cut_equals_masked(variant: str) -> None:
         Keep(attention=False),
     ]
     smaller = cut(model, keeps, method="test")
-    assert close(model(x, soft=masked_twin(model, keeps)), smaller(x))
+    assert close(model(x, masks=masked_twin(model, keeps)), smaller(x))
     assert cost(smaller.spec).stem_macs == cost(model.spec).stem_macs
     assert cost(smaller.spec).params == sum(p.numel() for p in smaller.parameters()) < cost(model.spec).params
     assert close(model(x), fold_layer_scale(model)(x))
@@ -507,7 +507,7 @@ def test_comcat_compresses_the_backbone_and_an_artifact_keeps_the_result(kind: s
 def test_a_search_differentiates_through_the_backbone_only() -> None:
     model = t2t.from_module(tiny().float())
     hidden = tuple(torch.ones(48, requires_grad=True) for _ in range(3))
-    model(torch.randn(2, 3, 32, 32), soft=Soft(hidden=hidden)).square().sum().backward()
+    model(torch.randn(2, 3, 32, 32), masks=Masks(hidden=hidden)).square().sum().backward()
     assert all(mask.grad is not None and mask.grad.abs().sum() > 0 for mask in hidden)
     assert model.stem.stages[0].features.grad is None
     assert model.stem.stages[0].kqv.weight.grad is not None

@@ -20,7 +20,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import vitrim
-from vitrim import counting, weights
+from vitrim import counting, surgery
 from vitrim.errors import SourceError
 from vitrim.model import Vit, build
 from vitrim.sources import timm as source
@@ -707,7 +707,7 @@ def test_every_option_goes_back(case: str) -> None:
 
 
 def test_a_folded_layer_scale_goes_back_as_ones() -> None:
-    folded = weights.fold_layer_scale(vitrim.from_model(small("deit3_small_patch16_224")))
+    folded = surgery.fold_layer_scale(vitrim.from_model(small("deit3_small_patch16_224")))
     assert "blocks.0.ls1.gamma" not in source.to_timm(folded)[1]
     module = assert_back(folded, layer_scale=True)
     assert torch.equal(module.state_dict()["blocks.1.ls2.gamma"], torch.ones(24, dtype=torch.float64))
@@ -716,19 +716,19 @@ def test_a_folded_layer_scale_goes_back_as_ones() -> None:
 
 def test_fewer_blocks_and_a_narrower_mlp_go_back() -> None:
     model = vitrim.from_model(small("deit_tiny_patch16_224", depth=3))
-    model = weights.cut(model, [weights.Keep(hidden=tuple(range(17)))] * 3, method="test")
-    assert_back(weights.exact_tail(model))
+    model = surgery.cut(model, [surgery.Keep(hidden=tuple(range(17)))] * 3, method="test")
+    assert_back(surgery.exact_tail(model))
 
 
 def test_the_block_that_timm_cannot_say_is_named() -> None:
     model = vitrim.from_model(small("deit_tiny_patch16_224", depth=3))
     for keep, words in (
-        (weights.Keep(attention=False), "block 1 has no attention"),
-        (weights.Keep(mlp=False), "block 1 has no MLP"),
-        (weights.Keep(heads=(0, 2)), "block 1 has 2 heads of 8"),
-        (weights.Keep(hidden=tuple(range(9))), r"block 1 differs from block 0 \(MLP units 9"),
+        (surgery.Keep(attention=False), "block 1 has no attention"),
+        (surgery.Keep(mlp=False), "block 1 has no MLP"),
+        (surgery.Keep(heads=(0, 2)), "block 1 has 2 heads of 8"),
+        (surgery.Keep(hidden=tuple(range(9))), r"block 1 differs from block 0 \(MLP units 9"),
     ):
-        cut = weights.cut(model, [None, keep, None], method="test")
+        cut = surgery.cut(model, [None, keep, None], method="test")
         with pytest.raises(SourceError, match=words):
             source.to_timm(cut)
 
@@ -798,8 +798,8 @@ def test_a_compressed_model_is_written_with_its_labels_and_preprocessing_and_rea
         interpolation="bilinear",
     )
     model = vitrim.from_model(small("deit_tiny_patch16_224", depth=3), preprocess=preprocess, labels=tuple("abcde"))
-    model = weights.cut(model, [weights.Keep(hidden=tuple(range(17)))] * 3, method="test")
-    module = assert_written(weights.exact_tail(model), tmp_path / "out")
+    model = surgery.cut(model, [surgery.Keep(hidden=tuple(range(17)))] * 3, method="test")
+    module = assert_written(surgery.exact_tail(model), tmp_path / "out")
     data = timm.data.resolve_model_data_config(module)
     assert (tuple(data["mean"]), tuple(data["std"]), data["input_size"]) == (
         preprocess.mean,
@@ -821,7 +821,7 @@ def test_a_compressed_model_is_written_with_its_labels_and_preprocessing_and_rea
 
 
 def test_swiglu_without_layer_scale_is_written_with_one_of_ones(tmp_path: Path) -> None:
-    model = weights.fold_layer_scale(vitrim.from_model(small("vit_giant_patch14_dinov2")))
+    model = surgery.fold_layer_scale(vitrim.from_model(small("vit_giant_patch14_dinov2")))
     module = assert_written(model.double(), tmp_path / "out")
     assert torch.equal(module.blocks[1].ls2.gamma, torch.ones(24, dtype=torch.float64))
 
@@ -830,7 +830,7 @@ def test_what_timm_has_no_architecture_for_is_refused_and_leaves_nothing(tmp_pat
     odd = vitrim.from_model(small("vit_tiny_patch16_224", norm_layer=partial(nn.LayerNorm, eps=1e-12)))
     with pytest.raises(SourceError, match="none of its architectures with plain MLPs has norms of eps 1e-12"):
         source.write(odd, tmp_path / "out")
-    cut = weights.cut(vitrim.from_model(small("deit_tiny_patch16_224")), [None, weights.Keep(mlp=False)], method="test")
+    cut = surgery.cut(vitrim.from_model(small("deit_tiny_patch16_224")), [None, surgery.Keep(mlp=False)], method="test")
     with pytest.raises(SourceError, match="block 1 has no MLP"):
         source.write(cut, tmp_path / "out")
     model = vitrim.from_model(small("deit_tiny_patch16_224"))

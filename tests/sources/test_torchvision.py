@@ -20,11 +20,11 @@ from torchvision.models import VisionTransformer
 from torchvision.models.vision_transformer import ConvStemConfig, EncoderBlock, interpolate_embeddings
 
 import vitrim
-from vitrim import architectures, counting, weights
+from vitrim import architectures, counting, surgery
 from vitrim.errors import SourceError
 from vitrim.model import Vit, build
 from vitrim.sources import torchvision as source
-from vitrim.spec import Attention, Block, Mlp, ModelSpec, Output, Pool, Position, Preprocess
+from vitrim.spec import AttentionSpec, BlockSpec, MlpSpec, ModelSpec, Output, Pool, Position, Preprocess
 
 SMALL: dict[str, Any] = {
     "image_size": 32,
@@ -417,8 +417,8 @@ def test_what_came_from_torchvision_goes_back(case: str) -> None:
 
 def test_fewer_blocks_and_a_narrower_mlp_are_written_and_loaded_without_vitrim(tmp_path: Path) -> None:
     model = vitrim.from_model(small(num_layers=2))
-    model = weights.cut(model, [weights.Keep(hidden=tuple(range(17)))] * 2, method="test")
-    model = weights.exact_tail(model)
+    model = surgery.cut(model, [surgery.Keep(hidden=tuple(range(17)))] * 2, method="test")
+    model = surgery.exact_tail(model)
     out = vitrim.sources.write(model, "torchvision", tmp_path / "out")
     kwargs = json.loads((out / "config.json").read_text())["kwargs"]
     assert (kwargs["num_layers"], kwargs["mlp_dim"]) == (2, 17)
@@ -448,7 +448,7 @@ def test_a_written_folder_is_read_again_with_its_labels_and_preprocessing(tmp_pa
 
 
 def test_what_is_the_same_network_in_other_words_goes_back() -> None:
-    attention = Attention(heads=3, qk_dim=8, v_dim=8, scale=8**-0.5, k_bias=False, out_bias=False, layer_scale=True)
+    attention = AttentionSpec(heads=3, qk_dim=8, v_dim=8, scale=8**-0.5, k_bias=False, out_bias=False, layer_scale=True)
     spec = ModelSpec(
         image_px=(16, 16),
         patch_px=(8, 8),
@@ -456,7 +456,7 @@ def test_what_is_the_same_network_in_other_words_goes_back() -> None:
         position=Position(grid=(2, 2), prefix_rows=False),
         final_norm=False,
         pool_norm=True,
-        blocks=(Block(attention=attention, mlp=Mlp(hidden=9, fc1_bias=False, layer_scale=True)),) * 2,
+        blocks=(BlockSpec(attention=attention, mlp=MlpSpec(hidden=9, fc1_bias=False, layer_scale=True)),) * 2,
         outputs=(Output(name="answer", classes=4, bias=False),),
     )
     assert_back(randomised(build(spec)))
@@ -465,13 +465,13 @@ def test_what_is_the_same_network_in_other_words_goes_back() -> None:
 def test_the_block_or_part_that_torchvision_cannot_say_is_named(tmp_path: Path) -> None:
     model = vitrim.from_model(small())
     for keep, words in (
-        (weights.Keep(attention=False), "block 1 has no attention"),
-        (weights.Keep(mlp=False), "block 1 has no MLP"),
-        (weights.Keep(heads=(0, 2)), "block 1 has 2 heads of 8"),
-        (weights.Keep(hidden=tuple(range(9))), r"block 1 differs from block 0 \(MLP units 9, there 40\)"),
+        (surgery.Keep(attention=False), "block 1 has no attention"),
+        (surgery.Keep(mlp=False), "block 1 has no MLP"),
+        (surgery.Keep(heads=(0, 2)), "block 1 has 2 heads of 8"),
+        (surgery.Keep(hidden=tuple(range(9))), r"block 1 differs from block 0 \(MLP units 9, there 40\)"),
     ):
         with pytest.raises(SourceError, match=f"torchvision cannot say this model: {words}"):
-            source.write(weights.cut(model, [None, keep, None], method="test"), tmp_path / "out")
+            source.write(surgery.cut(model, [None, keep, None], method="test"), tmp_path / "out")
     for module, words in (
         (headless(), "no classifier"),
         (with_act(nn.ReLU()), "block 0 has the activation 'relu'"),

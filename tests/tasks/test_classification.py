@@ -12,14 +12,14 @@ from tests.data.pictures import SMALL, class_folder, jpeg
 from vitrim import data
 from vitrim.errors import DataError
 from vitrim.model import Vit, build
-from vitrim.spec import Attention, Block, Config, ConvStem, Mlp, ModelSpec, Output, Pool, Position
+from vitrim.spec import AttentionSpec, BlockSpec, Config, ConvStem, MlpSpec, ModelSpec, Output, Pool, Position
 from vitrim.tasks.classification import evaluate, likeness, mean_average_precision, nearest, scores
 
 CIFAR = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
 def tiny(classes: int = 10, *, labels: tuple[str, ...] | None = CIFAR, seed: int = 0) -> Vit:
-    attention = Attention(
+    attention = AttentionSpec(
         heads=2, qk_dim=8, v_dim=8, scale=8**-0.5, q_bias=True, k_bias=True, v_bias=True, out_bias=True
     )
     spec = ModelSpec(
@@ -30,7 +30,7 @@ def tiny(classes: int = 10, *, labels: tuple[str, ...] | None = CIFAR, seed: int
         width=16,
         prefix=("cls",),
         position=Position(kind="learned", grid=(2, 2), prefix_rows=True),
-        blocks=(Block(attention=attention, mlp=Mlp(kind="gelu", hidden=16)),),
+        blocks=(BlockSpec(attention=attention, mlp=MlpSpec(kind="gelu", hidden=16)),),
         pool=Pool(kind="cls"),
         outputs=(Output(name="classifier", reads=("pool",), classes=classes),) if classes else (),
     )

@@ -14,10 +14,10 @@ from importlib import resources
 from typing import Any
 
 from ..spec import (
-    Attention,
-    Block,
+    AttentionSpec,
+    BlockSpec,
     ConvStem,
-    Mlp,
+    MlpSpec,
     ModelSpec,
     Output,
     Pool,
@@ -90,8 +90,8 @@ def expand(fields: Mapping[str, Any]) -> ModelSpec:
     """The spec that an entry of the table stands for: equal blocks, heads times head width equal to the width."""
     f = {**DEFAULTS, **fields}
     head_dim = f["width"] // f["heads"]
-    block = Block(
-        attention=Attention(
+    block = BlockSpec(
+        attention=AttentionSpec(
             heads=f["heads"],
             qk_dim=head_dim,
             v_dim=head_dim,
@@ -103,7 +103,7 @@ def expand(fields: Mapping[str, Any]) -> ModelSpec:
             qk_norm=f["qk_norm"],
             layer_scale=f["layer_scale"],
         ),
-        mlp=Mlp(
+        mlp=MlpSpec(
             kind=f["kind"],
             hidden=f["hidden"],
             fc1_bias=f["proj_bias"],

@@ -240,7 +240,7 @@ def planned(name: str, spec: ModelSpec, budget: Budget, given: dict[str, Any]) -
     from vitrim.methods import configure
     from vitrim.methods import plan as plan_of
     from vitrim.pipeline.running import may_have_tail
-    from vitrim.weights import with_exact_tail
+    from vitrim.surgery import with_exact_tail
 
     row: dict[str, Any] = {
         "method": name,

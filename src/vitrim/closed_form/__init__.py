@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from vitrim.closed_form.knapsack import CELLS, knapsack
-from vitrim.closed_form.low_rank import (
+from vitrim.closed_form.factors import (
     TINY,
     BlockStatistics,
     Factors,
@@ -15,11 +14,12 @@ from vitrim.closed_form.low_rank import (
     fold_value_bias,
     sees_inputs,
 )
+from vitrim.closed_form.knapsack import CELLS, knapsack
 from vitrim.closed_form.regression import RIDGES, Elimination, Regression, choose_ridge, eliminate, loss, refit
-from vitrim.closed_form.sensitivity import Site, sensitivity
+from vitrim.closed_form.sensitivity import Sensitivity, sensitivity
 from vitrim.closed_form.streams import (
     IN_MEMORY_BYTES,
-    Held,
+    StreamCache,
     after_steps,
     answers,
     attend,
@@ -41,10 +41,10 @@ __all__ = [
     "BlockStatistics",
     "Elimination",
     "Factors",
-    "Held",
     "Moments",
     "Regression",
-    "Site",
+    "Sensitivity",
+    "StreamCache",
     "after_steps",
     "answers",
     "attend",

@@ -25,7 +25,7 @@ RIDGE = 1e-3
 
 
 @dataclass
-class Site:
+class Sensitivity:
     """One place in the stream.  tokens: [P + 1] mean squared gradient of a token, by prefix token, patches last.
 
     matrix: [D, D] sum of g^T g over all tokens; float64 on the CPU.
@@ -59,7 +59,7 @@ def sensitivity(
     draws: int = 2,
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
-) -> dict[str, Site]:
+) -> dict[str, Sensitivity]:
     """The sites `mid:i` (after the attention of block i) and `block:i` (after its MLP), by the names of `Vit.forward`.
 
     draws: sign vectors an image. Memory: the activations of one batch with its graph. progress: told the images done.
@@ -68,7 +68,7 @@ def sensitivity(
     names = tuple(f"{kind}:{i}" for i in range(len(model.blocks)) for kind in ("mid", "block"))
     prefix, width = len(model.spec.prefix), model.spec.width
     sites = {
-        name: Site(
+        name: Sensitivity(
             tokens=torch.zeros(prefix + 1, dtype=torch.float64), matrix=torch.zeros(width, width, dtype=torch.float64)
         )
         for name in names
@@ -102,7 +102,7 @@ def sensitivity(
     return sites
 
 
-def _count(site: Site, count: Tensor, g: Tensor, prefix: int) -> None:
+def _count(site: Sensitivity, count: Tensor, g: Tensor, prefix: int) -> None:
     squares = g.square().sum(-1).sum(0).to("cpu", torch.float64)  # N
     site.tokens[:prefix] += squares[:prefix]
     site.tokens[prefix] += squares[prefix:].sum()
@@ -112,4 +112,4 @@ def _count(site: Site, count: Tensor, g: Tensor, prefix: int) -> None:
     site.matrix += (flat.mT @ flat).to("cpu", torch.float64)
 
 
-__all__ = ["Site", "sensitivity"]
+__all__ = ["Sensitivity", "sensitivity"]

@@ -27,7 +27,7 @@ IN_MEMORY_BYTES = 64 * 2**20
 OPEN = Gates(policy="open")
 
 
-class Held:
+class StreamCache:
     """The streams of all images at one place, a batch at a time. Batches keep the size in which they came."""
 
     def __init__(self, folder: Path | None, name: str) -> None:
@@ -126,7 +126,7 @@ def attend(block: Any, stream: Stream) -> tuple[Stream, Tensor | None]:
     handle = block.attention.out.register_forward_pre_hook(lambda _, args: caught.append(args[0]))
     try:
         queries = None if going is stream else stream.prefix
-        update = block.attention(block.norm1(stream.x), queries=queries, bias=_size_bias(stream), soft={})
+        update = block.attention(block.norm1(stream.x), queries=queries, bias=_size_bias(stream), masks={})
     finally:
         handle.remove()
     return going._replace(x=going.x + update), caught[0]
@@ -146,7 +146,9 @@ def finish(block: Any, hidden: Tensor) -> Tensor:
 
 def through_mlp(block: Any, stream: Stream) -> Stream:
     """The stream after the block's MLP, if it has one.  stream: after the steps at its middle."""
-    return stream if block.spec.mlp is None else stream._replace(x=stream.x + block.mlp(block.norm2(stream.x), soft={}))
+    return (
+        stream if block.spec.mlp is None else stream._replace(x=stream.x + block.mlp(block.norm2(stream.x), masks={}))
+    )
 
 
 def _size_bias(stream: Stream) -> Tensor | None:
@@ -250,7 +252,7 @@ def answers(model: Vit, stream: Stream, start: int) -> Tensor:
 
 
 __all__ = [
-    "Held",
+    "StreamCache",
     "after_steps",
     "answers",
     "attend",

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from vitrim.data import transforms
 from vitrim.data.arrays import DatasetSource, TensorSource
-from vitrim.data.feeding import Feed
+from vitrim.data.calibration import CalibrationImages
 from vitrim.data.folders import FolderSource
 from vitrim.data.hub import HubSource
 from vitrim.data.images import Images, Source
@@ -30,14 +30,13 @@ SAMPLE = Path(__file__).resolve().parents[1] / "assets" / "sample"
 __all__ = [
     "SAMPLE",
     "Augment",
-    "Feed",
+    "CalibrationImages",
     "Images",
     "batch_count",
     "batches",
     "calibration",
     "crop_flip",
     "evaluation",
-    "feed",
     "in_memory",
     "match_labels",
     "open",
@@ -86,21 +85,23 @@ def open(
     return images if limit is None or limit == len(images) else images.take(limit, seed)
 
 
-def feed(source: Any, preprocess: Preprocess | None, *, count: int, seed: int, method: str) -> Feed:
+def calibration_images(
+    source: Any, preprocess: Preprocess | None, *, count: int, seed: int, method: str
+) -> CalibrationImages:
     """At most `count` unlabelled images of the source's training split, as a network with this preprocessing takes them.
 
     Without a preprocessing a float tensor [n, C, h, w] is taken as the network's own input, and anything else is refused with
     a DataError that names the method.
     """
     if preprocess is not None:
-        return Feed(preprocess, images=open(source, labelled=False).take(count, seed, balanced=False))
+        return CalibrationImages(preprocess, images=open(source, labelled=False).take(count, seed, balanced=False))
     if not (isinstance(source, Tensor) and source.is_floating_point() and source.dim() == 4):
         raise DataError(
             f"{method}: the model does not say how images are normalised, and these are not the network's own input. "
             "Load it with preprocess=, or pass a float tensor [n, C, h, w] that is ready for it."
         )
     order = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))
-    return Feed(None, tensor=source[order[:count]])
+    return CalibrationImages(None, tensor=source[order[:count]])
 
 
 def _demand_labels(images: Images, labelled: bool | None) -> None:

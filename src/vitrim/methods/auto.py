@@ -35,22 +35,24 @@ from pydantic.dataclasses import dataclass as checked
 from torch import Tensor
 from torch.nn import functional as F
 
-from vitrim import checkpoints, weights
+from vitrim import checkpoints, surgery
 from vitrim import closed_form as cf
 from vitrim import data as opened
 from vitrim.budget import RESOURCES, Budget, exceeded
-from vitrim.closed_form import fisher, parts, planning
-from vitrim.closed_form import width as narrowing
+from vitrim.closed_form import fisher, planning
+from vitrim.closed_form import stream_width as narrowing
+from vitrim.closed_form import sublayers as parts
 from vitrim.counting import FLOAT_BYTES, Cost, attention_macs, attention_params, cost, mlp_macs, mlp_params
 from vitrim.errors import ConfigError, DataError, TrainingError, did_you_mean
 from vitrim.freezing import frozen
 from vitrim.model import Block, Gates, Stream, Vit
 from vitrim.result import Compressed
 from vitrim.spec import (
-    Attention,
+    AttentionSpec,
+    BlockSpec,
     BlockTokens,
     Merge,
-    Mlp,
+    MlpSpec,
     ModelSpec,
     Prefix,
     SelectionStep,
@@ -59,7 +61,6 @@ from vitrim.spec import (
     spec_hash,
     token_walk,
 )
-from vitrim.spec import Block as BlockSpec
 
 AXES = ("qk", "vo", "mlp", "attention", "block", "width", "tokens", "tail")
 OPEN = Gates(policy="open")
@@ -308,14 +309,14 @@ class Room:
         )  # type: ignore[return-value]
 
 
-def _attention(a: Attention | None, base: ModelSpec, at: BlockTokens) -> tuple[int, int]:
+def _attention(a: AttentionSpec | None, base: ModelSpec, at: BlockTokens) -> tuple[int, int]:
     if a is None:
         return 0, 0
     macs = attention_macs(a.heads, a.qk_dim, a.v_dim, tokens=at.keys.count, width=base.width, queries=at.queries.count)
     return macs + 2 * base.width * a.gate, attention_params(a, base.width)
 
 
-def _mlp(m: Mlp | None, base: ModelSpec, at: BlockTokens) -> tuple[int, int]:
+def _mlp(m: MlpSpec | None, base: ModelSpec, at: BlockTokens) -> tuple[int, int]:
     if m is None:
         return 0, 0
     macs = mlp_macs(
@@ -327,7 +328,7 @@ def _mlp(m: Mlp | None, base: ModelSpec, at: BlockTokens) -> tuple[int, int]:
 def room_of(spec: ModelSpec, config: AutoConfig) -> Room:
     """What the config may cut of this spec. Raises ConfigError where an axis that was asked for does not apply, or none does."""
     fixed = frozen(spec, config.freeze)
-    base = without_tail(weights.with_folded(spec, skip=fixed))
+    base = without_tail(surgery.with_folded(spec, skip=fixed))
     asked = tuple(axis for axis in config.axes or AXES if axis != "tail" or config.exact_tail)
     dense = {f"block {i} {half}": "frozen" for i, half in sorted(fixed)}
     if spec.outputs:
@@ -377,7 +378,7 @@ def room_of(spec: ModelSpec, config: AutoConfig) -> Room:
 def _tail_refusal(spec: ModelSpec, fixed: frozenset[Half]) -> str | None:
     if has_tail(spec):
         return None
-    if not weights.allows_exact_tail(spec):
+    if not surgery.allows_exact_tail(spec):
         return "the network reads more than prefix tokens, or its last block has token steps"
     if any(i == len(spec.blocks) - 1 for i, _ in fixed):
         return "the last block is frozen"
@@ -824,7 +825,9 @@ class Inputs:
         if source is None:
             raise DataError("auto: it needs a few hundred unlabelled images, and none were given. Pass data=.")
         self.batch_size = config.batch_size
-        self.feed = opened.feed(source, model.config.preprocess, count=config.images, seed=config.seed, method="auto")
+        self.feed = opened.calibration_images(
+            source, model.config.preprocess, count=config.images, seed=config.seed, method="auto"
+        )
         self.count, self.mark = len(self.feed), self.feed.mark[:16]
         if self.count < 2:
             raise DataError(
@@ -975,7 +978,7 @@ class Work:
         return total / len(self.inputs.rows["held"])
 
     @cached_property
-    def sites(self) -> dict[str, cf.Site]:
+    def sites(self) -> dict[str, cf.Sensitivity]:
         """Sensitivity at every place, from the images that parts are fitted on."""
         if not self.base.blocks:
             return {}
@@ -994,7 +997,7 @@ class Work:
             self.notes.put("sensitivity", tensors, {})
             return found
         names = [f"{kind}:{i}" for i in range(len(self.base.blocks)) for kind in ("mid", "block")]
-        return {n: cf.Site(tokens=noted[0][f"{n}/tokens"], matrix=noted[0][f"{n}/matrix"]) for n in names}
+        return {n: cf.Sensitivity(tokens=noted[0][f"{n}/tokens"], matrix=noted[0][f"{n}/matrix"]) for n in names}
 
     def takes_mean(self, i: int) -> bool:
         """Whether what block `i` adds on average can go into a bias before it, should the block go."""
@@ -1057,7 +1060,7 @@ def _own(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def block_parts(work: Work, i: int, held: cf.Held) -> Parts:
+def block_parts(work: Work, i: int, held: cf.StreamCache) -> Parts:
     """The parts of block `i`, from one pass over the dense stream in front of it."""
     block: Any = work.base.blocks[i]
     spec, levels = block.spec, work.room.levels[i]
@@ -1191,7 +1194,7 @@ def all_parts(work: Work) -> list[Parts]:
     """The parts of all blocks, in one walk of the dense stream."""
     found: list[Parts] = []
     count = len(work.base.blocks)
-    held = cf.Held(work.room_folder, "dense")
+    held = cf.StreamCache(work.room_folder, "dense")
     like = next(work.base.parameters())
     with torch.no_grad():
         held.fill(work.base.embed(x.to(like)) for x in work.inputs.batches("fit"))
@@ -1238,7 +1241,7 @@ def score(work: Work) -> Scores:
             blocks = tuple(
                 replace(b, steps=after.steps) for b, after in zip(base.spec.blocks, spec.blocks, strict=True)
             )
-            merged = weights.with_spec(base, replace(base.spec, blocks=blocks), base.state_dict(), share=True)
+            merged = surgery.with_spec(base, replace(base.spec, blocks=blocks), base.state_dict(), share=True)
             found[kind, n] = work.divergence(merged)
         if known is None:
             work.notes.put(f"{kind}-{n}", {}, {"loss": found[kind, n]})
@@ -1379,7 +1382,7 @@ class Student:
 
     # -- one block
 
-    def attention(self, i: int, ours: cf.Held, theirs: cf.Held) -> None:
+    def attention(self, i: int, ours: cf.StreamCache, theirs: cf.StreamCache) -> None:
         """Cut and refit the attention of block `i` on the student's stream towards the dense one."""
         before, after = self.start.spec.blocks[i].attention, self.goal.blocks[i].attention
         if before is None or not self.work.room.levels[i].refit[0]:
@@ -1427,7 +1430,7 @@ class Student:
         self.put(f"{here}.out.weight", w.T)
         self.put(f"{here}.out.bias", b)
 
-    def mlp(self, i: int, ours: cf.Held, theirs: cf.Held) -> tuple[Tensor | None, Tensor | None]:
+    def mlp(self, i: int, ours: cf.StreamCache, theirs: cf.StreamCache) -> tuple[Tensor | None, Tensor | None]:
         """Cut and refit the MLP of block `i`; gives the hidden units that stay (None: all, or none).
 
         Also what a block without any half should add to the stream, [D'], for the block before it.
@@ -1490,7 +1493,7 @@ class Student:
         """The network, with the prefix step if the result has one."""
         work, count = self.work, len(self.goal.blocks)
         like = next(work.base.parameters())
-        ours, theirs = cf.Held(work.room_folder, "student"), cf.Held(work.room_folder, "teacher")
+        ours, theirs = cf.StreamCache(work.room_folder, "student"), cf.StreamCache(work.room_folder, "teacher")
         ours.fill(self.start.embed(x.to(like)) for x in work.inputs.batches(self.part))
         theirs.fill(work.base.embed(x.to(like)) for x in work.inputs.batches(self.part))
         for i in range(count):
@@ -1527,7 +1530,7 @@ class Student:
             refit=True,
             blocks=tuple(self.record(i) for i in range(count)),
         )
-        small = weights.with_spec(work.model, spec, self.state, step_).eval()
+        small = surgery.with_spec(work.model, spec, self.state, step_).eval()
         self.refit_heads(small)
         return small
 
@@ -1560,7 +1563,7 @@ class Student:
             if b is not None:
                 head.bias.copy_(b)
 
-    def walk(self, i: int, ours: cf.Held, theirs: cf.Held, shift: Tensor | None) -> None:
+    def walk(self, i: int, ours: cf.StreamCache, theirs: cf.StreamCache, shift: Tensor | None) -> None:
         """Both streams through block `i`, the dense one's tokens merged as the student's are."""
         block: Any = self.module(i, self.goal.blocks[i])
         teacher: Any = self.work.base.blocks[i]
@@ -1714,10 +1717,10 @@ def _work(
     )
     identity: dict[str, Any] = {name: getattr(config, name) for name in names}
     identity = {n: list(v) if isinstance(v, tuple) else v for n, v in identity.items()}
-    identity |= {"spec": spec_hash(model.spec), "weights": weights.fingerprint(model), "data": inputs.mark}
+    identity |= {"spec": spec_hash(model.spec), "weights": surgery.fingerprint(model), "data": inputs.mark}
     notes = Notes(folder, identity, resume=resume)
-    folded = weights.fold_layer_scale(model, skip=room.fixed)
-    base = weights.with_spec(folded, room.base, folded.state_dict(), share=True).eval()
+    folded = surgery.fold_layer_scale(model, skip=room.fixed)
+    base = surgery.with_spec(folded, room.base, folded.state_dict(), share=True).eval()
     if config.device is not None:
         base = base.to(config.device)
     return Work(model, base, room, config, inputs, notes, temporary, progress, _warnings(room.base, room, inputs))
@@ -1728,7 +1731,7 @@ def _untouched(model: Vit, config: AutoConfig, room: Room) -> Compressed:
     record = SelectionStep(
         method="auto", variant=config.score, parent=spec_hash(model.spec), blocks=(None,) * len(model.spec.blocks)
     )
-    same = weights.with_spec(model, model.spec, model.state_dict(), record)
+    same = surgery.with_spec(model, model.spec, model.state_dict(), record)
     report: dict[str, Any] = {
         "variant": config.score,
         "predicted_kl": 0.0,

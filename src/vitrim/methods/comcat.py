@@ -24,7 +24,7 @@ from torch import Tensor
 
 from vitrim import closed_form as cf
 from vitrim import data as opened
-from vitrim import weights
+from vitrim import surgery
 from vitrim.budget import Budget, exceeded
 from vitrim.counting import Cost, cost
 from vitrim.errors import BudgetError, ConfigError, DataError, did_you_mean
@@ -142,7 +142,7 @@ def groups(
 
 
 def with_ranks(spec: ModelSpec, ranks: Mapping[Key, int | None]) -> ModelSpec:
-    """The spec after factorising, as `weights.factorise` leaves it."""
+    """The spec after factorising, as `surgery.factorise` leaves it."""
     blocks = list(spec.blocks)
     for (i, part), rank in ranks.items():
         if rank is None:
@@ -167,14 +167,14 @@ def with_ranks(spec: ModelSpec, ranks: Mapping[Key, int | None]) -> ModelSpec:
 
 def floor(spec: ModelSpec, *, factorise_mlp: bool = True, fixed: Collection[Half] = ()) -> Cost:
     """The cheapest network that the method makes of this spec: rank 1 everywhere that is not fixed."""
-    base = weights.with_folded(spec, skip=fixed)
+    base = surgery.with_folded(spec, skip=fixed)
     return cost(with_ranks(base, {g.key: 1 for g in groups(base, factorise_mlp=factorise_mlp, fixed=fixed)[0]}))
 
 
 def step(spec: ModelSpec, config: ComcatConfig | None = None) -> dict[str, int]:
     """The largest cost of one rank of one group, by resource: how far below a budget the result may end (law 7)."""
     fixed = frozen(spec, () if config is None else config.freeze)
-    base = weights.with_folded(spec, skip=fixed)
+    base = surgery.with_folded(spec, skip=fixed)
     found = {"macs": 0, "params": 0, "memory_bytes": 0, "file_bytes": 0}
     for group in groups(base, factorise_mlp=config is None or config.factorise_mlp, fixed=fixed)[0]:
         at = [cost(with_ranks(base, {group.key: r})) for r in (group.top, max(1, group.top - 1))] + [cost(base)]
@@ -208,7 +208,7 @@ def plan(spec: ModelSpec, config: ComcatConfig | None = None) -> dict[str, Any]:
             "labels": False,
             "training": False,
         },
-        "dense": groups(weights.with_folded(spec, skip=fixed), factorise_mlp=mlp, fixed=fixed)[1],
+        "dense": groups(surgery.with_folded(spec, skip=fixed), factorise_mlp=mlp, fixed=fixed)[1],
     }
 
 
@@ -423,8 +423,8 @@ def _stored(factors: cf.Factors, rank: int, dtype: torch.dtype) -> cf.Factors:
 
 def _replacement(
     model: Vit, index: int, factors: Mapping[str, cf.Factors], ranks: Mapping[str, int]
-) -> weights.Factors:
-    """What `weights.factorise` puts into one block, with every bias rule."""
+) -> surgery.Factors:
+    """What `surgery.factorise` puts into one block, with every bias rule."""
     new: dict[str, Any] = {}
     block: Any = model.blocks[index]
     if "qk" in ranks:
@@ -447,7 +447,7 @@ def _replacement(
             lost = full.lost_mean(ranks[part])
             bias = None if old is None else (_cpu(old) if lost is None else _cpu(old) + lost)
             new[part] = (cut.left, cut.right, bias)
-    return weights.Factors(**new)
+    return surgery.Factors(**new)
 
 
 def _apply(
@@ -458,12 +458,12 @@ def _apply(
     variant: str,
     share: bool = False,
 ) -> Vit:
-    entries: list[weights.Factors | None] = []
+    entries: list[surgery.Factors | None] = []
     for i in range(len(model.blocks)):
         here = {key.part: rank for key, rank in ranks.items() if key.block == i and rank is not None}
         own = {key.part: value for key, value in factors.items() if key.block == i}
         entries.append(_replacement(model, i, own, here) if here else None)
-    return weights.factorise(model, entries, method="comcat", variant=variant, share=share)
+    return surgery.factorise(model, entries, method="comcat", variant=variant, share=share)
 
 
 # ------------------------------------------------------------------------------------------------------------- the method
@@ -487,7 +487,7 @@ def compress(
     """
     fixed = frozen(model.spec, config.freeze)
     offered, dense = groups(
-        weights.with_folded(model.spec, skip=fixed), factorise_mlp=config.factorise_mlp, fixed=fixed
+        surgery.with_folded(model.spec, skip=fixed), factorise_mlp=config.factorise_mlp, fixed=fixed
     )
     reference = cost(model)
     if config.budget is not None:
@@ -499,15 +499,15 @@ def compress(
         )
     chosen = None if config.ranks is None else _explicit(model.spec, offered, config)
     base = model
-    if weights.with_folded(model.spec, skip=fixed) != model.spec:
-        base = weights.fold_layer_scale(model, skip=fixed)
+    if surgery.with_folded(model.spec, skip=fixed) != model.spec:
+        base = surgery.fold_layer_scale(model, skip=fixed)
     if chosen is not None and config.budget is not None:
         _check_explicit(base.spec, chosen, config.budget, reference)
 
     feed = None
     if data is not None:
         how = model.config.preprocess
-        feed = opened.feed(data, how, count=config.images, seed=config.seed, method="comcat")
+        feed = opened.calibration_images(data, how, count=config.images, seed=config.seed, method="comcat")
         if not len(feed):
             raise DataError("comcat: no images. Pass a few hundred unlabelled ones.")
     statistics = None

@@ -38,7 +38,7 @@ from pydantic.dataclasses import dataclass as checked
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vitrim import checkpoints, weights
+from vitrim import checkpoints, surgery
 from vitrim import closed_form as cf
 from vitrim import data as opened
 from vitrim.budget import RESOURCES, Budget, exceeded
@@ -50,9 +50,9 @@ from vitrim.freezing import frozen
 from vitrim.model import Gates, Stream, Vit
 from vitrim.objectives import Plain
 from vitrim.result import Compressed
-from vitrim.spec import Block, ModelSpec, Preprocess, SelectionStep, spec_hash, token_walk
+from vitrim.spec import BlockSpec, ModelSpec, Preprocess, SelectionStep, spec_hash, token_walk
+from vitrim.surgery import Keep
 from vitrim.training import Batch, Step, TrainConfig, fit, plain
-from vitrim.weights import Keep
 
 Progress = Callable[..., None]
 OPEN = Gates(policy="open")
@@ -216,7 +216,7 @@ def floor(spec: ModelSpec, config: DcvitConfig | None = None) -> Cost:
     """The cheapest network that the method makes of this spec; frozen parts stay."""
     config = config or DcvitConfig()
     fixed = frozen(spec, config.freeze)
-    whole, spec = spec, weights.with_folded(spec, skip=fixed)
+    whole, spec = spec, surgery.with_folded(spec, skip=fixed)
     if config.variant == "finetune":
         found = candidates(spec, fixed)[: config.k]
         return cost(with_options(spec, _narrowed(spec, found, dict.fromkeys(found, 1))) if found else whole)
@@ -230,7 +230,7 @@ def floor(spec: ModelSpec, config: DcvitConfig | None = None) -> Cost:
 def step(spec: ModelSpec, config: DcvitConfig | None = None) -> dict[str, int]:
     """The largest jump in cost between neighbouring results, by resource (law 7): one attention, or one step of width."""
     config = config or DcvitConfig()
-    given, spec = cost(spec), weights.with_folded(spec, skip=frozen(spec, config.freeze))
+    given, spec = cost(spec), surgery.with_folded(spec, skip=frozen(spec, config.freeze))
     whole, base = cost(spec), dense_options(spec)
     found = {name: getattr(given, name) - getattr(whole, name) for name in RESOURCES}
     for i, option in enumerate(base):
@@ -318,7 +318,7 @@ def paper_counts(spec: ModelSpec) -> tuple[int, int, int]:
     Of an untouched ViT with blocks alike; raises ConfigError for another.
     """
     alike = len({(b.attention, b.mlp, b.steps) for b in spec.blocks}) == 1
-    block = spec.blocks[0] if spec.blocks else Block(attention=None, mlp=None)
+    block = spec.blocks[0] if spec.blocks else BlockSpec(attention=None, mlp=None)
     if not alike or block.attention is None or block.mlp is None or block.steps or block.mlp.kind == "swiglu":
         raise ConfigError("dcvit: preset 'paper' counts blocks that are all alike and whole; choose preset='clean'.")
     if block.mlp.hidden != 4 * spec.width:
@@ -351,7 +351,7 @@ def structure(spec: ModelSpec, config: DcvitConfig, budget: Budget) -> Structure
     """
     reference, limits = cost(spec), budget.limits(cost(spec))
     fixed = frozen(spec, config.freeze)
-    spec = weights.with_folded(spec, skip=fixed)
+    spec = surgery.with_folded(spec, skip=fixed)
     found = candidates(spec, fixed)
     if not exceeded(reference, limits):
         return Structure(k=0, hidden={})
@@ -445,7 +445,7 @@ def tables(
     spec: ModelSpec, losses: Sequence[Mapping[Option, float]], fixed: frozenset[tuple[int, str]], *, align: int
 ) -> list[Table]:
     """Costs of every option of every block.  losses: by block, of each of its options."""
-    spec = weights.with_folded(spec, skip=fixed)
+    spec = surgery.with_folded(spec, skip=fixed)
     base, walk = dense_options(spec), token_walk(spec)
     found = []
     for i, (block, at) in enumerate(zip(spec.blocks, walk, strict=True)):
@@ -669,11 +669,13 @@ class Inputs:
             raise DataError(
                 "dcvit: no images were given; expected 50 to 1000 unlabelled ones. Pass data=, such as a folder."
             )
-        feed = opened.feed(source, model.config.preprocess, count=config.images, seed=config.seed, method="dcvit")
+        feed = opened.calibration_images(
+            source, model.config.preprocess, count=config.images, seed=config.seed, method="dcvit"
+        )
         self.images, self.mark, self.count = feed.images, feed.mark, len(feed)
         self.feed = feed
         if feed.images is not None:
-            self.feed = opened.Feed(
+            self.feed = opened.CalibrationImages(
                 feed.preprocess, images=feed.images.subset(ranked(config.seed, _ORDER, feed.images.rows))
             )
         if not self.count:
@@ -821,23 +823,23 @@ class Scoring:
     """What the blocks' scores are measured with."""
 
     base: Vit
-    held: cf.Held
-    sites: dict[str, cf.Site] | None
+    held: cf.StreamCache
+    sites: dict[str, cf.Sensitivity] | None
     config: DcvitConfig
     fixed: frozenset[tuple[int, str]]
     answers: list[Tensor]
     probes: list[int]
     """Batches that measure; they are left out of the trial fits."""
 
-    def site(self, index: int, kind: str = "block") -> cf.Site | None:
+    def site(self, index: int, kind: str = "block") -> cf.Sensitivity | None:
         return None if self.sites is None else self.sites[f"{kind}:{index}"]
 
 
-def _metric(site: cf.Site | None, device: torch.device) -> Tensor | None:
+def _metric(site: cf.Sensitivity | None, device: torch.device) -> Tensor | None:
     return None if site is None else site.metric.to("cpu" if device.type == "mps" else device)
 
 
-def _weights(site: cf.Site | None, stream: Stream) -> Tensor | None:
+def _weights(site: cf.Sensitivity | None, stream: Stream) -> Tensor | None:
     """Of the tokens of a stream, [N]."""
     return None if site is None else site.weights(stream.x.shape[1]).to(stream.x)
 
@@ -984,13 +986,13 @@ def score(
     folder: Path | None,
     resume: bool,
     progress: Progress | None,
-) -> tuple[list[Score], dict[str, cf.Site] | None]:
+) -> tuple[list[Score], dict[str, cf.Sensitivity] | None]:
     """Scores of all blocks, in one walk of the dense stream.  base: LayerScale folded.
 
     room: for held streams. folder: where each scored block is noted, so that a killed scoring goes on behind it.
     """
     device = next(base.parameters()).device
-    held = cf.Held(room, "dense")
+    held = cf.StreamCache(room, "dense")
     held.fill(inputs.streams(base))
     number = len(held.parts)
     probes: list[int] = []
@@ -1047,7 +1049,7 @@ def _identity(spec: ModelSpec, model: Vit, inputs: Inputs, config: DcvitConfig) 
     values = {name: getattr(config, name) for name in names}
     if config.variant == "finetune":
         values["augment"] = plain(config.augment)
-    weights_ = weights.fingerprint(model)
+    weights_ = surgery.fingerprint(model)
     return {**values, "freeze": list(config.freeze), "spec": spec_hash(spec), "weights": weights_, "data": inputs.mark}
 
 
@@ -1106,7 +1108,7 @@ def _same_run(folder: Path, name: str, before: Mapping[str, Any], now: Mapping[s
 
 
 def keeps_of(spec: ModelSpec, chosen: Sequence[Option], scores: Sequence[Score]) -> list[Keep | None]:
-    """What stays of each block, as `weights.cut` takes it; None where nothing goes."""
+    """What stays of each block, as `surgery.cut` takes it; None where nothing goes."""
     keeps: list[Keep | None] = []
     for dense, option, one in zip(dense_options(spec), chosen, scores, strict=True):
         if option == dense:
@@ -1125,7 +1127,7 @@ def keeps_of(spec: ModelSpec, chosen: Sequence[Option], scores: Sequence[Score])
 def reconstruct(
     base: Vit,
     keeps: Sequence[Keep | None],
-    sites: Mapping[str, cf.Site] | None,
+    sites: Mapping[str, cf.Sensitivity] | None,
     inputs: Inputs,
     config: DcvitConfig,
     *,
@@ -1138,11 +1140,11 @@ def reconstruct(
     With `hand_over`, a half also takes on what it can foretell of the update that is lost right behind it. Halves in front
     of the first change, and frozen ones, are left alone.
     """
-    small = weights.cut(base, keeps, method="dcvit", variant="closed", skip=fixed)
+    small = surgery.cut(base, keeps, method="dcvit", variant="closed", skip=fixed)
     if all(keep is None for keep in keeps):
         return small
     device = next(base.parameters()).device
-    theirs, ours = cf.Held(room, "teacher"), cf.Held(room, "student")
+    theirs, ours = cf.StreamCache(room, "teacher"), cf.StreamCache(room, "student")
     theirs.fill(inputs.streams(base))
     changed = False  # whether the student's stream differs from the teacher's behind what was done so far
 
@@ -1203,7 +1205,13 @@ def _loses_next(spec: ModelSpec, keeps: Sequence[Keep | None], index: int) -> bo
 
 
 def _advance(
-    theirs: cf.Held, ours: cf.Held, pairs: Iterator[tuple[Stream, Stream]], tb: Any, sb: Any, *, both: bool
+    theirs: cf.StreamCache,
+    ours: cf.StreamCache,
+    pairs: Iterator[tuple[Stream, Stream]],
+    tb: Any,
+    sb: Any,
+    *,
+    both: bool,
 ) -> None:
     """Both streams to the next block; the student's is held apart once it differs."""
     theirs.begin()
@@ -1469,7 +1477,7 @@ def _narrow(student: Vit, index: int, hidden: int, config: DcvitConfig, *, draw:
     keeps: list[Keep | None] = [None] * len(student.spec.blocks)
     keeps[index] = keep
     fixed = frozen(student.spec, config.freeze)
-    return weights.cut(student, keeps, method="dcvit", variant="finetune", skip=fixed), keep
+    return surgery.cut(student, keeps, method="dcvit", variant="finetune", skip=fixed), keep
 
 
 @torch.no_grad()
@@ -1529,7 +1537,7 @@ def by_finetuning(
         order = ranked_[: shape.k]
         widths = {i: shape.hidden[i] for i in order}
     else:
-        order, widths = chosen_blocks(weights.with_folded(reference, skip=fixed), ranked_, shape, limits, state.scores)
+        order, widths = chosen_blocks(surgery.with_folded(reference, skip=fixed), ranked_, shape, limits, state.scores)
     keeps = list(none)
     student, trained = base, 0
     if order[0] == ranked_[0]:  # its trial was the best, and is not trained again
@@ -1692,7 +1700,7 @@ def compress_family(
         _check_budget(model.spec, config, budget, least, reference)
     device = torch.device(config.device) if config.device is not None else next(model.parameters()).device
     home = next(model.parameters()).device
-    base = weights.fold_layer_scale(model, skip=fixed).to(device).eval()
+    base = surgery.fold_layer_scale(model, skip=fixed).to(device).eval()
     inputs = Inputs(model, data, config)
     if inputs.images is None and (config.variant == "finetune" or config.finetune_steps):
         raise DataError(
@@ -1702,7 +1710,7 @@ def compress_family(
     with tempfile.TemporaryDirectory(prefix="vitrim-") as temporary:
         room = Path(temporary)
         scores: list[Score] = []
-        sites: dict[str, cf.Site] | None = None
+        sites: dict[str, cf.Sensitivity] | None = None
         if config.variant == "closed" and any(exceeded(reference, b.limits(reference)) for b in budgets):
             scores, sites = score(
                 base, inputs, config, fixed=fixed, room=room, folder=folder, resume=resume, progress=progress
@@ -1735,7 +1743,7 @@ def _closed(
     model: Vit,
     base: Vit,
     scores: Sequence[Score],
-    sites: Mapping[str, cf.Site] | None,
+    sites: Mapping[str, cf.Sensitivity] | None,
     inputs: Inputs,
     config: DcvitConfig,
     budget: Budget,
@@ -1777,7 +1785,7 @@ def _unchanged(model: Vit, config: DcvitConfig) -> Compressed:
     step_ = SelectionStep(
         method="dcvit", variant=config.variant, parent=spec_hash(model.spec), blocks=(None,) * len(model.spec.blocks)
     )
-    same = weights.with_spec(model, model.spec, model.state_dict(), step_)
+    same = surgery.with_spec(model, model.spec, model.state_dict(), step_)
     report = {"variant": config.variant, "blocks": _rows(model.spec, model.spec)}
     return Compressed(model=same, method="dcvit", variant=config.variant, report=report)
 
@@ -1797,8 +1805,8 @@ def _finished(model: Vit, base: Vit, small: Vit, keeps: Sequence[Keep | None], c
     return small.train(model.training)
 
 
-def _kept(block: Block, keep: Keep) -> dict[str, Any]:
-    """The selection's entry of a block, in the form that `weights.cut` writes."""
+def _kept(block: BlockSpec, keep: Keep) -> dict[str, Any]:
+    """The selection's entry of a block, in the form that `surgery.cut` writes."""
     entry: dict[str, Any] = {}
     if block.attention is not None:
         entry["attention"] = {"heads": None, "qk": None, "v": None} if keep.attention else "gone"

@@ -27,20 +27,20 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as checked
 from torch import Tensor, nn
 
-from vitrim import counting, weights
+from vitrim import counting, surgery
 from vitrim import data as rooms
 from vitrim.budget import Budget, exceeded
 from vitrim.counting import Cost, cost
 from vitrim.data import Augment, Images
 from vitrim.errors import BudgetError, ConfigError, DataError, TrainingError
 from vitrim.freezing import HALVES, frozen
-from vitrim.model import Soft, Vit
+from vitrim.model import Masks, Vit
 from vitrim.objectives import Distilled, LabelFree, Supervised
 from vitrim.result import Compressed
-from vitrim.spec import Attention, Block, ModelSpec, spec_hash, token_walk
+from vitrim.spec import AttentionSpec, BlockSpec, ModelSpec, spec_hash, token_walk
+from vitrim.surgery import Keep
 from vitrim.tasks.classification import class_index
 from vitrim.training import Batch, Objective, Progress, Step, TrainConfig, fit, plain, read_config, ready, schedule
-from vitrim.weights import Keep
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 Half = tuple[int, str]
@@ -329,7 +329,7 @@ class Space:
             "params": whole.params - sum(b.attention_params + b.mlp_params for b in whole.blocks),
         }
 
-    def _offer(self, i: int, block: Block, per_head: bool) -> None:
+    def _offer(self, i: int, block: BlockSpec, per_head: bool) -> None:
         if (a := block.attention) is not None and (i, "attention") in self.free:
             if a.heads > 1:
                 self.widths.append(Width(i, "heads", a.heads))
@@ -347,7 +347,7 @@ class Space:
         gone = math.floor(float(removed[heads[0]]) * len(where) + 1e-9)
         return [w for w, rank in zip(where, ranks[i], strict=True) if rank >= gone]
 
-    def tied(self, a: Attention) -> bool:
+    def tied(self, a: AttentionSpec) -> bool:
         """Whether this attention's queries and keys lose dims with its values."""
         return self.tie and a.qk_norm == "none" and a.qk_dim > 1
 
@@ -520,7 +520,7 @@ def _nearest(levels: Sequence[int], count: float) -> int:
     return min(levels, key=lambda level: (abs(level - count), level))
 
 
-def _shape(block: Block) -> Shape:
+def _shape(block: BlockSpec) -> Shape:
     a, m = block.attention, block.mlp
     return Shape(
         attention=a is not None,
@@ -535,7 +535,7 @@ def _shape(block: Block) -> Shape:
 def space_of(spec: ModelSpec, config: UvcConfig) -> Space:
     """The decisions on a spec as it was passed in; budgets' shares refer to it."""
     fixed = frozen(spec, config.freeze)
-    return Space(weights.with_folded(spec, skip=fixed), config, fixed, cost(spec))
+    return Space(surgery.with_folded(spec, skip=fixed), config, fixed, cost(spec))
 
 
 ANY = Budget(keep_macs=1.0)
@@ -616,7 +616,7 @@ def bottom(energies: Array, removed: float) -> tuple[float, float]:
 
 
 def ramp_mask(ranks: Any, removed: float, size: int, width: float) -> Array:
-    """Soft masks by rank (0 goes first): 0 below `removed`, 1 above, a straight ramp of `width` ranks between.
+    """Masks masks by rank (0 goes first): 0 below `removed`, 1 above, a straight ramp of `width` ranks between.
 
     At whole numbers with a width of 1 they are 0 and 1; with nothing removed all are exactly 1, and they sum to size - removed.
     """
@@ -980,11 +980,11 @@ class Slot(NamedTuple):
 class Softened:
     """The wrapped model's forward with soft tensors, for an objective that knows nothing of them."""
 
-    def __init__(self, model: nn.Module, soft: Soft) -> None:
+    def __init__(self, model: nn.Module, soft: Masks) -> None:
         self.model, self.soft = model, soft
 
     def __call__(self, images: Tensor, want: Sequence[str] | None = None) -> Any:
-        return self.model(images, soft=self.soft, want=want)
+        return self.model(images, masks=self.soft, want=want)
 
 
 class Search:
@@ -1038,7 +1038,7 @@ class Search:
     def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         assert isinstance(model, Vit)
         self.model = model
-        weights.hold(model, self.fixed)
+        surgery.hold(model, self.fixed)
         first = next(model.parameters())
         self.leaf = torch.ones(len(self.leaf), device=first.device, dtype=first.dtype, requires_grad=True)
         self.norms = self._measure()
@@ -1181,7 +1181,7 @@ class Search:
         self.shown = values[self.masks :]
         self.leaf.copy_(torch.tensor(values))
 
-    def soft(self, step: Step, images: int) -> Soft:
+    def soft(self, step: Step, images: int) -> Masks:
         """What the forward pass multiplies with. Draws the gates' noise from the global generator."""
         count = len(self.space.spec.blocks)
         rows: dict[str, list[Tensor | None]] = {
@@ -1217,7 +1217,7 @@ class Search:
             else:
                 for _, half in halves:
                     rows[half][i] = scale
-        return Soft(**{name: tuple(values) for name, values in rows.items() if any(v is not None for v in values)})
+        return Masks(**{name: tuple(values) for name, values in rows.items() if any(v is not None for v in values)})
 
     # ----------------------------------------------------------------------------------------------------- orders, energies
 
@@ -1463,7 +1463,7 @@ def compress(
     if not exceeded(space.reference, limits):
         every = [(i, half) for i in range(len(model.spec.blocks)) for half in HALVES]
         untouched = [None] * len(model.spec.blocks)
-        whole = weights.cut(model, untouched, method="uvc", variant=config.preset, skip=every)
+        whole = surgery.cut(model, untouched, method="uvc", variant=config.preset, skip=every)
         return Compressed(
             model=whole, method="uvc", variant=config.preset, report={"within_budget": True, "warnings": []}
         )
@@ -1472,7 +1472,7 @@ def compress(
     needed, label_free = needs_labels(model.spec, config)
     images = rooms.open(data, split="train", labelled=True if needed else False if label_free else None)
     objective = Search(space, _inner(teacher or model, config, images, label_free=label_free), config, limits, fixed)
-    base = weights.fold_layer_scale(model, skip=fixed)
+    base = surgery.fold_layer_scale(model, skip=fixed)
     labelled = images.labelled and not label_free
     label_map = class_index(model.config.labels, images.classes, classes=model.spec.classes) if labelled else None
     fitted = fit(
@@ -1485,7 +1485,7 @@ def compress(
         label_map=label_map,
         progress=_named(progress),
     )
-    small = weights.cut(fitted.model, objective.keeps(), method="uvc", variant=config.preset, skip=fixed)
+    small = surgery.cut(fitted.model, objective.keeps(), method="uvc", variant=config.preset, skip=fixed)
     last = replace(small.selection.steps[-1], parent=spec_hash(model.spec), refit=True)
     small.selection = model.selection.then(last)
     report = _report(objective, small.spec)

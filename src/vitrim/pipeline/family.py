@@ -22,8 +22,8 @@ from vitrim.pipeline.folder import written_or_said
 from vitrim.pipeline.running import RunResult, may_have_tail, reference_of, run, with_tail
 from vitrim.result import Compressed
 from vitrim.sources import load
+from vitrim.surgery import with_exact_tail
 from vitrim.training import Progress
-from vitrim.weights import with_exact_tail
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vitrim import data as rooms
-from vitrim import weights
+from vitrim import surgery
 from vitrim.data import Images
 from vitrim.errors import ConfigError, DataError
 from vitrim.freezing import frozen
@@ -100,7 +100,7 @@ def _again(model: Vit, teacher: Vit | None, images: Images, config: RecoverConfi
     label_map = None if name == "label_free" else _label_map(model, images)
     student = copy.deepcopy(model)
     learns = {name: parameter.requires_grad for name, parameter in student.named_parameters()}
-    weights.hold(student, frozen(student.spec, config.freeze))
+    surgery.hold(student, frozen(student.spec, config.freeze))
     fitted = fit(student, objective, images, config, label_map=label_map, **how)
     for key, parameter in fitted.model.named_parameters():
         parameter.requires_grad_(learns[key])

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 
-from vitrim import __version__, artifact, reporting, timing, weights
+from vitrim import __version__, artifact, reporting, surgery, timing
 from vitrim import data as rooms
 from vitrim.budget import Budget, exceeded
 from vitrim.checkpoints import replace_text
@@ -27,9 +27,9 @@ from vitrim.methods import CHECKS, CONFIGS, TAUGHT, configure, method_of
 from vitrim.methods import compress as compress_by
 from vitrim.methods import plan as plan_of
 from vitrim.model import Vit
+from vitrim.pipeline.comparison import compare, refuse_chance
 from vitrim.pipeline.configs import EvaluateConfig, MeasureConfig, RecoverConfig
 from vitrim.pipeline.folder import STAGES, Folder, written_or_said
-from vitrim.pipeline.judging import judge, refuse_chance
 from vitrim.pipeline.recovery import objective_named, train_again, training_speeds
 from vitrim.result import Compressed
 from vitrim.sources import load
@@ -148,7 +148,7 @@ class _Work:
     def __post_init__(self) -> None:
         self.config = with_tail(self.config, wanted=self.tail)
         self.tail = self.tail and may_have_tail(self.dense.spec, self.config)
-        self.given = weights.exact_tail(self.dense) if self.tail else self.dense
+        self.given = surgery.exact_tail(self.dense) if self.tail else self.dense
         self.asked = self.config
         self.found: dict[str, dict[str, Any]] = {}
         self.redone: list[str] = []
@@ -375,7 +375,7 @@ class _Work:
         models = {"dense": self.dense, "compressed": self._small}
         if self.recovery is not None:
             models["recovered"] = self._final
-        metrics, gap, gained, shown = judge(models, self.held, self.judging, self.progress)
+        metrics, gap, gained, shown = compare(models, self.held, self.judging, self.progress)
         replace_text(self.folder.stages / "samples.json", reporting.as_text(shown))
         return {"metrics": metrics, "difference": gap, "warnings": self._lost_in_recovery(metrics, gained)}
 
@@ -488,7 +488,7 @@ class _Work:
     @cached_property
     def _weights(self) -> str:
         """Of the dense model: a folder can hold others under the same name."""
-        return weights.fingerprint(self.dense)
+        return surgery.fingerprint(self.dense)
 
     def _origin(self) -> dict[str, Any]:
         """Source and first ancestor, handed down from run to run."""
@@ -615,7 +615,7 @@ def may_have_tail(spec: ModelSpec, config: Any) -> bool:
     if "tail" not in (getattr(config, "axes", None) or ("tail",)):
         return False
     held = {block for block, _ in frozen(spec, getattr(config, "freeze", ()))}
-    return weights.allows_exact_tail(spec) and len(spec.blocks) - 1 not in held
+    return surgery.allows_exact_tail(spec) and len(spec.blocks) - 1 not in held
 
 
 def with_tail(config: Any, *, wanted: bool) -> Any:

@@ -113,7 +113,7 @@ def write(model: Vit, format: str, out: str | Path, *, force: bool = False) -> P
     Blocks of which nothing is left are left out, which changes no output.
     Raises SourceError naming the block (counted without those) that the family cannot say.
     """
-    from ..weights import without_empty
+    from ..surgery import without_empty
 
     if format not in FORMATS:
         raise SourceError(f"format={format!r}{did_you_mean(format, FORMATS)}; expected one of {', '.join(FORMATS)}.")

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from .. import weights
+from .. import surgery
 from ..errors import SourceError
 from ..files import make_whole, sync_file, write_text
 from ..model import Vit
-from ..spec import Attention, ConvStem, Mlp, ModelSpec, Prefix, Preprocess
+from ..spec import AttentionSpec, ConvStem, MlpSpec, ModelSpec, Prefix, Preprocess
 from .huggingface_structure import DESIGNS, parts_of, places_of, spec_of
 
 ACTIVATIONS = {
@@ -178,7 +178,7 @@ def _made(model: Vit, name: str) -> nn.Module:
     """The module of one class. Raises _UnsayableError."""
     design = DESIGNS[name]
     if not name.startswith("Dinov2"):
-        model = weights.fold_layer_scale(model)
+        model = surgery.fold_layer_scale(model)
     spec = model.spec
     a, m = _equal_halves(spec)
     _check_around(spec, name)
@@ -259,7 +259,7 @@ def _side(sides: tuple[int, int]) -> int | list[int]:
     return sides[0] if sides[0] == sides[1] else list(sides)
 
 
-def _dinov2_mlp(m: Mlp, width: int, name: str) -> dict[str, Any]:
+def _dinov2_mlp(m: MlpSpec, width: int, name: str) -> dict[str, Any]:
     """Its MLP's width is a whole number of times the stream's (a gated one: two thirds of that, rounded up to 8)."""
     gated = m.kind == "swiglu"
     for ratio in range(1, 2 * m.hidden // width + 2):
@@ -272,9 +272,9 @@ def _dinov2_mlp(m: Mlp, width: int, name: str) -> dict[str, Any]:
     )
 
 
-def _equal_halves(spec: ModelSpec) -> tuple[Attention, Mlp]:
+def _equal_halves(spec: ModelSpec) -> tuple[AttentionSpec, MlpSpec]:
     """The halves that all blocks share, as far as a configuration tells them apart; the first other block is named."""
-    first: tuple[Attention, Mlp] | None = None
+    first: tuple[AttentionSpec, MlpSpec] | None = None
     for i, block in enumerate(spec.blocks):
         a, m = block.attention, block.mlp
         if a is None or m is None:
@@ -404,7 +404,7 @@ def _state(model: Vit, shell: Any) -> Iterator[tuple[str, Tensor]]:
         yield theirs, value.reshape(shape).clone()
 
 
-def _widths(a: Attention | None) -> tuple[int, float]:
+def _widths(a: AttentionSpec | None) -> tuple[int, float]:
     """Rows of the queries, and what they are multiplied by so that `head_dim ** -0.5` gives the dense scale."""
     assert a is not None
     factor = a.scale / a.qk_dim**-0.5

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import SourceError, SpecError
-from ..spec import Attention, Block, ConvStem, Mlp, MlpKind, ModelSpec, Output, Pool, Position
+from ..spec import AttentionSpec, BlockSpec, ConvStem, MlpKind, MlpSpec, ModelSpec, Output, Pool, Position
 from .checkpoints import listed
 
 ADVICE = "vitrim reads transformers' plain Vision Transformers: ViT, DeiT, DINOv2, CLIP, SigLIP, ViT-MAE and MSN."
@@ -414,7 +414,7 @@ def _linear(part: Any, where: str) -> Any:
     return part
 
 
-def _block(parts: BlockParts, where: str, eps: set[float]) -> Block:
+def _block(parts: BlockParts, where: str, eps: set[float]) -> BlockSpec:
     for norm in parts.norms:
         _norm(norm, where, eps)
     for part in (parts.q, parts.k, parts.v, parts.out, *parts.first, parts.second):
@@ -430,8 +430,8 @@ def _block(parts: BlockParts, where: str, eps: set[float]) -> Block:
     biases = {part.bias is not None for part in parts.first}
     if len(biases) != 1:
         raise refused(f"a bias on one of the gated MLP's two first linears ({where})")
-    return Block(
-        attention=Attention(
+    return BlockSpec(
+        attention=AttentionSpec(
             heads=inner // head_dim,
             qk_dim=head_dim,
             v_dim=head_dim,
@@ -442,7 +442,7 @@ def _block(parts: BlockParts, where: str, eps: set[float]) -> Block:
             out_bias=parts.out.bias is not None,
             layer_scale=scaled[0],
         ),
-        mlp=Mlp(
+        mlp=MlpSpec(
             kind="swiglu" if len(parts.first) == 2 else kind,
             hidden=parts.second.in_features,
             fc1_bias=biases.pop(),

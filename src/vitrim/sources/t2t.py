@@ -28,11 +28,11 @@ from ..errors import SourceError, SpecError
 from ..files import sync_file, sync_folder
 from ..model import Vit, build, sinusoids
 from ..spec import (
-    Attention,
-    Block,
+    AttentionSpec,
+    BlockSpec,
     Config,
     ConvStem,
-    Mlp,
+    MlpSpec,
     ModelSpec,
     Output,
     Pool,
@@ -122,7 +122,7 @@ def spec_of(module: nn.Module) -> ModelSpec:
     state = _plain(module.state_dict(), skipped)
     channels, stem = _stem(theirs.tokens_to_token, eps)
     blocks = tuple(
-        Block(attention=None, mlp=None) if i in skipped else _block(block, f"block {i}", eps)
+        BlockSpec(attention=None, mlp=None) if i in skipped else _block(block, f"block {i}", eps)
         for i, block in enumerate(theirs.blocks)
     )
     _norm(theirs.norm, "norm", eps)
@@ -237,7 +237,7 @@ def _from_file(name: str, base: ModelSpec, path: Path, classes: int | None) -> V
         spec = t2t_names.resized(base, rows, found)
     except SourceError as error:
         raise SourceError(f"{path.name}: {error}") from None
-    gone = Block(attention=None, mlp=None)
+    gone = BlockSpec(attention=None, mlp=None)
     spec = replace(spec, blocks=tuple(gone if i in skipped else block for i, block in enumerate(spec.blocks)))
     checkpoints.check(path, {key: tuple(value.shape) for key, value in state.items()}, _shapes(spec), f"{name!r}")
     spec = replace(spec, position=_position(state["pos_embed"][0], spec.grid[0]))
@@ -469,7 +469,7 @@ def _token_transformer(stage: Any, where: str, eps: set[float]) -> tuple[int, in
     return inputs, attn.proj.out_features, 0
 
 
-def _block(block: Any, where: str, eps: set[float]) -> Block:
+def _block(block: Any, where: str, eps: set[float]) -> BlockSpec:
     _has(block, ("norm1", "attn", "norm2", "mlp"), where)
     attn, mlp = block.attn, block.mlp
     _has(attn, ("qkv", "proj", "num_heads", "scale"), where)
@@ -483,8 +483,8 @@ def _block(block: Any, where: str, eps: set[float]) -> Block:
     if attn.qkv.out_features != 3 * heads * head_dim or attn.proj.in_features != heads * head_dim:
         raise _refused(f"attention whose linears do not fit {heads} heads of {head_dim} ({where})")
     bias = attn.qkv.bias is not None
-    return Block(
-        attention=Attention(
+    return BlockSpec(
+        attention=AttentionSpec(
             heads=heads,
             qk_dim=head_dim,
             v_dim=head_dim,
@@ -494,7 +494,7 @@ def _block(block: Any, where: str, eps: set[float]) -> Block:
             v_bias=bias,
             out_bias=attn.proj.bias is not None,
         ),
-        mlp=Mlp(hidden=mlp.fc2.in_features, fc1_bias=mlp.fc1.bias is not None, fc2_bias=mlp.fc2.bias is not None),
+        mlp=MlpSpec(hidden=mlp.fc2.in_features, fc1_bias=mlp.fc1.bias is not None, fc2_bias=mlp.fc2.bias is not None),
     )
 
 

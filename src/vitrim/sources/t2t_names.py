@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 
 from ..errors import SourceError, did_you_mean
-from ..spec import Attention, Block, Mlp, ModelSpec, Output, Position, T2TPerformer, T2TTransformer
+from ..spec import AttentionSpec, BlockSpec, MlpSpec, ModelSpec, Output, Position, T2TPerformer, T2TTransformer
 
 # width, depth, heads, MLP units per unit of width, stem
 SIZES: dict[str, tuple[int, int, int, int, T2TPerformer | T2TTransformer]] = {
@@ -37,7 +37,7 @@ def spec(name: str, *, classes: int = 1000, image_px: int = 224) -> ModelSpec:
         raise SourceError(f"T2T-ViT has no model {name!r}{did_you_mean(name, SIZES)}; known: {', '.join(names())}.")
     width, depth, heads, ratio, stem = SIZES[name]
     head_dim = width // heads
-    attention = Attention(
+    attention = AttentionSpec(
         heads=heads, qk_dim=head_dim, v_dim=head_dim, scale=head_dim**-0.5, q_bias=False, k_bias=False, v_bias=False
     )
     side = image_px // math.prod(stem.strides)
@@ -49,7 +49,7 @@ def spec(name: str, *, classes: int = 1000, image_px: int = 224) -> ModelSpec:
         width=width,
         position=Position(kind="fixed", grid=(side, side), resize="rebuild_1d"),
         norm_eps=EPS,
-        blocks=(Block(attention=attention, mlp=Mlp(hidden=ratio * width)),) * depth,
+        blocks=(BlockSpec(attention=attention, mlp=MlpSpec(hidden=ratio * width)),) * depth,
         outputs=(Output(classes=classes),) if classes else (),
     )
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import SourceError
 from ..model import Vit
-from ..spec import Attention, ConvStem, Mlp, ModelSpec, Prefix
+from ..spec import AttentionSpec, ConvStem, MlpSpec, ModelSpec, Prefix
 from . import checkpoints
 from .timm_structure import places_of, spec_of
 
@@ -146,9 +146,9 @@ def _unsayable(what: str) -> SourceError:
     )
 
 
-def _equal_halves(spec: ModelSpec) -> tuple[Attention, Mlp]:
+def _equal_halves(spec: ModelSpec) -> tuple[AttentionSpec, MlpSpec]:
     """The halves that all blocks share, as far as timm's arguments tell them apart; the first other block is named."""
-    first: tuple[Attention, Mlp] | None = None
+    first: tuple[AttentionSpec, MlpSpec] | None = None
     for i, block in enumerate(spec.blocks):
         a, m = block.attention, block.mlp
         if a is None or m is None:
@@ -211,7 +211,7 @@ def _check_sayable(spec: ModelSpec) -> None:
             raise _unsayable(fault)
 
 
-def _check_pool(spec: ModelSpec, a: Attention, m: Mlp) -> None:
+def _check_pool(spec: ModelSpec, a: AttentionSpec, m: MlpSpec) -> None:
     """Refuse a map pooling that differs from the blocks, whose arguments timm gives it."""
     if spec.pool.kind != "map":
         return

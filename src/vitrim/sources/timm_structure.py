@@ -18,7 +18,7 @@ from timm.models.vision_transformer import Block as TimmBlock
 from torch import Tensor, nn
 
 from ..errors import SourceError, SpecError
-from ..spec import Attention, Block, ConvStem, Mlp, MlpKind, ModelSpec, Output, Pool, Position
+from ..spec import AttentionSpec, BlockSpec, ConvStem, MlpKind, MlpSpec, ModelSpec, Output, Pool, Position
 from .checkpoints import listed
 
 ADVICE = "vitrim reads timm's plain pre-norm Vision Transformers, such as 'timm:deit_small_patch16_224'."
@@ -274,7 +274,7 @@ def _map_pool(pool: Any, width: int, eps: set[float]) -> Pool:
     )
 
 
-def _block(block: nn.Module, where: str, eps: set[float]) -> Block:
+def _block(block: nn.Module, where: str, eps: set[float]) -> BlockSpec:
     kind = type(block)
     if not isinstance(block, TimmBlock) or kind.forward is not TimmBlock.forward or "forward" in vars(block):
         raise refused(f"{BLOCKS.get(kind.__name__, 'blocks of another design')} ({where}: {kind.__name__})")
@@ -284,13 +284,13 @@ def _block(block: nn.Module, where: str, eps: set[float]) -> Block:
     for name in ("ls1", "ls2"):
         if not isinstance(getattr(block, name), (LayerScale, nn.Identity)):
             raise refused(f"a {type(getattr(block, name)).__name__} at {where}, {name}")
-    return Block(
+    return BlockSpec(
         attention=_attention(block.attn, where, eps, isinstance(block.ls1, LayerScale)),
         mlp=_mlp(block.mlp, where, isinstance(block.ls2, LayerScale)),
     )
 
 
-def _attention(attn: Any, where: str, eps: set[float], layer_scale: bool) -> Attention:
+def _attention(attn: Any, where: str, eps: set[float], layer_scale: bool) -> AttentionSpec:
     kind = type(attn)
     if not isinstance(attn, TimmAttention) or kind.forward is not TimmAttention.forward:
         raise refused(f"{BLOCKS.get(kind.__name__, 'attention of another design')} ({where}: {kind.__name__})")
@@ -313,7 +313,7 @@ def _attention(attn: Any, where: str, eps: set[float], layer_scale: bool) -> Att
     if attn.qkv.out_features != 3 * heads * head_dim or attn.proj.in_features != heads * head_dim:
         raise refused(f"attention whose linears do not fit {heads} heads of {head_dim} ({where})")
     bias = attn.qkv.bias is not None
-    return Attention(
+    return AttentionSpec(
         heads=heads,
         qk_dim=head_dim,
         v_dim=head_dim,
@@ -327,7 +327,7 @@ def _attention(attn: Any, where: str, eps: set[float], layer_scale: bool) -> Att
     )
 
 
-def _mlp(mlp: Any, where: str, layer_scale: bool) -> Mlp:
+def _mlp(mlp: Any, where: str, layer_scale: bool) -> MlpSpec:
     if type(mlp) not in (TimmMlp, GluMlp, SwiGLU):
         raise refused(f"an MLP of another design ({where}: {type(mlp).__name__})")
     if not isinstance(mlp.norm, nn.Identity):
@@ -338,7 +338,7 @@ def _mlp(mlp: Any, where: str, layer_scale: bool) -> Mlp:
     if gated and kind != "silu":
         raise refused(f"an MLP gated by {kind} ({where}: {type(mlp).__name__})")
     first = mlp.fc1_g if isinstance(mlp, SwiGLU) else mlp.fc1
-    return Mlp(
+    return MlpSpec(
         kind="swiglu" if gated else kind,
         hidden=mlp.fc2.in_features,
         fc1_bias=first.bias is not None,

@@ -15,8 +15,8 @@ from torchvision.models import VisionTransformer
 
 from ..errors import SourceError
 from ..model import Vit
-from ..spec import Attention, ConvStem, Mlp, ModelSpec, Prefix
-from ..weights import fold_layer_scale
+from ..spec import AttentionSpec, ConvStem, MlpSpec, ModelSpec, Prefix
+from ..surgery import fold_layer_scale
 from . import checkpoints
 from .torchvision_structure import EPS, places_of, spec_of
 
@@ -87,9 +87,9 @@ def _unsayable(what: str) -> SourceError:
     )
 
 
-def _equal_halves(spec: ModelSpec) -> tuple[Attention, Mlp]:
+def _equal_halves(spec: ModelSpec) -> tuple[AttentionSpec, MlpSpec]:
     """The halves that all blocks share as far as torchvision's arguments tell; the first block in the way is named."""
-    first: tuple[Attention, Mlp] | None = None
+    first: tuple[AttentionSpec, MlpSpec] | None = None
     for i, block in enumerate(spec.blocks):
         a, m = block.attention, block.mlp
         if a is None or m is None:

@@ -14,7 +14,7 @@ from torchvision.models import VisionTransformer
 from torchvision.models.vision_transformer import EncoderBlock
 
 from ..errors import SourceError, SpecError
-from ..spec import Attention, Block, ConvStem, Mlp, MlpKind, ModelSpec, Output, Pool, Position
+from ..spec import AttentionSpec, BlockSpec, ConvStem, MlpKind, MlpSpec, ModelSpec, Output, Pool, Position
 from .checkpoints import listed
 
 ADVICE = "vitrim reads torchvision's Vision Transformers, such as 'torchvision:vit_b_16'."
@@ -138,16 +138,16 @@ def _norm(norm: nn.Module, where: str, eps: set[float]) -> bool:
     return True
 
 
-def _block(block: Any, where: str, eps: set[float]) -> Block:
+def _block(block: Any, where: str, eps: set[float]) -> BlockSpec:
     if not isinstance(block, EncoderBlock):
         raise refused(f"blocks of another design ({where}: {type(block).__name__})")
     for name in ("ln_1", "ln_2"):
         if not _norm(getattr(block, name), f"{where}, {name}", eps):
             raise refused(f"no {name} ({where})")
-    return Block(attention=_attention(block.self_attention, where), mlp=_mlp(block.mlp, where))
+    return BlockSpec(attention=_attention(block.self_attention, where), mlp=_mlp(block.mlp, where))
 
 
-def _attention(attention: Any, where: str) -> Attention:
+def _attention(attention: Any, where: str) -> AttentionSpec:
     if type(attention) is not nn.MultiheadAttention:
         raise refused(f"attention of another design ({where}: {type(attention).__name__})")
     faults = {
@@ -160,7 +160,7 @@ def _attention(attention: Any, where: str) -> Attention:
         if there:
             raise refused(f"{fault} in {where}")
     bias = attention.in_proj_bias is not None
-    return Attention(
+    return AttentionSpec(
         heads=attention.num_heads,
         qk_dim=attention.head_dim,
         v_dim=attention.head_dim,
@@ -172,13 +172,13 @@ def _attention(attention: Any, where: str) -> Attention:
     )
 
 
-def _mlp(mlp: nn.Module, where: str) -> Mlp:
+def _mlp(mlp: nn.Module, where: str) -> MlpSpec:
     parts = [part for part in mlp.children() if not isinstance(part, nn.Dropout)]
     if [type(part) for part in parts[::2]] != [nn.Linear, nn.Linear] or len(parts) != 3:
         raise refused(f"an MLP of another design ({where}: {', '.join(type(part).__name__ for part in parts)})")
     first, act, second = parts
     assert isinstance(second, nn.Linear)
-    return Mlp(
+    return MlpSpec(
         kind=_activation(act, where),
         hidden=second.in_features,
         fc1_bias=first.bias is not None,

@@ -259,7 +259,7 @@ def test_streams_on_disk_equal_streams_in_memory(tmp_path, monkeypatch):
     ends = []
     for limit in (1 << 20, 0):
         monkeypatch.setattr(streams, "IN_MEMORY_BYTES", limit)
-        held = cf.Held(tmp_path, "a")
+        held = cf.StreamCache(tmp_path, "a")
         held.fill(model.embed(part) for part in x.split(2))
         for block in model.blocks:
             held.advance(lambda s, block=block: block(s, None, OPEN)[0])

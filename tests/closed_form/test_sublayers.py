@@ -7,9 +7,9 @@ import torch
 
 from tests.specs import close, images, make, vit
 from vitrim import closed_form as cf
-from vitrim.closed_form import parts
+from vitrim.closed_form import sublayers as parts
 from vitrim.model import Vit
-from vitrim.spec import Mlp
+from vitrim.spec import MlpSpec
 
 SPEC = vit(blocks=1, width=16, heads=2, head_dim=8, hidden=24)
 
@@ -65,7 +65,7 @@ def test_new_values_are_the_old_ones_turned():
 
 @pytest.mark.parametrize("rank", [None, 5])
 def test_a_last_linear_that_is_refitted_on_its_own_target_stays_as_it_is(rank):
-    model = make(replace(SPEC, blocks=(replace(SPEC.blocks[0], mlp=Mlp(hidden=24, fc2_rank=rank)),)))
+    model = make(replace(SPEC, blocks=(replace(SPEC.blocks[0], mlp=MlpSpec(hidden=24, fc2_rank=rank)),)))
     block = model.blocks[0]
     with torch.no_grad():
         hidden = cf.expand(block, model.embed(images(SPEC, 12)))

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.specs import close, images, make, specs, vit
-from vitrim import weights
-from vitrim.closed_form import width as narrowing
+from vitrim import surgery
+from vitrim.closed_form import stream_width as narrowing
 from vitrim.counting import cost, macs, params
 from vitrim.errors import SpecError
 from vitrim.model import Vit
@@ -40,7 +40,7 @@ def narrowable(draw: st.DrawFn) -> ModelSpec:
 @given(spec=narrowable())
 def test_the_full_width_is_exact_for_every_network_that_may_be_narrowed(spec):
     assert narrowing.refusal(spec) is None
-    model, x = weights.fold_layer_scale(make(spec)), images(spec, 3)
+    model, x = surgery.fold_layer_scale(make(spec)), images(spec, 3)
     basis = narrowing.directions(stream_of(model, x), spec.width)
     for corrected in (None, narrowing.corrections(model, basis, [x])):
         assert close(narrowing.narrow(model, basis, corrected)(x), model(x), 1e-9)
@@ -83,7 +83,7 @@ def test_what_cannot_be_narrowed_is_refused_by_name(changes, why):
 @settings(max_examples=40)
 @given(spec=narrowable())
 def test_the_narrow_network_is_the_spec_it_says(spec):
-    model, x = weights.fold_layer_scale(make(spec)), images(spec, 2)
+    model, x = surgery.fold_layer_scale(make(spec)), images(spec, 2)
     small = narrowing.narrow(model, narrowing.directions(stream_of(model, x), spec.width - 3))
     assert small.spec == narrowing.narrowed_spec(model.spec, spec.width - 3)
     assert params(small.spec) == sum(p.numel() for p in small.parameters())
@@ -123,7 +123,7 @@ def flat(directions: int, *, constant: bool) -> tuple[Vit, torch.Tensor]:
     state["stem.proj.bias"] = 5.0 * fixed if constant else moving @ moving.mT @ state["stem.proj.bias"]
     if constant:
         state["prefix"] = state["prefix"] + 5.0 * fixed
-    return weights.with_spec(model, model.spec, state), x
+    return surgery.with_spec(model, model.spec, state), x
 
 
 @pytest.mark.parametrize("weighed", [False, True])
@@ -155,7 +155,7 @@ def test_a_constant_added_to_every_channel_of_a_token_changes_nothing():
     model, x = make(SPEC), images(SPEC, 3)
     state = dict(model.state_dict())
     shifted = {**state, "position": state["position"] + torch.arange(17.0, dtype=torch.float64)[:, None]}
-    other = weights.with_spec(model, SPEC, shifted)
+    other = surgery.with_spec(model, SPEC, shifted)
     basis = narrowing.directions(stream_of(model, x), 9)
     assert close(other(x), model(x))
     assert close(narrowing.narrow(other, basis)(x), narrowing.narrow(model, basis)(x))

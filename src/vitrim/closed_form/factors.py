@@ -1,0 +1,345 @@
+"""Closed forms: low-rank factors of attention and linears, and the streamed statistics that tell which are cheap to drop.
+
+Row-vector convention: a token is a row x, a weight maps it as `x @ W`, so W is the transpose of a `torch.nn.Linear`'s.
+Factors are always made at full rank, in order of importance: slicing the leading components truncates them. The squared
+singular values in `spectrum` are the error that each component saves; all arithmetic is in float64.
+
+No D x D product is ever decomposed. With A = C_q^(1/2) [W_Q; b_Q] and B = C_k^(1/2) W_K, the spectrum of A B^T needs only
+the Q x Q moments A^T A = E[q^T q] and B^T B = E[k^T k] of the queries and keys themselves; likewise the attention output
+needs E[a^T a] of what a head mixes, and a linear the smaller of the moments of its inputs and of its outputs. Calibration
+therefore keeps some 2 D^2 numbers a block, and no image after its batch.
+
+Shapes: H heads, N tokens, D width, Q query/key dims, V value dims, R rank; `...` any leading dims, usually H.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitrim.errors import DataError
+from vitrim.model import Attention, Block, Gates, Vit
+
+Progress = Callable[..., None]
+TINY = torch.finfo(torch.float64).eps
+
+
+@dataclass(frozen=True, kw_only=True)
+class Factors:
+    """`x @ W` as `x @ left @ right`, components in order of importance and balanced (equal norms on both sides).
+
+    left: [..., in, R]; right: [..., R, out].  spectrum: [..., R] singular values, in the metric of the statistics.
+    left_bias: [..., R] added between the two (the query bias), or None.
+    mean: [..., out] the mean of `x @ W`, whose part lost by truncation `lost_mean` gives back, or None.
+    mean_between: [..., R] the mean of `x @ left`.
+    """
+
+    left: Tensor
+    right: Tensor
+    spectrum: Tensor
+    left_bias: Tensor | None = None
+    mean: Tensor | None = None
+    mean_between: Tensor | None = None
+
+    def lost_mean(self, rank: int) -> Tensor | None:
+        """[..., out]: what the first `rank` components miss of the mean output; belongs into the output bias."""
+        if self.mean is None or self.mean_between is None:
+            return None
+        right = self.right[..., :rank, :].to(self.mean.dtype)
+        return self.mean - (self.mean_between[..., None, :rank] @ right).squeeze(-2)
+
+    def sliced(self, rank: int) -> Factors:
+        """The leading components, as views. The mean still belongs to full rank."""
+        cut = None if self.left_bias is None else self.left_bias[..., :rank]
+        between = None if self.mean_between is None else self.mean_between[..., :rank]
+        return Factors(
+            left=self.left[..., :rank],
+            right=self.right[..., :rank, :],
+            spectrum=self.spectrum[..., :rank],
+            left_bias=cut,
+            mean=self.mean,
+            mean_between=between,
+        )
+
+
+def factorise_qk(
+    w_q: Tensor,
+    b_q: Tensor | None,
+    w_k: Tensor,
+    *,
+    query_moment: Tensor | None = None,
+    key_moment: Tensor | None = None,
+    ridge: float = 1e-6,
+) -> Factors:
+    """The scores' product [W_Q; b_Q] W_K^T in factors; b_K is invisible to the softmax and has no place here.
+
+    w_q: [..., D_q, Q]; b_q: [..., Q]; w_k: [..., D_k, Q]. Gives left [..., D_q, R], right [..., R, D_k] (keys project by
+    its transpose), left_bias [..., R] if b_q is given.
+    query_moment: [..., Q, Q] E[q^T q], bias included; key_moment: [..., Q, Q] E[k^T k], keys centred within each image
+    (the softmax ignores what all keys share). Both None: the plain SVD.
+    ridge: lambda of `_root`. The squared spectrum's tail is the expected squared error of the centred scores.
+    """
+    w_q, w_k = w_q.double(), w_k.double()
+    extended = w_q if b_q is None else torch.cat([w_q, b_q.double()[..., None, :]], dim=-2)
+    root_q, inverse_q = _root(extended, query_moment, ridge)
+    root_k, _ = _root(w_k, key_moment, ridge)
+    left, spectrum, _ = torch.linalg.svd(root_q @ root_k.mT, full_matrices=False)
+    # biorthogonal pair: (inverse_q left) (root_q^T left)^T is the identity at full rank, so no key root is inverted
+    queries, keys = extended @ (inverse_q @ left), w_k @ (root_q.mT @ left)
+    queries, right = _balanced(queries, keys.mT)
+    if b_q is None:
+        return Factors(left=queries, right=right, spectrum=spectrum)
+    return Factors(left=queries[..., :-1, :], right=right, spectrum=spectrum, left_bias=queries[..., -1, :])
+
+
+def factorise_vo(
+    w_v: Tensor, w_o: Tensor, *, moment: Tensor | None = None, mean: Tensor | None = None, ridge: float = 1e-6
+) -> Factors:
+    """The product W_V W_O of each head in factors; fold b_V into the output bias first (`fold_value_bias`).
+
+    w_v: [..., D, V]; w_o: [..., V, D]. Gives left [..., D, R], right [..., R, D].
+    moment: [..., V, V] E[a^T a] of a = softmax(.) x W_V without b_V; None: the plain SVD. For a moment C_z of the heads'
+    inputs pass W_V^T C_z W_V. mean: [..., V] E[a], if the moment is centred and the output bias can take the rest.
+    The squared spectrum's tail is the squared output error of a head on the calibration images.
+    """
+    w_v, w_o = w_v.double(), w_o.double()
+    root, _ = _root(w_v, moment, ridge)
+    _, spectrum, right = torch.linalg.svd(root @ w_o, full_matrices=False)
+    inner = w_o @ right.mT  # V R: to the leading directions of the output
+    left, scaled = _balanced(w_v @ inner, right)
+    if mean is None:
+        return Factors(left=left, right=scaled, spectrum=spectrum)
+    row = mean.double()[..., None, :]
+    shrink = (right * right).sum(-1) / (scaled * right).sum(-1)  # undoes the balancing
+    between = (row @ inner).squeeze(-2) * shrink
+    return Factors(left=left, right=scaled, spectrum=spectrum, mean=(row @ w_o).squeeze(-2), mean_between=between)
+
+
+def fold_value_bias(b_v: Tensor | None, w_o: Tensor, b_o: Tensor | None) -> Tensor | None:
+    """The output bias that carries the value biases too, exact because attention rows sum to 1.
+
+    b_v: [H, V]; w_o: [H, V, D]; b_o: [D]. None if neither bias is there.
+    """
+    folded = None if b_v is None else torch.einsum("hv,hvd->d", b_v.double(), w_o.double())
+    if b_o is None:
+        return folded
+    return b_o.double() if folded is None else b_o.double() + folded
+
+
+def factorise_linear(
+    w: Tensor,
+    *,
+    inputs: Tensor | None = None,
+    outputs: Tensor | None = None,
+    mean: Tensor | None = None,
+    ridge: float = 1e-6,
+) -> Factors:
+    """A linear W [in, out] in factors left [in, R], right [R, out], R = min(in, out).
+
+    inputs: [in, in] second moment of x, or outputs: [out, out] of x W; at most one. Both None: the plain SVD.
+    mean: E[x W] [out], if the moment is centred and the bias can take the rest. The squared spectrum's tail is the squared
+    output error.
+    """
+    assert inputs is None or outputs is None
+    w = w.double()
+    rank = min(w.shape)
+    if outputs is not None:
+        outputs = outputs.double()
+        metric = outputs + ridge * _trace(outputs) / _trace(w.mT @ w).clamp_min(TINY) * (w.mT @ w)
+        values, vectors = torch.linalg.eigh(metric)
+        spectrum = values.flip(-1)[:rank].clamp_min(0).sqrt()
+        right = vectors.flip(-1)[:, :rank].mT
+    else:
+        weighed = w
+        if inputs is not None:
+            moment = inputs.double()
+            size = moment.shape[-1]
+            moment = moment + ridge * _trace(moment) / size * torch.eye(size, dtype=w.dtype, device=w.device)
+            values, vectors = torch.linalg.eigh(moment)
+            weighed = values.clamp_min(0).sqrt()[:, None] * (vectors.mT @ w)
+        _, spectrum, right = torch.linalg.svd(weighed, full_matrices=False)
+    left, scaled = _balanced(w @ right.mT, right)
+    if mean is None:
+        return Factors(left=left, right=scaled, spectrum=spectrum)
+    mean = mean.double()
+    between = (mean @ right.mT) * ((right * right).sum(-1) / (scaled * right).sum(-1))
+    return Factors(left=left, right=scaled, spectrum=spectrum, mean=mean, mean_between=between)
+
+
+def _root(w: Tensor, moment: Tensor | None, ridge: float) -> tuple[Tensor, Tensor]:
+    """L with L^T L = the moment (+ ridge), and its pseudo-inverse.  w: [..., D, E] -> [..., m, E], [..., E, m].
+
+    None: of W^T W, from W itself, which keeps the accuracy that squaring would lose. The ridge adds
+    `ridge * tr(moment) / tr(W^T W)` times W^T W: it bounds the inverse, and as it grows the plain SVD returns.
+    """
+    if moment is None:
+        _, values, rows = torch.linalg.svd(w, full_matrices=False)
+    else:
+        gram, moment = w.mT @ w, moment.double()
+        share = ridge * _trace(moment) / _trace(gram).clamp_min(TINY)
+        squares, vectors = torch.linalg.eigh(moment + share[..., None, None] * gram)
+        values, rows = squares.clamp_min(0).sqrt(), vectors.mT
+    top = values.amax(-1, keepdim=True)
+    live = values > top * TINY * w.shape[-1]
+    inverse = torch.where(live, 1 / values.where(live, torch.ones_like(values)), torch.zeros_like(values))
+    return values[..., :, None] * rows, rows.mT * inverse[..., None, :]
+
+
+def _trace(matrix: Tensor) -> Tensor:
+    return matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
+
+
+def _balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Equal norms of each component's column and row: weight decay and half precision treat both sides alike."""
+    columns, rows = left.norm(dim=-2), right.norm(dim=-1)
+    both = (columns > 0) & (rows > 0)
+    ratio = torch.where(both, rows / columns.where(both, torch.ones_like(columns)), torch.ones_like(rows)).sqrt()
+    return left * ratio[..., None, :], right / ratio[..., :, None]
+
+
+@dataclass
+class Moments:
+    """A running sum of rows and of their outer products.  rows of [..., E]; sums in float64 on the CPU."""
+
+    count: int = 0
+    sum: Tensor = field(default_factory=lambda: torch.zeros(()))
+    square: Tensor = field(default_factory=lambda: torch.zeros(()))
+
+    def add(self, rows: Tensor) -> None:
+        """rows: [..., n, E], in the model's dtype within a batch."""
+        square = (rows.mT @ rows).to("cpu", torch.float64)
+        total = rows.sum(-2).to("cpu", torch.float64)
+        self.sum = total if self.count == 0 else self.sum + total
+        self.square = square if self.count == 0 else self.square.add_(square)
+        self.count += rows.shape[-2]
+
+    @property
+    def mean(self) -> Tensor:
+        """[..., E]"""
+        return self.sum / self.count
+
+    @property
+    def second(self) -> Tensor:
+        """[..., E, E] mean of x^T x."""
+        return self.square / self.count
+
+    @property
+    def covariance(self) -> Tensor:
+        """[..., E, E] mean of (x - mean)^T (x - mean)."""
+        return self.second - self.mean[..., :, None] * self.mean[..., None, :]
+
+
+@dataclass
+class BlockStatistics:
+    """What one block's parts see.  queries: [H, Q], bias included; keys: [H, Q], centred within each image;
+    values: [H, V] what each head hands to the output projection, b_V included; fc1, fc2: of the smaller side of each
+    linear, outputs without their bias.
+    """
+
+    queries: Moments = field(default_factory=Moments)
+    keys: Moments = field(default_factory=Moments)
+    values: Moments = field(default_factory=Moments)
+    fc1: Moments = field(default_factory=Moments)
+    fc2: Moments = field(default_factory=Moments)
+
+
+def sees_inputs(inputs: int, outputs: int) -> bool:
+    """Whether a linear's statistics are of its inputs (or of its outputs): the smaller side."""
+    return inputs <= outputs
+
+
+@torch.no_grad()
+def calibrate(
+    model: Vit, batches: Iterable[Tensor], *, total: int | None = None, progress: Progress | None = None
+) -> list[BlockStatistics]:
+    """Statistics of every block over images, in one pass; gates are open, token steps run as they do.
+
+    batches: [B, C, h, w] each, forgotten after use. total: images in all, for the progress.
+    Memory: some 2 D^2 + 3 Q D float64 numbers a block, a third of a float32 model, and the activations of one batch.
+    Raises DataError when no image comes, or a value is not finite.
+    """
+    found = [BlockStatistics() for _ in model.blocks]
+    handles = [h for block, seen in zip(model.blocks, found, strict=True) for h in _listen(block, seen)]
+    device = next(model.parameters())
+    done = 0
+    try:
+        for x in batches:
+            result = model(x.to(device), gates=Gates(policy="open"))
+            if not torch.isfinite(result).all():
+                raise DataError(
+                    f"calibration: the model's output is not finite on images {done} to {done + len(x) - 1}. "
+                    "Check the weights and the images' normalisation."
+                )
+            done += len(x)
+            if progress is not None:
+                progress("calibrate", done, total or done)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not done:
+        raise DataError("calibration: no images. Pass a few hundred unlabelled ones, as a folder or a tensor.")
+    return found
+
+
+def _listen(block: nn.Module, seen: BlockStatistics) -> list[Any]:
+    """Hooks that add what a block's parts see to its statistics; the caller removes them."""
+    assert isinstance(block, Block)
+    handles = []
+    if block.spec.attention is not None:
+        handles.append(block.attention.register_forward_pre_hook(partial(_scores, seen), with_kwargs=True))
+        handles.append(block.attention.out.register_forward_pre_hook(partial(_mixed, seen, block.spec.attention.heads)))
+    if block.spec.mlp is not None:
+        mlp = block.mlp
+        width, hidden = block.norm2.normalized_shape[0], block.spec.mlp.hidden
+        for first, last, moments, sizes in (
+            (mlp.fc1a or mlp.fc1, mlp.fc1, seen.fc1, (width, mlp.fc1.out_features)),
+            (mlp.fc2a or mlp.fc2, mlp.fc2, seen.fc2, (hidden, width)),
+        ):
+            if sees_inputs(*sizes):
+                handles.append(first.register_forward_pre_hook(partial(_entering, moments)))
+            else:
+                handles.append(last.register_forward_hook(partial(_leaving, moments)))
+    return handles
+
+
+def _scores(seen: BlockStatistics, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    assert isinstance(module, Attention)
+    if module.spec.qk_norm != "none":
+        return  # their products cannot be factorised through the norm
+    q, k, _ = module.qkv_heads(args[0], kwargs.get("queries"))  # B H N Q
+    k = k - k.mean(2, keepdim=True)
+    seen.queries.add(q.transpose(0, 1).flatten(1, 2))
+    seen.keys.add(k.transpose(0, 1).flatten(1, 2))
+
+
+def _mixed(seen: BlockStatistics, heads: int, module: nn.Module, args: tuple[Any, ...]) -> None:
+    rows = args[0].unflatten(-1, (heads, -1)).flatten(0, 1)  # rows H V
+    seen.values.add(rows.transpose(0, 1))
+
+
+def _entering(moments: Moments, module: nn.Module, args: tuple[Any, ...]) -> None:
+    moments.add(args[0].flatten(0, 1))
+
+
+def _leaving(moments: Moments, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+    assert isinstance(module, nn.Linear)
+    rows = output.flatten(0, 1)
+    moments.add(rows if module.bias is None else rows - module.bias)
+
+
+__all__ = [
+    "BlockStatistics",
+    "Factors",
+    "Moments",
+    "calibrate",
+    "factorise_linear",
+    "factorise_qk",
+    "factorise_vo",
+    "fold_value_bias",
+    "sees_inputs",
+]

@@ -1,0 +1,468 @@
+"""Exact edits: cut, drop, factorise, fold. Each gives a new model with its own spec and selection; none changes its input.
+
+A cut by `Keep`s equals the masked network of `masked_twin` (law 3). Factors replace products of weights (law 6).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import SpecError
+from .model import Masks, Vit
+from .spec import AttentionSpec, BlockSpec, MlpSpec, ModelSpec, Prefix, Selection, SelectionStep, spec_hash
+
+Indices = tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Keep:
+    """What stays of one block; None: all of it.
+
+    heads: kept heads. qk, v: for each kept head, its kept channels (all heads equally many). hidden: kept MLP units.
+    """
+
+    attention: bool = True
+    mlp: bool = True
+    heads: Indices | None = None
+    qk: tuple[Indices, ...] | None = None
+    v: tuple[Indices, ...] | None = None
+    hidden: Indices | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Factors:
+    """New weights for the products of one block; None: that product stays as it is.
+
+    q, k: [H, D, R] each, q_bias [H, R] or None. v [H, D, R], o [H, R, D], out_bias [D].
+    fc1: (first [D, R], second [R, rows], bias [rows] or None), fc2: the same from M to D.
+    """
+
+    q: Tensor | None = None
+    k: Tensor | None = None
+    q_bias: Tensor | None = None
+    v: Tensor | None = None
+    o: Tensor | None = None
+    out_bias: Tensor | None = None
+    fc1: tuple[Tensor, Tensor, Tensor | None] | None = None
+    fc2: tuple[Tensor, Tensor, Tensor | None] | None = None
+
+
+def with_spec(
+    model: Vit,
+    spec: ModelSpec,
+    state: Mapping[str, Tensor],
+    step: SelectionStep | None = None,
+    *,
+    share: bool = False,
+) -> Vit:
+    """A new model of `spec` with these weights (copied), and `model`'s config, provenance and selection, plus `step`.
+
+    share: the weights themselves instead of copies: a trial that is looked at and dropped needs no second model's memory.
+    """
+    with torch.device("meta"):
+        new = Vit(
+            replace(model.config, spec=spec),
+            selection=model.selection if step is None else model.selection.then(step),
+            provenance=model.provenance,
+        )
+    own = {name: value.detach() if share else value.detach().clone() for name, value in state.items()}
+    new.load_state_dict(own, strict=True, assign=True)
+    new.pad_heads = model.pad_heads
+    return new.train(model.training)
+
+
+def copy(model: Vit) -> Vit:
+    """An independent copy."""
+    return with_spec(model, model.spec, model.state_dict())
+
+
+def fold_layer_scale(model: Vit, *, skip: Collection[tuple[int, str]] = ()) -> Vit:
+    """LayerScale multiplied into the last linear of its half; exact. A model without any is copied.
+
+    skip: halves (block, "attention" or "mlp") that stay as they are.
+    """
+    state = dict(model.state_dict())
+    spec = with_folded(model.spec, skip=skip)
+    for i, (before, after) in enumerate(zip(model.spec.blocks, spec.blocks, strict=True)):
+        if before.attention != after.attention:
+            _scale_rows(state, f"blocks.{i}.attention.gamma", f"blocks.{i}.attention.out")
+        if before.mlp != after.mlp:
+            _scale_rows(state, f"blocks.{i}.mlp.gamma", f"blocks.{i}.mlp.fc2")
+    return with_spec(model, spec, state)
+
+
+def with_folded(spec: ModelSpec, *, skip: Collection[tuple[int, str]] = ()) -> ModelSpec:
+    """The spec after `fold_layer_scale`."""
+
+    def folded(i: int, block: BlockSpec) -> BlockSpec:
+        a, m = block.attention, block.mlp
+        return replace(
+            block,
+            attention=a if a is None or (i, "attention") in skip else replace(a, layer_scale=False),
+            mlp=m if m is None or (i, "mlp") in skip else replace(m, layer_scale=False),
+        )
+
+    return replace(spec, blocks=tuple(folded(i, block) for i, block in enumerate(spec.blocks)))
+
+
+def _scale_rows(state: dict[str, Tensor], gamma_name: str, linear: str) -> None:
+    gamma = state.pop(gamma_name)
+    state[f"{linear}.weight"] = state[f"{linear}.weight"] * gamma[:, None]
+    if f"{linear}.bias" in state:
+        state[f"{linear}.bias"] = state[f"{linear}.bias"] * gamma
+
+
+def cut(
+    model: Vit,
+    keeps: Sequence[Keep | None],
+    *,
+    method: str,
+    variant: str = "",
+    skip: Collection[tuple[int, str]] = (),
+) -> Vit:
+    """Remove what the keeps leave out, one for each block (None: untouched). LayerScale is folded first.
+
+    skip: halves (block, "attention" or "mlp") whose LayerScale stays.
+    Raises SpecError when the keeps fit no network: wrong number, unequal counts among heads, indices out of range.
+    """
+    _check_keeps(model.spec, keeps)
+    parent = spec_hash(model.spec)
+    model = fold_layer_scale(model, skip=skip)
+    state = dict(model.state_dict())
+    blocks: list[BlockSpec] = []
+    chosen: list[dict[str, Any] | None] = []
+    for i, (block, keep) in enumerate(zip(model.spec.blocks, keeps, strict=True)):
+        if keep is None:
+            blocks.append(block)
+            chosen.append(None)
+            continue
+        attention = _cut_attention(state, i, block.attention, keep)
+        mlp = _cut_mlp(state, i, block.mlp, keep)
+        blocks.append(replace(block, attention=attention, mlp=mlp))
+        chosen.append(_record(block, keep))
+    step = SelectionStep(method=method, variant=variant, parent=parent, blocks=tuple(chosen))
+    return with_spec(model, replace(model.spec, blocks=tuple(blocks)), state, step)
+
+
+def drop(
+    model: Vit,
+    *,
+    attention: Sequence[int] = (),
+    mlp: Sequence[int] = (),
+    blocks: Sequence[int] = (),
+    method: str = "drop",
+) -> Vit:
+    """Drop the attention, the MLP or both of the named blocks. A block keeps its place and its token steps."""
+    for i in (*attention, *mlp, *blocks):
+        if not 0 <= i < len(model.spec.blocks):
+            raise SpecError(f"block {i!r}; the model has blocks 0 to {len(model.spec.blocks) - 1}.")
+    keeps = [
+        Keep(attention=i not in attention and i not in blocks, mlp=i not in mlp and i not in blocks)
+        for i in range(len(model.spec.blocks))
+    ]
+    return cut(model, keeps, method=method)
+
+
+def without_empty(model: Vit) -> Vit:
+    """The same network without the blocks of which nothing is left, for families that count only what is there.
+
+    Exact. The later blocks move up; a network with no such block is copied.
+    """
+    blocks = model.spec.blocks
+    there = [i for i, block in enumerate(blocks) if block.attention or block.mlp or block.steps]
+    moved = {f"blocks.{old}.": f"blocks.{new}." for new, old in enumerate(there)}
+    state = {}
+    for name, value in model.state_dict().items():
+        head = ".".join(name.split(".", 2)[:2]) + "."
+        state[moved.get(head, head) + name.removeprefix(head) if name.startswith("blocks.") else name] = value
+    step = None
+    if len(there) < len(blocks):
+        step = SelectionStep(method="without_empty", parent=spec_hash(model.spec), blocks=(None,) * len(blocks))
+    return with_spec(model, replace(model.spec, blocks=tuple(blocks[i] for i in there)), state, step)
+
+
+def masked_twin(model: Vit, keeps: Sequence[Keep | None]) -> Masks:
+    """The 0/1 tensors under which `model` computes what `cut(model, keeps)` computes."""
+    _check_keeps(model.spec, keeps)
+    rows: dict[str, list[Tensor | None]] = {
+        name: [None] * len(keeps) for name in ("attention", "mlp", "heads", "qk", "v", "hidden")
+    }
+    parameter = next(model.parameters())
+
+    def mask(size: tuple[int, ...], kept: Sequence[Any]) -> Tensor:
+        result = parameter.new_zeros(size)
+        for index in kept:
+            result[index] = 1
+        return result
+
+    for i, (block, keep) in enumerate(zip(model.spec.blocks, keeps, strict=True)):
+        if keep is None:
+            continue
+        if (a := block.attention) is not None:
+            heads = range(a.heads) if keep.heads is None else keep.heads
+            rows["attention"][i] = parameter.new_full((), float(keep.attention))
+            rows["heads"][i] = mask((a.heads,), list(heads))
+            for name, channels, size in (("qk", keep.qk, a.qk_dim), ("v", keep.v, a.v_dim)):
+                if channels is not None:
+                    pairs = [(h, c) for h, kept in zip(heads, channels, strict=True) for c in kept]
+                    rows[name][i] = mask((a.heads, size), pairs)
+        if (m := block.mlp) is not None:
+            rows["mlp"][i] = parameter.new_full((), float(keep.mlp))
+            if keep.hidden is not None:
+                rows["hidden"][i] = mask((m.hidden,), list(keep.hidden))
+    return Masks(**{name: tuple(values) for name, values in rows.items()})
+
+
+def factorise(
+    model: Vit,
+    factors: Sequence[Factors | None],
+    *,
+    method: str,
+    variant: str = "",
+    refit: bool = False,
+    share: bool = False,
+) -> Vit:
+    """Replace products of weights by the factors given, one entry for each block.
+
+    The caller folds LayerScale first where a factor replaces the last linear of a half. New heads keep the old scale.
+    share: as in `with_spec`.
+    """
+    if len(factors) != len(model.spec.blocks):
+        raise SpecError(f"{len(factors)} entries for {len(model.spec.blocks)} blocks; expected one for each.")
+    state = dict(model.state_dict())
+    blocks: list[BlockSpec] = []
+    chosen: list[dict[str, Any] | None] = []
+    for i, (block, new) in enumerate(zip(model.spec.blocks, factors, strict=True)):
+        entry: dict[str, Any] = {}
+        if new is not None and (new.q is not None or new.v is not None):
+            assert block.attention is not None
+            block = replace(block, attention=_new_attention(state, i, block.attention, new))
+            entry["attention"] = "rotated"
+        if new is not None and (new.fc1 is not None or new.fc2 is not None):
+            assert block.mlp is not None
+            block = replace(block, mlp=_new_mlp(state, i, block.mlp, new))
+            entry["mlp"] = "rotated"
+        blocks.append(block)
+        chosen.append(entry or None)
+    step = SelectionStep(
+        method=method, variant=variant, parent=spec_hash(model.spec), refit=refit, blocks=tuple(chosen)
+    )
+    return with_spec(model, replace(model.spec, blocks=tuple(blocks)), state, step, share=share)
+
+
+def exact_tail(model: Vit) -> Vit:
+    """Let only the prefix tokens through the last block: the same outputs, fewer operations.
+
+    Raises SpecError where the network reads more than prefix tokens, or has the step already.
+    """
+    spec = model.spec
+    step = SelectionStep(method="exact_tail", parent=spec_hash(spec), blocks=(None,) * len(spec.blocks))
+    return with_spec(model, with_exact_tail(spec), model.state_dict(), step)
+
+
+def with_exact_tail(spec: ModelSpec) -> ModelSpec:
+    """The spec after `exact_tail`. Raises SpecError as it does."""
+    if not spec.blocks:
+        raise SpecError("exact tail: the model has no blocks.")
+    last = spec.blocks[-1]
+    return replace(spec, blocks=(*spec.blocks[:-1], replace(last, steps=(*last.steps, Prefix()))))
+
+
+def allows_exact_tail(spec: ModelSpec) -> bool:
+    """Whether `exact_tail` applies: a classifier that reads prefix tokens alone, and no token step in the last block."""
+    reads_prefix = spec.pool.kind == "cls" and not any("mean" in output.reads for output in spec.outputs)
+    return bool(spec.outputs) and reads_prefix and bool(spec.blocks) and not spec.blocks[-1].steps
+
+
+# -------------------------------------------------------------------------------------------------------------- one part
+
+
+def _cut_attention(state: dict[str, Tensor], i: int, a: AttentionSpec | None, keep: Keep) -> AttentionSpec | None:
+    if a is None:
+        return None
+    here = f"blocks.{i}.attention"
+    if not keep.attention:
+        _forget(state, f"blocks.{i}.norm1", here)
+        return None
+    heads = tuple(range(a.heads)) if keep.heads is None else keep.heads
+    qk = ((*range(a.qk_dim),),) * len(heads) if keep.qk is None else keep.qk
+    v = ((*range(a.v_dim),),) * len(heads) if keep.v is None else keep.v
+    qk_rows = torch.tensor([h * a.qk_dim + c for h, kept in zip(heads, qk, strict=True) for c in kept])
+    v_rows = torch.tensor([h * a.v_dim + c for h, kept in zip(heads, v, strict=True) for c in kept])
+    inner = a.heads * a.qk_dim
+    device = state[f"{here}.qkv"].device
+    qk_rows, v_rows = qk_rows.to(device), v_rows.to(device)
+    state[f"{here}.qkv"] = state[f"{here}.qkv"][torch.cat([qk_rows, inner + qk_rows, 2 * inner + v_rows])]
+    for name, rows in (("q_bias", qk_rows), ("k_bias", qk_rows), ("v_bias", v_rows)):
+        if f"{here}.{name}" in state:
+            state[f"{here}.{name}"] = state[f"{here}.{name}"][rows]
+    state[f"{here}.out.weight"] = state[f"{here}.out.weight"][:, v_rows]
+    return replace(a, heads=len(heads), qk_dim=len(qk[0]), v_dim=len(v[0]))
+
+
+def _cut_mlp(state: dict[str, Tensor], i: int, m: MlpSpec | None, keep: Keep) -> MlpSpec | None:
+    if m is None:
+        return None
+    here = f"blocks.{i}.mlp"
+    if not keep.mlp:
+        _forget(state, f"blocks.{i}.norm2", here)
+        return None
+    if keep.hidden is None:
+        return m
+    units = torch.tensor(keep.hidden, device=state[f"{here}.fc2.weight"].device)
+    rows = torch.cat([units, units + m.hidden]) if m.kind == "swiglu" else units
+    state[f"{here}.fc1.weight"] = state[f"{here}.fc1.weight"][rows]
+    if m.fc1_bias:
+        state[f"{here}.fc1.bias"] = state[f"{here}.fc1.bias"][rows]
+    last = f"{here}.fc2.weight" if m.fc2_rank is None else f"{here}.fc2a.weight"
+    state[last] = state[last][:, units]
+    return replace(m, hidden=len(keep.hidden))
+
+
+def _forget(state: dict[str, Tensor], *modules: str) -> None:
+    for name in [n for n in state if n.startswith(tuple(f"{module}." for module in modules))]:
+        del state[name]
+
+
+def _new_attention(state: dict[str, Tensor], i: int, a: AttentionSpec, new: Factors) -> AttentionSpec:
+    here = f"blocks.{i}.attention"
+    inner_qk, inner_v = a.heads * a.qk_dim, a.heads * a.v_dim
+    old = state[f"{here}.qkv"]
+    q, k, v = old.split([inner_qk, inner_qk, inner_v])
+    if new.q is not None:
+        assert new.k is not None
+        q, k = _rows(new.q).to(old), _rows(new.k).to(old)
+        state.pop(f"{here}.k_bias", None)
+        state.pop(f"{here}.q_bias", None)
+        if new.q_bias is not None:
+            state[f"{here}.q_bias"] = new.q_bias.flatten().to(old)
+        a = replace(a, qk_dim=new.q.shape[2], q_bias=new.q_bias is not None, k_bias=False)
+    if new.v is not None:
+        assert new.o is not None
+        assert new.out_bias is not None
+        v = _rows(new.v).to(old)
+        state.pop(f"{here}.v_bias", None)
+        state[f"{here}.out.weight"] = new.o.flatten(0, 1).T.to(old)
+        state[f"{here}.out.bias"] = new.out_bias.to(old)
+        a = replace(a, v_dim=new.v.shape[2], v_bias=False, out_bias=True)
+    state[f"{here}.qkv"] = torch.cat([q, k, v])
+    return a
+
+
+def _rows(factor: Tensor) -> Tensor:  # H D R -> (H R) D
+    return factor.transpose(1, 2).flatten(0, 1)
+
+
+def _new_mlp(state: dict[str, Tensor], i: int, m: MlpSpec, new: Factors) -> MlpSpec:
+    here = f"blocks.{i}.mlp"
+    for name, factor in (("fc1", new.fc1), ("fc2", new.fc2)):
+        if factor is None:
+            continue
+        first, second, bias = factor
+        like = state[f"{here}.{name}.weight"]
+        state[f"{here}.{name}a.weight"] = first.T.to(like)
+        state[f"{here}.{name}.weight"] = second.T.to(like)
+        state.pop(f"{here}.{name}.bias", None)
+        if bias is not None:
+            state[f"{here}.{name}.bias"] = bias.to(like)
+        changes: dict[str, Any] = {f"{name}_rank": first.shape[1], f"{name}_bias": bias is not None}
+        m = replace(m, **changes)
+    return m
+
+
+def _record(block: BlockSpec, keep: Keep) -> dict[str, Any]:
+    entry: dict[str, Any] = {}
+    if block.attention is not None:
+        entry["attention"] = {
+            name: None if value is None else [list(v) if isinstance(v, tuple) else v for v in value]
+            for name, value in (("heads", keep.heads), ("qk", keep.qk), ("v", keep.v))
+        }
+        if not keep.attention:
+            entry["attention"] = "gone"
+    if block.mlp is not None:
+        entry["mlp"] = {"hidden": None if keep.hidden is None else list(keep.hidden)} if keep.mlp else "gone"
+    return entry
+
+
+def _check_keeps(spec: ModelSpec, keeps: Sequence[Keep | None]) -> None:
+    if len(keeps) != len(spec.blocks):
+        raise SpecError(f"{len(keeps)} keeps for {len(spec.blocks)} blocks; expected one for each, None to leave it.")
+    for i, (block, keep) in enumerate(zip(spec.blocks, keeps, strict=True)):
+        if keep is None:
+            continue
+        if (a := block.attention) is not None and keep.attention:
+            where = f"block {i}"
+            heads = _indices(f"{where}: heads", keep.heads, a.heads, "attention")
+            for name, channels, size in (("qk", keep.qk, a.qk_dim), ("v", keep.v, a.v_dim)):
+                if channels is None:
+                    continue
+                if len(channels) != heads:
+                    raise SpecError(
+                        f"{where}: {name} for {len(channels)} heads, {heads} are kept; expected one for each."
+                    )
+                counts = {_indices(f"{where}: {name}", kept, size, "attention") for kept in channels}
+                if len(counts) != 1:
+                    raise SpecError(
+                        f"{where}: heads keep {sorted(counts)} {name} channels; expected equally many in all."
+                    )
+                if name == "qk" and a.qk_norm != "none" and counts != {a.qk_dim}:
+                    raise SpecError(f"{where}: qk channels cannot be cut under a query/key norm; keep all {a.qk_dim}.")
+        if (m := block.mlp) is not None and keep.mlp:
+            _indices(f"block {i}: hidden", keep.hidden, m.hidden, "mlp")
+
+
+def _indices(where: str, kept: Indices | None, size: int, half: str) -> int:
+    """Number of kept indices; raises SpecError unless they are different, in range and at least one."""
+    if kept is None:
+        return size
+    if not kept:
+        raise SpecError(f"{where}: none kept. To drop the half, keep {half}=False.")
+    if len(set(kept)) != len(kept) or min(kept) < 0 or max(kept) >= size:
+        raise SpecError(f"{where}: {kept!r}; expected different indices from 0 to {size - 1}.")
+    return len(kept)
+
+
+def fingerprint(model: Vit) -> str:
+    """Of spec and weights, 16 hex digits: what tells one model from another."""
+    digest = hashlib.sha256(spec_hash(model.spec).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def hold(model: Vit, fixed: Collection[tuple[int, str]]) -> None:
+    """Let these halves, with the norms in front of them, learn no more.  fixed: (block, "attention" | "mlp")."""
+    for i, half in fixed:
+        block = model.blocks[i]
+        for name in (half, {"attention": "norm1", "mlp": "norm2"}[half]):
+            if (module := getattr(block, name)) is not None:
+                module.requires_grad_(False)
+
+
+__all__ = [
+    "Factors",
+    "Keep",
+    "Selection",
+    "allows_exact_tail",
+    "copy",
+    "cut",
+    "drop",
+    "exact_tail",
+    "factorise",
+    "fingerprint",
+    "fold_layer_scale",
+    "hold",
+    "masked_twin",
+    "with_exact_tail",
+    "with_folded",
+    "with_spec",
+    "without_empty",
+]
