@@ -71,7 +71,7 @@ def test_taps_give_the_streams_of_the_blocks() -> None:
     stream, _ = model.blocks[0](model.embed(x))
     assert close(found["block:0"], stream.x)
     stream, seen = model.blocks[1](stream)
-    assert close(found["mid:1"], seen["mid"].x)
+    assert close(found["mid:1"], seen.mid.x)
     assert close(found["tokens"], model.norm(stream.x))
     assert close(found["pooled"], found["tokens"][:, 0])
     assert close(found["logits"], model(x))

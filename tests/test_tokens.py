@@ -183,7 +183,7 @@ def test_prefix_tokens_pass_a_merge_unchanged(prefix: tuple[str, ...]) -> None:
     merging = replace(spec, blocks=(replace(spec.blocks[0], steps=(step,)), spec.blocks[1]))
     model = make(merging)
     stream, seen = model.blocks[0](model.embed(images(spec)))
-    assert torch.equal(stream.x[:, : len(prefix)], seen["block"].x[:, : len(prefix)])
+    assert torch.equal(stream.x[:, : len(prefix)], seen.block.x[:, : len(prefix)])
 
 
 @settings(max_examples=20)

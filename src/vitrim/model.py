@@ -8,7 +8,7 @@ Shapes: B batch, N tokens with prefix, P prefix tokens, D width, H heads, Q quer
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -108,6 +108,10 @@ class Gates:
         return hard + soft - soft.detach() if self.straight_through else hard
 
 
+OPEN = Gates(policy="open")
+"""Everything runs: how closed forms, calibrations and comparisons look at a network."""
+
+
 class Stream(NamedTuple):
     """The residual stream between blocks. x: B N D, prefix tokens first. sizes: B patches, None while all are 1.
 
@@ -120,6 +124,12 @@ class Stream(NamedTuple):
     sizes: Tensor | None = None
     bias: bool = False
     history: tuple[merging.Undo, ...] = ()
+
+    def size_bias(self) -> Tensor | None:
+        """log of the token sizes, to be added to scores: B 1 1 N, prefix tokens count as 1. None: nothing is added."""
+        if not self.bias or self.sizes is None:
+            return None
+        return F.pad(self.sizes.log(), (self.prefix, 0))[:, None, None, :].to(self.x.dtype)
 
 
 ACTIVATIONS = {
@@ -134,6 +144,9 @@ ACTIVATIONS = {
 def _spread(scale: Tensor) -> Tensor:
     """A scalar or one number an image, ready to multiply B N D."""
     return scale.reshape(-1, 1, 1)
+
+
+NO_MASKS: Mapping[str, Tensor] = {}
 
 
 class Sublayer(nn.Module):
@@ -209,27 +222,40 @@ class Attention(Sublayer):
         k = self.k_norm(_split_heads(k, s.heads))
         return q, k, _split_heads(v, s.heads)
 
-    def forward(
-        self, x: Tensor, *, queries: int | None = None, bias: Tensor | None = None, masks: Mapping[str, Tensor]
-    ) -> Tensor:
-        """The half's update.  x: B N D normalised; bias: B 1 1 N added to the scores -> B N D."""
-        q, k, v = self.qkv_heads(x, queries)
-        if "qk" in masks:
-            q = q * masks["qk"][:, None, :]
-        if "v" in masks:
-            v = v * masks["v"][:, None, :]
-        y = self._attend(q, k, v, bias)  # B H N V
-        if "heads" in masks:
-            y = y * masks["heads"][:, None, None]
-        return self.scaled(self.out(y.transpose(1, 2).flatten(2)))
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        """What each head makes of the values.  B H N Q, B H N Q, B H N V, bias B 1 1 N -> B H N V.
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-        qk_dim, v_dim = self.spec.qk_dim, self.spec.v_dim
+        Q and V need not be the spec's: a closed form tries narrower ones.
+        """
+        qk_dim, v_dim = q.shape[-1], v.shape[-1]
         if qk_dim != v_dim and self.pad is not False:  # fused kernels want equal widths; zeros change nothing
             wide = max(qk_dim, v_dim)
             q, k, v = (F.pad(t, (0, wide - t.shape[-1])) for t in (q, k, v))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.spec.scale)
         return y[..., :v_dim]
+
+    def mix(
+        self,
+        x: Tensor,
+        *,
+        queries: int | None = None,
+        bias: Tensor | None = None,
+        masks: Mapping[str, Tensor] = NO_MASKS,
+    ) -> Tensor:
+        """What all heads hand to the output projection.  x: B N D normalised -> B N (H V)."""
+        q, k, v = self.qkv_heads(x, queries)
+        if "qk" in masks:
+            q = q * masks["qk"][:, None, :]
+        if "v" in masks:
+            v = v * masks["v"][:, None, :]
+        y = self.attend(q, k, v, bias)  # B H N V
+        if "heads" in masks:
+            y = y * masks["heads"][:, None, None]
+        return y.transpose(1, 2).flatten(2)
+
+    def finish(self, mixed: Tensor) -> Tensor:
+        """The half's update from what the heads hand on.  B N (H V) -> B N D."""
+        return self.scaled(self.out(mixed))
 
 
 class Mlp(Sublayer):
@@ -244,13 +270,21 @@ class Mlp(Sublayer):
         self.fc2a = None if spec.fc2_rank is None else nn.Linear(spec.hidden, spec.fc2_rank, bias=False)
         self.fc2 = nn.Linear(spec.fc2_rank or spec.hidden, width, bias=spec.fc2_bias)
 
-    def units(self, x: Tensor, masks: Mapping[str, Tensor]) -> Tensor:
-        """Hidden units after the activation or product.  B N D -> B N M."""
+    @property
+    def reader(self) -> nn.Linear:
+        """The linear that reads the hidden units: fc2, or its first factor."""
+        return self.fc2 if self.fc2a is None else self.fc2a
+
+    def first(self, x: Tensor, masks: Mapping[str, Tensor] = NO_MASKS) -> Tensor:
+        """What the activation is given.  x: B N D normalised -> B N rows."""
         if self.fc1a is not None:
             x = self.fc1a(x)
             if "fc1_rank" in masks:
                 x = x * masks["fc1_rank"]
-        x = self.fc1(x)
+        return self.fc1(x)
+
+    def activate(self, x: Tensor, masks: Mapping[str, Tensor] = NO_MASKS) -> Tensor:
+        """Hidden units after the activation or product.  B N rows -> B N M."""
         if self.spec.kind == "swiglu":
             gate, value = x.chunk(2, dim=-1)
             x = F.silu(gate) * value
@@ -258,14 +292,21 @@ class Mlp(Sublayer):
             x = ACTIVATIONS[self.spec.kind](x)
         return x * masks["hidden"] if "hidden" in masks else x
 
-    def forward(self, x: Tensor, *, masks: Mapping[str, Tensor]) -> Tensor:
-        """The half's update.  x: B N D normalised -> B N D."""
-        x = self.units(x, masks)
+    def units(self, x: Tensor, masks: Mapping[str, Tensor] = NO_MASKS) -> Tensor:
+        """Hidden units.  x: B N D normalised -> B N M."""
+        return self.activate(self.first(x, masks), masks)
+
+    def last(self, hidden: Tensor, masks: Mapping[str, Tensor] = NO_MASKS) -> Tensor:
+        """The update before LayerScale.  B N M -> B N D."""
         if self.fc2a is not None:
-            x = self.fc2a(x)
+            hidden = self.fc2a(hidden)
             if "fc2_rank" in masks:
-                x = x * masks["fc2_rank"]
-        return self.scaled(self.fc2(x))
+                hidden = hidden * masks["fc2_rank"]
+        return self.fc2(hidden)
+
+    def finish(self, hidden: Tensor, masks: Mapping[str, Tensor] = NO_MASKS) -> Tensor:
+        """The half's update from its hidden units.  B N M -> B N D."""
+        return self.scaled(self.last(hidden, masks))
 
 
 class TokenStep(nn.Module):
@@ -323,8 +364,41 @@ class TokenStep(nn.Module):
         )
 
 
+class Attended(NamedTuple):
+    """stream: after the attention. mixed: what the heads handed on, B N (H V). decision: of the gate, B. None: not there."""
+
+    stream: Stream
+    mixed: Tensor | None
+    decision: Tensor | None
+
+
+class Transformed(NamedTuple):
+    """stream: after the MLP. hidden: its units, B N M. decision: of the gate, B. None: not there."""
+
+    stream: Stream
+    hidden: Tensor | None
+    decision: Tensor | None
+
+
+class Seen(NamedTuple):
+    """What taps may want of a block: the streams after its attention and after its MLP, and both gates' decisions."""
+
+    mid: Stream
+    block: Stream
+    decisions: tuple[Tensor | None, Tensor | None]
+
+
 class Block(nn.Module):
-    """Attention and MLP, either possibly gone, with the token steps between them."""
+    """Attention and MLP, either possibly gone, with the token steps between them.
+
+    `forward` is start, attend, mid, transform, end; closed forms call these themselves. norm1 and attention, norm2 and mlp
+    are there where the spec has that half.
+    """
+
+    norm1: nn.LayerNorm
+    attention: Attention
+    norm2: nn.LayerNorm
+    mlp: Mlp
 
     def __init__(self, spec: BlockSpec, width: int, eps: float, at: BlockTokens) -> None:
         super().__init__()
@@ -343,68 +417,113 @@ class Block(nn.Module):
                 length = before.grid[1] if step.axis == "h" else before.grid[0]
             self.steps.append(TokenStep(step, width, length=length))
 
-    def _step(self, stream: Stream, at: str) -> Stream:
-        for module in self.steps:
-            assert isinstance(module, TokenStep)
-            if module.step.at == at and not isinstance(module.step, Prefix):
-                stream = module(stream)
+    def token_steps(self, at: str) -> list[TokenStep]:
+        """The steps at a place, in order; the prefix step apart."""
+        found = [module for module in self.steps if isinstance(module, TokenStep)]
+        return [module for module in found if module.step.at == at and not isinstance(module.step, Prefix)]
+
+    def has_steps(self, *places: str) -> bool:
+        """Whether there is a token step at one of these places; a prefix step counts as one at the start."""
+        return any(step.at in places for step in self.spec.steps)
+
+    def _after(self, stream: Stream, at: str) -> Stream:
+        for module in self.token_steps(at):
+            stream = module(stream)
         return stream
 
-    def prefix_step(self) -> TokenStep | None:
-        """The step after which only prefix tokens go on, if this block has one."""
-        return next((m for m in self.steps if isinstance(m, TokenStep) and isinstance(m.step, Prefix)), None)
+    def start(self, stream: Stream) -> Stream:
+        """After the token steps in front of the attention; the prefix step is `attend`'s."""
+        return self._after(stream, "start")
+
+    def mid(self, stream: Stream) -> Stream:
+        """After the token steps between attention and MLP."""
+        return self._after(stream, "mid")
+
+    def end(self, stream: Stream) -> Stream:
+        """After the token steps behind the MLP."""
+        return self._after(stream, "end")
+
+    def going(self, stream: Stream) -> Stream:
+        """The tokens that ask and go on: only the prefix, where the block has a prefix step.  stream: after `start`."""
+        tail = next((m for m in self.steps if isinstance(m, TokenStep) and isinstance(m.step, Prefix)), None)
+        return stream if tail is None else tail(stream)
+
+    def attend(
+        self,
+        stream: Stream,
+        masks: Mapping[str, Tensor] = NO_MASKS,
+        gates: Gates = OPEN,
+        noise: Tensor | None = None,
+    ) -> Attended:
+        """The attention, if there is one, and the prefix step.  stream: after `start`; masks: of `Masks.of`."""
+        going = self.going(stream)
+        if self.spec.attention is None:
+            return Attended(going, None, None)
+        normed = self.norm1(stream.x)
+        queries = None if going is stream else stream.prefix
+        mixed = self.attention.mix(normed, queries=queries, bias=stream.size_bias(), masks=masks)
+        decision = self.attention.decision(normed, gates, noise)
+        update = _weighed(self.attention.finish(mixed), masks.get("attention"), decision)
+        return Attended(going._replace(x=going.x + update), mixed, decision)
+
+    def units(self, stream: Stream, masks: Mapping[str, Tensor] = NO_MASKS) -> Tensor:
+        """Hidden units of the MLP.  stream: after `mid` -> B N M."""
+        return self.mlp.units(self.norm2(stream.x), masks)
+
+    def transform(
+        self,
+        stream: Stream,
+        masks: Mapping[str, Tensor] = NO_MASKS,
+        gates: Gates = OPEN,
+        noise: Tensor | None = None,
+    ) -> Transformed:
+        """The MLP, if there is one.  stream: after `mid`."""
+        if self.spec.mlp is None:
+            return Transformed(stream, None, None)
+        normed = self.norm2(stream.x)
+        decision = self.mlp.decision(normed, gates, noise)
+        hidden = self.mlp.units(normed, masks)
+        update = _weighed(self.mlp.finish(hidden, masks), masks.get("mlp"), decision)
+        return Transformed(stream._replace(x=stream.x + update), hidden, decision)
 
     def forward(
         self,
         stream: Stream,
-        masks: Mapping[str, Tensor] | None = None,
-        gates: Gates | None = None,
+        masks: Mapping[str, Tensor] = NO_MASKS,
+        gates: Gates = OPEN,
         noise: tuple[Tensor, Tensor] | None = None,
-    ) -> tuple[Stream, dict[str, Any]]:
-        """One block.  Gives the stream after it, and what taps may want: `mid`, `block` (streams), `decisions`."""
-        masks, gates = masks or {}, gates or Gates(policy="open")
+    ) -> tuple[Stream, Seen]:
+        """One block: the stream after it, and what taps may want."""
         if "block" in masks and any(step.at != "end" for step in self.spec.steps):
             raise SpecError("masks.block on a block with token steps at its start or middle; scale its halves instead.")
-        seen: dict[str, Any] = {"decisions": [None, None]}
-        stream = self._step(stream, "start")
-        entry = stream.x
-        tail = self.prefix_step()
-        whole = stream
-        if tail is not None:
-            stream = tail(stream)
-        if self.spec.attention is not None:
-            normed = self.norm1(whole.x)
-            update = self.attention(
-                normed, queries=None if tail is None else whole.prefix, bias=_size_bias(whole), masks=masks
-            )
-            decision = self.attention.decision(normed, gates, None if noise is None else noise[0])
-            seen["decisions"][0] = decision
-            stream = stream._replace(x=stream.x + _weighed(update, masks.get("attention"), decision))
-        seen["mid"] = stream
-        stream = self._step(stream, "mid")
-        if self.spec.mlp is not None:
-            normed = self.norm2(stream.x)
-            decision = self.mlp.decision(normed, gates, None if noise is None else noise[1])
-            seen["decisions"][1] = decision
-            update = self.mlp(normed, masks=masks)
-            stream = stream._replace(x=stream.x + _weighed(update, masks.get("mlp"), decision))
+        first, second = (None, None) if noise is None else noise
+        entry = self.start(stream)
+        mid, _, asked = self.attend(entry, masks, gates, first)
+        after, _, answered = self.transform(self.mid(mid), masks, gates, second)
         if "block" in masks:
-            stream = stream._replace(x=entry + _spread(masks["block"]) * (stream.x - entry))
-        seen["block"] = stream
-        return self._step(stream, "end"), seen
+            after = after._replace(x=entry.x + _spread(masks["block"]) * (after.x - entry.x))
+        return self.end(after), Seen(mid, after, (asked, answered))
+
+    def run(self, stream: Stream) -> Stream:
+        """The stream after the block, gates open."""
+        after, _ = self(stream)
+        return after  # type: ignore[no-any-return]
+
+
+class Blocks(nn.ModuleList):
+    """The blocks, typed."""
+
+    def __iter__(self) -> Iterator[Block]:
+        return super().__iter__()  # type: ignore[return-value]
+
+    def __getitem__(self, index: int) -> Block:  # type: ignore[override]
+        return super().__getitem__(index)  # type: ignore[return-value]
 
 
 def _weighed(update: Tensor, scale: Tensor | None, decision: Tensor | None) -> Tensor:
     if scale is not None:
         update = update * _spread(scale)
     return update if decision is None else update * _spread(decision).to(update.dtype)
-
-
-def _size_bias(stream: Stream) -> Tensor | None:
-    """log of the token sizes as scores' bias: B 1 1 N; prefix tokens count as 1."""
-    if not stream.bias or stream.sizes is None:
-        return None
-    return F.pad(stream.sizes.log(), (stream.prefix, 0))[:, None, None, :].to(stream.x.dtype)
 
 
 def _split_heads(x: Tensor, heads: int) -> Tensor:  # B N (H E) -> B H N E
@@ -441,6 +560,19 @@ class MapPool(nn.Module):
         return (y + self.fc2(ACTIVATIONS[self.act](self.fc1(self.norm(y)))))[:, 0]
 
 
+class Read(NamedTuple):
+    """logits: B classes, the mean of several classifiers, or the pooled features of an encoder. outputs: logits by classifier.
+
+    reads: what the last linear of each classifier is given. pooled: B D. tokens: B N D after the final norm.
+    """
+
+    logits: Tensor
+    outputs: dict[str, Tensor]
+    reads: dict[str, Tensor]
+    pooled: Tensor
+    tokens: Tensor
+
+
 class Vit(nn.Module):
     """A Vision Transformer as its spec says it.
 
@@ -471,7 +603,7 @@ class Vit(nn.Module):
             )
         self.register_parameter("position", table)
         self.pre_norm = _norm(spec, spec.pre_norm)
-        self.blocks = nn.ModuleList(
+        self.blocks = Blocks(
             Block(block, spec.width, spec.norm_eps, at) for block, at in zip(spec.blocks, token_walk(spec), strict=True)
         )
         self.norm = _norm(spec, spec.final_norm)
@@ -549,8 +681,8 @@ class Vit(nn.Module):
     ) -> Any:
         """Logits [B, classes] (the mean of several classifiers), or pooled features [B, D] of an encoder.
 
-        want: names of what to return instead, as a dict: `logits`, `outputs` (dict by classifier), `pooled` [B, D],
-        `tokens` [B, N, D] after the final norm, `decisions` (per block, attention's and MLP's, [B] or None), and with
+        want: names of what to return instead, as a dict: `logits`, `outputs` (dict by classifier), `reads` (what their last
+        linears are given), `pooled` [B, D], `tokens` [B, N, D] after the final norm, `decisions` (per block, attention's and MLP's, [B] or None), and with
         a block's number `block:i` [B, N, D] after its MLP, `mid:i` after its attention, `map:i` [B, D, h, w], restored.
         """
         taps = _taps(want, len(self.blocks))
@@ -562,7 +694,7 @@ class Vit(nn.Module):
         for i, block in enumerate(self.blocks):
             arguments = (
                 stream,
-                None if masks is None else masks.of(i),
+                NO_MASKS if masks is None else masks.of(i),
                 gates,
                 None if gates.noise is None else gates.noise[i],
             )
@@ -570,28 +702,43 @@ class Vit(nn.Module):
                 stream, seen = checkpoint(block, *arguments, use_reentrant=False)
             else:
                 stream, seen = block(*arguments)
-            decisions.append(tuple(seen["decisions"]))
+            decisions.append(seen.decisions)
             for name in taps.get(i, ()):
-                found[f"{name}:{i}"] = _map(seen["block"], lattice) if name == "map" else seen[name].x
-        tokens = self.norm(stream.x)
-        pooled = self._pooled(stream, tokens)
-        outputs = {output.name: self._classify(output, stream, tokens, pooled) for output in self.spec.outputs}
-        logits = torch.stack(list(outputs.values())).mean(0) if len(outputs) > 1 else next(iter(outputs.values()), None)
-        result = pooled if logits is None else logits
+                found[f"{name}:{i}"] = _map(seen.block, lattice) if name == "map" else getattr(seen, name).x
+        ended = self.read(stream)
         if want is None:
-            return result
-        found.update(logits=result, outputs=outputs, pooled=pooled, tokens=tokens, decisions=tuple(decisions))
+            return ended.logits
+        found.update(ended._asdict(), decisions=tuple(decisions))
         return {name: found[name] for name in want}
 
-    def _pooled(self, stream: Stream, tokens: Tensor) -> Tensor:
+    def read(self, stream: Stream) -> Read:
+        """What is read of the stream behind the last block."""
+        tokens = self.norm(stream.x)
+        pooled = self.pool_norm(self.pool_of(stream, tokens))
+        reads, outputs = {}, {}
+        for output in self.spec.outputs:
+            x = self._seen_by(output, stream, tokens, pooled)
+            if output.rank is not None:
+                x = self.heads[f"{output.name}_a"](x)
+            reads[output.name], outputs[output.name] = x, self.heads[output.name](x)
+        several = len(outputs) > 1
+        logits = torch.stack(list(outputs.values())).mean(0) if several else next(iter(outputs.values()), pooled)
+        return Read(logits=logits, outputs=outputs, reads=reads, pooled=pooled, tokens=tokens)
+
+    def answer(self, stream: Stream, start: int = 0) -> Tensor:
+        """Logits, or an encoder's features, from the stream in front of block `start` on; gates open."""
+        for i in range(start, len(self.blocks)):
+            stream = self.blocks[i].run(stream)
+        return self.read(stream).logits
+
+    def pool_of(self, stream: Stream, tokens: Tensor) -> Tensor:
+        """The pool before its norm.  tokens: B N D after the final norm -> B D, or all of them without a pool."""
         kind = self.spec.pool.kind
         if kind == "none":
-            return self.pool_norm(tokens)
+            return tokens
         if kind == "cls":
-            return self.pool_norm(tokens[:, self.spec.prefix.index("cls")])
-        if kind == "map":
-            return self.pool_norm(self.pool(tokens))
-        return self.pool_norm(self._mean(stream, tokens))
+            return tokens[:, self.spec.prefix.index("cls")]
+        return self.pool(tokens) if kind == "map" else self._mean(stream, tokens)
 
     def _mean(self, stream: Stream, tokens: Tensor) -> Tensor:
         patches = tokens[:, stream.prefix :]
@@ -599,7 +746,7 @@ class Vit(nn.Module):
             return (patches * stream.sizes[:, :, None]).sum(1) / stream.sizes.sum(1, keepdim=True)
         return patches.mean(1)
 
-    def _classify(self, output: Output, stream: Stream, tokens: Tensor, pooled: Tensor) -> Tensor:
+    def _seen_by(self, output: Output, stream: Stream, tokens: Tensor, pooled: Tensor) -> Tensor:
         parts = []
         for read in output.reads:
             if read == "pool":
@@ -608,10 +755,7 @@ class Vit(nn.Module):
                 parts.append(self._mean(stream, tokens))
             else:
                 parts.append(tokens[:, self.spec.prefix.index(read)])  # type: ignore[arg-type]
-        x = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-        if output.rank is not None:
-            x = self.heads[f"{output.name}_a"](x)
-        return self.heads[output.name](x)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     def outputs(self, x: Tensor) -> dict[str, Tensor]:
         """Logits of each classifier by name."""
@@ -624,7 +768,7 @@ class Vit(nn.Module):
         return [found[f"{name}:{i}"] for i in taps]
 
 
-WANTS = ("logits", "outputs", "pooled", "tokens", "decisions")
+WANTS = (*Read._fields, "decisions")
 
 
 def _taps(want: Sequence[str] | None, blocks: int) -> dict[int, list[str]]:

@@ -240,11 +240,12 @@ def test_a_block_by_halves_is_the_block(spec):
     model = make(spec)
     stream = model.embed(images(spec))
     for block in model.blocks:
-        after, _ = block(stream, None, OPEN)
-        mid, heads = cf.attend(block, cf.after_steps(block, stream, "start"))
+        after, _ = block(stream, gates=OPEN)
+        mid, heads, _ = block.attend(block.start(stream))
         assert (heads is None) == (block.spec.attention is None)
-        out = cf.through_mlp(block, cf.after_steps(block, mid, "mid"))
-        same = cf.after_steps(block, out, "end")
+        out, hidden, _ = block.transform(block.mid(mid))
+        assert (hidden is None) == (block.spec.mlp is None)
+        same = block.end(out)
         assert torch.equal(same.x, after.x) or (same.x - after.x).abs().max() < 1e-10 * after.x.abs().max()
         stream = after
     x = images(spec)
@@ -262,7 +263,7 @@ def test_streams_on_disk_equal_streams_in_memory(tmp_path, monkeypatch):
         held = cf.StreamCache(tmp_path, "a")
         held.fill(model.embed(part) for part in x.split(2))
         for block in model.blocks:
-            held.advance(lambda s, block=block: block(s, None, OPEN)[0])
+            held.advance(block.run)
         assert len(list(tmp_path.glob("a-*.bin"))) == (0 if limit else 3)
         assert held.count == 6
         ends.append(torch.cat([s.x for s in held.batches()]).clone())
@@ -281,13 +282,13 @@ def test_a_teacher_follows_the_students_matching(step):
     model = make(spec)
     stream, other = model.embed(images(spec, 3)), model.embed(images(spec, 3, seed=9))
     block = model.blocks[0]
-    own = cf.after_steps(block, stream, step.at)
+    own = getattr(block, step.at)(stream)
     theirs, ours = cf.following(block, stream, stream, step.at)
     assert torch.equal(theirs.x, own.x)
     assert torch.equal(ours.x, own.x)
     theirs, ours = cf.following(block, stream, other, step.at)
     assert theirs.x.shape == ours.x.shape == own.x.shape
-    assert torch.equal(ours.x, cf.after_steps(block, other, step.at).x)
+    assert torch.equal(ours.x, getattr(block, step.at)(other).x)
     assert torch.allclose(theirs.x[:, :1], stream.x[:, :1])
     constant = stream._replace(x=torch.ones_like(stream.x))
     forced, _ = cf.following(block, constant, other, step.at)

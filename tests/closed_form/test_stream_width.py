@@ -20,8 +20,8 @@ SPEC = vit(blocks=2, width=16)
 
 def stream_of(model: Vit, x: torch.Tensor) -> torch.Tensor:
     total = narrowing.Stream.empty(model.spec.width)
-    with torch.no_grad(), narrowing.listening(model, lambda _, seen: total.add(seen, len(model.spec.prefix))):
-        model(x)
+    for _, seen in narrowing.readings(model, x):
+        total.add(seen, len(model.spec.prefix))
     return total.gram
 
 
@@ -137,13 +137,8 @@ def test_a_stream_of_few_directions_is_narrowed_exactly(constant, weighed):
 
 def test_a_gram_centred_over_tokens_loses_the_constant_part():
     model, x = flat(5, constant=True)
-    rows = []
-    with (
-        torch.no_grad(),
-        narrowing.listening(model, lambda _, seen: rows.append((seen - seen.mean(-1, keepdim=True)).flatten(0, 1))),
-    ):
-        model(x)
-    tokens = torch.cat(rows)
+    seen = [tokens.flatten(0, 1) for _, tokens in narrowing.readings(model, x)]
+    tokens = torch.cat([rows - rows.mean(-1, keepdim=True) for rows in seen])
     centred = tokens - tokens.mean(0)
     basis = narrowing.directions(centred.mT @ centred, 6)
     uncentred = narrowing.directions(tokens.mT @ tokens, 6)
@@ -165,9 +160,7 @@ def test_the_correction_of_the_readers_brings_the_narrow_tokens_nearer():
     model, x = make(vit(blocks=2, width=24)), images(SPEC, 24)
     basis = narrowing.directions(stream_of(model, x), 14)
     corrected = narrowing.corrections(model, basis, [x], ridge=1e-6)
-    seen: dict[str, torch.Tensor] = {}
-    with torch.no_grad(), narrowing.listening(model, lambda name, tokens: seen.__setitem__(name, tokens)):
-        model(x)
+    seen = dict(narrowing.readings(model, x))
     for name in ("norm1:0", "norm2:1"):
         narrow, wide = narrowing.normalised(seen[name], basis, 1e-6)
         errors = [
@@ -185,9 +178,7 @@ def test_token_weights_decide_which_tokens_a_reader_is_fitted_on():
         return torch.tensor([1.0] + [0.0] * (tokens - 1))
 
     fits = [narrowing.corrections(model, basis, [x], weights=w, ridge=1e-9) for w in (None, only_class)]
-    seen: dict[str, torch.Tensor] = {}
-    with torch.no_grad(), narrowing.listening(model, lambda name, tokens: seen.__setitem__(name, tokens)):
-        model(x)
+    seen = dict(narrowing.readings(model, x))
     narrow, wide = narrowing.normalised(seen["norm2:0"][:, :1], basis, 1e-6)
     errors = [float((wide - narrow @ f["norm2:0"].matrix.mT - f["norm2:0"].shift).square().mean()) for f in fits]
     assert errors[1] < errors[0]

@@ -19,7 +19,7 @@ def attention_rows(model: Vit, count: int = 12) -> tuple[torch.Tensor, torch.Ten
     block = model.blocks[0]
     with torch.no_grad():
         stream = model.embed(images(model.spec, count))
-        mid, mixed = cf.attend(block, stream)
+        mid, mixed, _ = block.attend(stream)
         assert mixed is not None
         return mixed.flatten(0, 1), (mid.x - stream.x).flatten(0, 1)
 
@@ -68,7 +68,7 @@ def test_a_last_linear_that_is_refitted_on_its_own_target_stays_as_it_is(rank):
     model = make(replace(SPEC, blocks=(replace(SPEC.blocks[0], mlp=MlpSpec(hidden=24, fc2_rank=rank)),)))
     block = model.blocks[0]
     with torch.no_grad():
-        hidden = cf.expand(block, model.embed(images(SPEC, 12)))
+        hidden = block.units(model.embed(images(SPEC, 12)))
         update = block.mlp.fc2(hidden if rank is None else block.mlp.fc2a(hidden))
     stats = sums(hidden.flatten(0, 1), update.flatten(0, 1))
     last = parts.last_linear(block.mlp)

@@ -1,4 +1,4 @@
-"""Closed forms: low-rank factors of attention and linears, and the streamed statistics that tell which are cheap to drop.
+"""Low-rank factors of attention and linears. Pure algebra: knows no network.
 
 Row-vector convention: a token is a row x, a weight maps it as `x @ W`, so W is the transpose of a `torch.nn.Linear`'s.
 Factors are always made at full rank, in order of importance: slicing the leading components truncates them. The squared
@@ -14,16 +14,11 @@ Shapes: H heads, N tokens, D width, Q query/key dims, V value dims, R rank; `...
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-
-from vitrim.errors import DataError
-from vitrim.model import Attention, Block, Gates, Vit
+from torch import Tensor
 
 Progress = Callable[..., None]
 TINY = torch.finfo(torch.float64).eps
@@ -202,144 +197,4 @@ def _balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     return left * ratio[..., None, :], right / ratio[..., :, None]
 
 
-@dataclass
-class Moments:
-    """A running sum of rows and of their outer products.  rows of [..., E]; sums in float64 on the CPU."""
-
-    count: int = 0
-    sum: Tensor = field(default_factory=lambda: torch.zeros(()))
-    square: Tensor = field(default_factory=lambda: torch.zeros(()))
-
-    def add(self, rows: Tensor) -> None:
-        """rows: [..., n, E], in the model's dtype within a batch."""
-        square = (rows.mT @ rows).to("cpu", torch.float64)
-        total = rows.sum(-2).to("cpu", torch.float64)
-        self.sum = total if self.count == 0 else self.sum + total
-        self.square = square if self.count == 0 else self.square.add_(square)
-        self.count += rows.shape[-2]
-
-    @property
-    def mean(self) -> Tensor:
-        """[..., E]"""
-        return self.sum / self.count
-
-    @property
-    def second(self) -> Tensor:
-        """[..., E, E] mean of x^T x."""
-        return self.square / self.count
-
-    @property
-    def covariance(self) -> Tensor:
-        """[..., E, E] mean of (x - mean)^T (x - mean)."""
-        return self.second - self.mean[..., :, None] * self.mean[..., None, :]
-
-
-@dataclass
-class BlockStatistics:
-    """What one block's parts see.  queries: [H, Q], bias included; keys: [H, Q], centred within each image;
-    values: [H, V] what each head hands to the output projection, b_V included; fc1, fc2: of the smaller side of each
-    linear, outputs without their bias.
-    """
-
-    queries: Moments = field(default_factory=Moments)
-    keys: Moments = field(default_factory=Moments)
-    values: Moments = field(default_factory=Moments)
-    fc1: Moments = field(default_factory=Moments)
-    fc2: Moments = field(default_factory=Moments)
-
-
-def sees_inputs(inputs: int, outputs: int) -> bool:
-    """Whether a linear's statistics are of its inputs (or of its outputs): the smaller side."""
-    return inputs <= outputs
-
-
-@torch.no_grad()
-def calibrate(
-    model: Vit, batches: Iterable[Tensor], *, total: int | None = None, progress: Progress | None = None
-) -> list[BlockStatistics]:
-    """Statistics of every block over images, in one pass; gates are open, token steps run as they do.
-
-    batches: [B, C, h, w] each, forgotten after use. total: images in all, for the progress.
-    Memory: some 2 D^2 + 3 Q D float64 numbers a block, a third of a float32 model, and the activations of one batch.
-    Raises DataError when no image comes, or a value is not finite.
-    """
-    found = [BlockStatistics() for _ in model.blocks]
-    handles = [h for block, seen in zip(model.blocks, found, strict=True) for h in _listen(block, seen)]
-    device = next(model.parameters())
-    done = 0
-    try:
-        for x in batches:
-            result = model(x.to(device), gates=Gates(policy="open"))
-            if not torch.isfinite(result).all():
-                raise DataError(
-                    f"calibration: the model's output is not finite on images {done} to {done + len(x) - 1}. "
-                    "Check the weights and the images' normalisation."
-                )
-            done += len(x)
-            if progress is not None:
-                progress("calibrate", done, total or done)
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not done:
-        raise DataError("calibration: no images. Pass a few hundred unlabelled ones, as a folder or a tensor.")
-    return found
-
-
-def _listen(block: nn.Module, seen: BlockStatistics) -> list[Any]:
-    """Hooks that add what a block's parts see to its statistics; the caller removes them."""
-    assert isinstance(block, Block)
-    handles = []
-    if block.spec.attention is not None:
-        handles.append(block.attention.register_forward_pre_hook(partial(_scores, seen), with_kwargs=True))
-        handles.append(block.attention.out.register_forward_pre_hook(partial(_mixed, seen, block.spec.attention.heads)))
-    if block.spec.mlp is not None:
-        mlp = block.mlp
-        width, hidden = block.norm2.normalized_shape[0], block.spec.mlp.hidden
-        for first, last, moments, sizes in (
-            (mlp.fc1a or mlp.fc1, mlp.fc1, seen.fc1, (width, mlp.fc1.out_features)),
-            (mlp.fc2a or mlp.fc2, mlp.fc2, seen.fc2, (hidden, width)),
-        ):
-            if sees_inputs(*sizes):
-                handles.append(first.register_forward_pre_hook(partial(_entering, moments)))
-            else:
-                handles.append(last.register_forward_hook(partial(_leaving, moments)))
-    return handles
-
-
-def _scores(seen: BlockStatistics, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    assert isinstance(module, Attention)
-    if module.spec.qk_norm != "none":
-        return  # their products cannot be factorised through the norm
-    q, k, _ = module.qkv_heads(args[0], kwargs.get("queries"))  # B H N Q
-    k = k - k.mean(2, keepdim=True)
-    seen.queries.add(q.transpose(0, 1).flatten(1, 2))
-    seen.keys.add(k.transpose(0, 1).flatten(1, 2))
-
-
-def _mixed(seen: BlockStatistics, heads: int, module: nn.Module, args: tuple[Any, ...]) -> None:
-    rows = args[0].unflatten(-1, (heads, -1)).flatten(0, 1)  # rows H V
-    seen.values.add(rows.transpose(0, 1))
-
-
-def _entering(moments: Moments, module: nn.Module, args: tuple[Any, ...]) -> None:
-    moments.add(args[0].flatten(0, 1))
-
-
-def _leaving(moments: Moments, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-    assert isinstance(module, nn.Linear)
-    rows = output.flatten(0, 1)
-    moments.add(rows if module.bias is None else rows - module.bias)
-
-
-__all__ = [
-    "BlockStatistics",
-    "Factors",
-    "Moments",
-    "calibrate",
-    "factorise_linear",
-    "factorise_qk",
-    "factorise_vo",
-    "fold_value_bias",
-    "sees_inputs",
-]
+__all__ = ["Factors", "factorise_linear", "factorise_qk", "factorise_vo", "fold_value_bias"]

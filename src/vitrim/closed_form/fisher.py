@@ -18,9 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vitrim.model import Gates, Vit
-
-OPEN = Gates(policy="open")
+from vitrim.model import OPEN, Vit
 
 
 def outcome(result: Tensor, *, classifies: bool) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vitrim.closed_form.fisher import outcome, random_signs
 from vitrim.errors import DataError
-from vitrim.model import Gates, Vit
+from vitrim.model import OPEN, Vit
 
 LEAST = 1 / 64
 """The least weight of a token beside the heaviest: a regression needs its rows."""
@@ -80,7 +80,7 @@ def sensitivity(
     for x in batches:
         with torch.enable_grad():
             start = x.to(like).detach().requires_grad_()  # a graph from the images on, whatever parameters are frozen
-            found = model(start, gates=Gates(policy="open"), want=(*names, "logits"))
+            found = model(start, gates=OPEN, want=(*names, "logits"))
             taps = [found[name] for name in names]
             answer = outcome(found["logits"], classifies=bool(model.spec.outputs))
             scale = answer.detach().exp().sqrt() if model.spec.outputs else torch.ones_like(answer)

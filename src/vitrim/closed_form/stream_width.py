@@ -15,17 +15,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitrim.closed_form.factors import fold_value_bias
 from vitrim.closed_form.regression import Regression, refit
 from vitrim.errors import DataError, SpecError
-from vitrim.model import Gates, Vit
+from vitrim.model import Vit
 from vitrim.spec import BlockSpec, Merge, ModelSpec
 from vitrim.surgery import with_spec
 
@@ -35,7 +33,6 @@ BALANCE = 0.3
 """Power of the outputs' metric in the choice of directions: 0 keeps the most energy, 1/2 weighs energy and effect alike."""
 FLAT = 1e-3
 """Share of the identity in that metric."""
-OPEN = Gates(policy="open")
 Weights = Callable[[str, int], Tensor | None]
 """Token weights [N] of a reader by its name and the number of tokens; None: all alike."""
 
@@ -184,34 +181,33 @@ def directions(gram: Tensor, width: int, metric: Tensor | None = None) -> Basis:
     return Basis(vectors[:, :count])
 
 
-def readers(model: Vit) -> dict[str, Any]:
+def readers(model: Vit) -> dict[str, nn.LayerNorm]:
     """The norms through which the stream is read, by name: `norm1:i`, `norm2:i`, and `norm` in front of the classifier."""
-    found: dict[str, Any] = {}
-    for i, (block, spec) in enumerate(zip(model.blocks, model.spec.blocks, strict=True)):
-        if spec.attention is not None:
+    found: dict[str, nn.LayerNorm] = {}
+    for i, block in enumerate(model.blocks):
+        if block.spec.attention is not None:
             found[f"norm1:{i}"] = block.norm1
-        if spec.mlp is not None:
+        if block.spec.mlp is not None:
             found[f"norm2:{i}"] = block.norm2
-    found["norm"] = model.norm if model.spec.final_norm else model.pool_norm
-    return found
+    last = model.norm if model.spec.final_norm else model.pool_norm
+    assert isinstance(last, nn.LayerNorm)
+    return found | {"norm": last}
 
 
-@contextmanager
-def listening(model: Vit, hear: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Within it, every reader tells what it is given.  hear(name, B N D); a pooled vector comes as B 1 D."""
-
-    def hook(name: str) -> Callable[[Any, tuple[Any, ...]], None]:
-        def tell(_: Any, args: tuple[Any, ...]) -> None:
-            hear(name, args[0] if args[0].dim() == 3 else args[0][:, None])
-
-        return tell
-
-    handles = [norm.register_forward_pre_hook(hook(name)) for name, norm in readers(model).items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+@torch.no_grad()
+def readings(model: Vit, x: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """What each reader is given, in order, gates open: its name, and B N D; a pooled vector comes as B 1 D.  x: B C h w."""
+    stream = model.embed(x)
+    for i, block in enumerate(model.blocks):
+        stream = block.start(stream)
+        if block.spec.attention is not None:
+            yield f"norm1:{i}", stream.x
+        stream = block.mid(block.attend(stream).stream)
+        if block.spec.mlp is not None:
+            yield f"norm2:{i}", stream.x
+        stream = block.end(block.transform(stream).stream)
+    last = stream.x if model.spec.final_norm else model.pool_of(stream, stream.x)
+    yield "norm", last if last.dim() == 3 else last[:, None]
 
 
 @dataclass(frozen=True)
@@ -237,29 +233,22 @@ def corrections(
     sums: dict[str, Regression] = {}
     norms = readers(model)
     size = basis.q.shape[1]
-
-    def hear(name: str, x: Tensor) -> None:
-        if name == "norm":
-            return
-        if name not in sums:
-            sums[name] = Regression.empty(size, x.shape[-1], device=x.device)
-        narrow, wide = normalised(x, basis, norms[name].eps)
-        sums[name].add(narrow, wide, None if weights is None else _spread(weights(name, x.shape[1]), x))
-
     like = next(model.parameters())
-    with torch.no_grad(), listening(model, hear):
-        for x in batches:
-            model(x.to(like), gates=OPEN)
+    for images in batches:
+        for name, x in readings(model, images.to(like)):
+            if name == "norm":
+                continue
+            if name not in sums:
+                sums[name] = Regression.empty(size, x.shape[-1], device=x.device)
+            narrow, wide = normalised(x, basis, norms[name].eps)
+            chosen = None if weights is None else weights(name, x.shape[1])
+            sums[name].add(narrow, wide, None if chosen is None else chosen.to(x))
     found = {name: Reader.bare(basis) for name in norms}
     for name, total in sums.items():
         w, b = refit(total, basis.q.mT, ridge=ridge)
         assert b is not None
         found[name] = Reader(w.mT.cpu(), b.cpu())
     return found
-
-
-def _spread(weights: Tensor | None, x: Tensor) -> Tensor | None:
-    return None if weights is None else weights.to(x)
 
 
 def normalised(x: Tensor, basis: Basis, eps: float) -> tuple[Tensor, Tensor]:
@@ -415,10 +404,10 @@ __all__ = [
     "corrections",
     "directions",
     "helmert",
-    "listening",
     "narrow",
     "narrowed_spec",
     "normalised",
     "readers",
+    "readings",
     "refusal",
 ]

@@ -1,4 +1,4 @@
-"""The residual stream of many images between two blocks, held outside memory, and a block run half by half.
+"""The residual stream of many images between two blocks, held outside memory, and two streams kept in step.
 
 A closed form looks at a block several times; the stream in front of it is computed once and held: in memory while small,
 else in files of a temporary folder, so that memory does not grow with the number of images.
@@ -10,21 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from vitrim.errors import DataError
-from vitrim.model import Block, Gates, Stream, TokenStep, Vit
-from vitrim.spec import Prefix
+from vitrim.model import Block, Stream, Vit
 from vitrim.tokens import Undo
 
 IN_MEMORY_BYTES = 64 * 2**20
 """A held stream up to this size stays in memory."""
-OPEN = Gates(policy="open")
 
 
 class StreamCache:
@@ -90,71 +86,7 @@ class StreamCache:
         self.fill(by(stream) for stream in self.batches(device))
 
 
-# ------------------------------------------------------------------------------------------------- a block by its halves
-
-
-def after_steps(block: Any, stream: Stream, at: str) -> Stream:
-    """The stream after the block's token steps at this place; the prefix step is `attend`'s and `narrowed`'s."""
-    for module in block.steps:
-        assert isinstance(module, TokenStep)
-        if module.step.at == at and not isinstance(module.step, Prefix):
-            stream = module(stream)
-    return stream
-
-
-def has_steps(block: Any, *places: str) -> bool:
-    """Whether the block has a token step at one of these places; a prefix step counts as one at its start."""
-    return any(module.step.at in places for module in block.steps)
-
-
-def narrowed(block: Any, stream: Stream) -> Stream:
-    """The stream that goes on after the prefix step, if the block has one."""
-    tail = block.prefix_step()
-    return stream if tail is None else tail(stream)
-
-
-def attend(block: Any, stream: Stream) -> tuple[Stream, Tensor | None]:
-    """The stream after the block's attention, and what its heads hand to the output projection (B N H*V, or None).
-
-    stream: after the steps at the block's start.
-    """
-    assert isinstance(block, Block)
-    going = narrowed(block, stream)
-    if block.spec.attention is None:
-        return going, None
-    caught: list[Tensor] = []
-    handle = block.attention.out.register_forward_pre_hook(lambda _, args: caught.append(args[0]))
-    try:
-        queries = None if going is stream else stream.prefix
-        update = block.attention(block.norm1(stream.x), queries=queries, bias=_size_bias(stream), masks={})
-    finally:
-        handle.remove()
-    return going._replace(x=going.x + update), caught[0]
-
-
-def expand(block: Any, stream: Stream) -> Tensor:
-    """Hidden units of the block's MLP.  stream: after the steps at its middle -> B N M."""
-    return block.mlp.units(block.norm2(stream.x), {})
-
-
-def finish(block: Any, hidden: Tensor) -> Tensor:
-    """The update of the block's MLP from its hidden units.  B N M -> B N D"""
-    mlp = block.mlp
-    update: Tensor = mlp.scaled(mlp.fc2(hidden if mlp.fc2a is None else mlp.fc2a(hidden)))
-    return update
-
-
-def through_mlp(block: Any, stream: Stream) -> Stream:
-    """The stream after the block's MLP, if it has one.  stream: after the steps at its middle."""
-    return (
-        stream if block.spec.mlp is None else stream._replace(x=stream.x + block.mlp(block.norm2(stream.x), masks={}))
-    )
-
-
-def _size_bias(stream: Stream) -> Tensor | None:
-    if not stream.bias or stream.sizes is None:
-        return None
-    return F.pad(stream.sizes.log(), (stream.prefix, 0))[:, None, None, :].to(stream.x.dtype)
+# ------------------------------------------------------------------------------------------------- two streams together
 
 
 def lookahead(teacher: Vit, student: Vit, index: int, stream: Stream) -> Stream:
@@ -163,22 +95,22 @@ def lookahead(teacher: Vit, student: Vit, index: int, stream: Stream) -> Stream:
     stream: the teacher's after the MLP of block `index`. What the student has lost right behind is run with the teacher's
     weights, so that the half before it can be refitted to carry it. Token steps end the walk: behind them rows differ.
     """
-    if has_steps(teacher.blocks[index], "end"):
+    if teacher.blocks[index].has_steps("end"):
         return stream
     for j in range(index + 1, len(teacher.blocks)):
         ours, theirs = student.spec.blocks[j], teacher.blocks[j]
-        if ours.attention is not None or has_steps(theirs, "start", "mid"):
+        if ours.attention is not None or theirs.has_steps("start", "mid"):
             break
-        stream, _ = attend(theirs, stream)
+        stream = theirs.attend(stream).stream
         if ours.mlp is not None:
             break
-        stream = through_mlp(theirs, stream)
-        if has_steps(theirs, "end"):
+        stream = theirs.transform(stream).stream
+        if theirs.has_steps("end"):
             break
     return stream
 
 
-def following(block: Any, theirs: Stream, before: Stream, at: str) -> tuple[Stream, Stream]:
+def following(block: Block, theirs: Stream, before: Stream, at: str) -> tuple[Stream, Stream]:
     """Both streams after the block's steps at this place, the teacher's merged as the student's tokens match.
 
     theirs, before: teacher's and student's streams before the steps, with the same layout. Gives (theirs, ours). Images in
@@ -186,9 +118,7 @@ def following(block: Any, theirs: Stream, before: Stream, at: str) -> tuple[Stre
     within the groups that the student formed.
     """
     ours = before
-    for module in block.steps:
-        if module.step.at != at or isinstance(module.step, Prefix):
-            continue
+    for module in block.token_steps(at):
         own, after = module(theirs._replace(history=())), module(ours._replace(history=()))
         if after.history:
             undo, free = after.history[-1], own.history[-1]
@@ -236,31 +166,11 @@ def divergence(before: Tensor, after: Tensor, *, classifies: bool) -> float:
 
 
 def answers(model: Vit, stream: Stream, start: int) -> Tensor:
-    """What the model answers on from the stream in front of block `start`: logits or features, [B, ...].
-
-    Raises DataError where a number is not finite.
-    """
-    for block in model.blocks[start:]:
-        stream, _ = block(stream, None, OPEN)
-    tokens = model.norm(stream.x)
-    pooled = model._pooled(stream, tokens)
-    outputs = [model._classify(output, stream, tokens, pooled) for output in model.spec.outputs]
-    result = torch.stack(outputs).mean(0) if outputs else pooled
+    """`Vit.answer`, [B, ...]. Raises DataError where a number is not finite."""
+    result = model.answer(stream, start)
     if not torch.isfinite(result).all():
         raise DataError("the model's output is not finite. Check the weights and the images' normalisation.")
     return result
 
 
-__all__ = [
-    "StreamCache",
-    "after_steps",
-    "answers",
-    "attend",
-    "expand",
-    "finish",
-    "following",
-    "has_steps",
-    "lookahead",
-    "narrowed",
-    "through_mlp",
-]
+__all__ = ["StreamCache", "answers", "divergence", "following", "lookahead"]

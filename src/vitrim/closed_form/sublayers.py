@@ -10,13 +10,14 @@ Shapes: H heads, Q and V their widths, D width, M hidden units, E inner width of
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from vitrim.closed_form.factors import Factors, factorise_qk, factorise_vo
 from vitrim.closed_form.regression import Elimination, Regression, eliminate, refit
+from vitrim.model import Attention, Mlp
 
 SCORE_RIDGE = 1e-5
 """Of the factors: share of the plain SVD mixed into the statistics."""
@@ -27,7 +28,7 @@ def double(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", torch.float64)
 
 
-def head_weights(attention: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def head_weights(attention: Attention) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """W_Q, W_K [H, D, Q], W_V [H, D, V], W_O [H, V, D]; float64 on the CPU."""
     s = attention.spec
     inner = s.heads * s.qk_dim
@@ -54,7 +55,7 @@ class Scores:
         self.queries = first if self.queries is None else self.queries + first
         self.keys = second if self.keys is None else self.keys + second
 
-    def factors(self, attention: Any, ridge: float = SCORE_RIDGE) -> Factors:
+    def factors(self, attention: Attention, ridge: float = SCORE_RIDGE) -> Factors:
         """Of the attention's scores, at full rank."""
         q, k, _, _ = head_weights(attention)
         bias = None if attention.q_bias is None else double(attention.q_bias).unflatten(0, (attention.spec.heads, -1))
@@ -75,7 +76,7 @@ class Values(NamedTuple):
     prior: Tensor
 
 
-def values(attention: Any, stats: Regression, metric: Tensor | None, ridge: float = SCORE_RIDGE) -> Values:
+def values(attention: Attention, stats: Regression, metric: Tensor | None, ridge: float = SCORE_RIDGE) -> Values:
     """Leading directions of each head's W_V W_O.  stats: its inputs are what all heads hand on, [H * V], biases included.
 
     metric: [D, D] positive definite, of errors of the half's update; None: the identity.
@@ -127,7 +128,7 @@ class Last(NamedTuple):
     outputs: Tensor | None
 
 
-def last_linear(mlp: Any) -> Last:
+def last_linear(mlp: Mlp) -> Last:
     """fc2; of a factored one its first factor: the rank stays, and the second factor is not refitted."""
     if mlp.fc2a is None:
         return Last(double(mlp.fc2.weight).T, None)

@@ -32,8 +32,7 @@ import numpy as np
 import torch
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as checked
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
 
 from vitrim import checkpoints, surgery
 from vitrim import closed_form as cf
@@ -45,7 +44,7 @@ from vitrim.closed_form import sublayers as parts
 from vitrim.counting import FLOAT_BYTES, Cost, attention_macs, attention_params, cost, mlp_macs, mlp_params
 from vitrim.errors import ConfigError, DataError, TrainingError, did_you_mean
 from vitrim.freezing import frozen
-from vitrim.model import Block, Gates, Stream, Vit
+from vitrim.model import OPEN, Block, Stream, Vit
 from vitrim.result import Compressed
 from vitrim.spec import (
     AttentionSpec,
@@ -63,7 +62,6 @@ from vitrim.spec import (
 )
 
 AXES = ("qk", "vo", "mlp", "attention", "block", "width", "tokens", "tail")
-OPEN = Gates(policy="open")
 HELD_OUT = 4
 """One image in so many is held out: options are scored and plans compared on it."""
 PROBE = 64
@@ -1025,13 +1023,10 @@ class Work:
         total = narrowing.Stream.empty(self.base.spec.width)
         prefix = len(self.base.spec.prefix)
 
-        def hear(_: str, x: Tensor) -> None:
-            total.add(x, prefix)
-
         like = next(self.base.parameters())
-        with torch.no_grad(), narrowing.listening(self.base, hear):
-            for x in self.inputs.batches("fit"):
-                self.base(x.to(like), gates=OPEN)
+        for x in self.inputs.batches("fit"):
+            for _, seen in narrowing.readings(self.base, x.to(like)):
+                total.add(seen, prefix)
         self.notes.put("stream", {"gram": total.gram}, {})
         return total.gram
 
@@ -1041,13 +1036,6 @@ class Work:
         basis = narrowing.directions(self.gram, width, effect)
         corrected = narrowing.corrections(self.base, basis, self.inputs.batches(part), weights=self.reader_weights)
         return narrowing.narrow(self.base, basis, corrected), basis
-
-
-def _size_bias(stream: Stream) -> Tensor | None:
-    """log of the token sizes as a bias of the scores, B 1 1 N; None where attention does not look at them."""
-    if not stream.bias or stream.sizes is None:
-        return None
-    return F.pad(stream.sizes.log(), (stream.prefix, 0))[:, None, None, :].to(stream.x.dtype)
 
 
 def _metric(work: Work, name: str) -> Tensor:
@@ -1062,38 +1050,39 @@ def _own(tensor: Tensor) -> Tensor:
 @torch.no_grad()
 def block_parts(work: Work, i: int, held: cf.StreamCache) -> Parts:
     """The parts of block `i`, from one pass over the dense stream in front of it."""
-    block: Any = work.base.blocks[i]
+    block = work.base.blocks[i]
     spec, levels = block.spec, work.room.levels[i]
     device, width = work.device, work.base.spec.width
-    a, m = spec.attention, spec.mlp
+    a = spec.attention
     scores = parts.Scores()
     wants_qk, wants_v = len(levels.qk) > 1, len(levels.v) > 1
-    heads = cf.Regression.empty(a.heads * a.v_dim, width, device=device) if wants_v else None
-    mlp = cf.Regression.empty(m.hidden, width, device=device) if len(levels.hidden) > 1 or levels.bare else None
-    off = cf.Regression.empty(m.hidden, width, device=device) if levels.off and levels.refit[1] else None
+    heads = cf.Regression.empty(block.attention.out.in_features, width, device=device) if wants_v else None
+    hidden_units = 0 if spec.mlp is None else spec.mlp.hidden
+    mlp = cf.Regression.empty(hidden_units, width, device=device) if len(levels.hidden) > 1 or levels.bare else None
+    off = cf.Regression.empty(hidden_units, width, device=device) if levels.off and levels.refit[1] else None
     gone = cf.Regression.empty(1, width, device=device) if levels.empty else None
     for stream in held.batches(device):
-        entry = cf.after_steps(block, stream, "start")
+        entry = block.start(stream)
         at_mid = work.weights(f"mid:{i}", entry.x.shape[1]).to(entry.x)
         if wants_qk:
             q, k, _ = block.attention.qkv_heads(block.norm1(entry.x))
             scores.add(q, k, at_mid)
-        mid, mixed = cf.attend(block, entry)
+        mid, mixed, _ = block.attend(entry)
         if heads is not None and mixed is not None:
             heads.add(mixed, mid.x - entry.x, at_mid)
         theirs, ours = cf.following(block, mid, entry, "mid")
-        inner = cf.after_steps(block, mid, "mid")
+        inner = block.mid(mid)
         at_end = work.weights(f"block:{i}", inner.x.shape[1]).to(inner.x)
         after = None
         if mlp is not None:
-            hidden = cf.expand(block, inner)
-            update = cf.finish(block, hidden)
+            hidden = block.units(inner)
+            update = block.mlp.finish(hidden)
             mlp.add(hidden, update, at_end)
-            after = None if cf.has_steps(block, "mid") else inner.x + update
+            after = None if block.has_steps("mid") else inner.x + update
         if off is not None or gone is not None:
-            target = (cf.through_mlp(block, theirs).x if after is None else after) - ours.x
+            target = (block.transform(theirs).stream.x if after is None else after) - ours.x
             if off is not None:
-                off.add(cf.expand(block, ours), target, at_end)
+                off.add(block.units(ours), target, at_end)
             if gone is not None:
                 gone.add(target.new_ones(*target.shape[:2], 1), target, at_end)
     found = Parts()
@@ -1127,7 +1116,7 @@ def block_parts(work: Work, i: int, held: cf.StreamCache) -> Parts:
             keep(f"{name}/{size}/w", w)
             keep(f"{name}/{size}/b", b)
     if levels.off and not levels.refit[1]:
-        keep(f"off/{m.hidden}/frozen", torch.ones(1))
+        keep(f"off/{hidden_units}/frozen", torch.ones(1))
     # a mean counts only where a bias can take it: the attention's own, or that of the half before the block
     if mlp is not None and levels.bare:
         mean = parts.mean_target(mlp)
@@ -1142,46 +1131,46 @@ Emit = Callable[[str, int, str, Tensor], None]
 """Told of each level: part, size, place, and how the stream there changes [B, N, D]."""
 
 
-def changes(block: Any, i: int, levels: Levels, found: Parts, entry: Stream, emit: Emit) -> None:
+def changes(block: Block, i: int, levels: Levels, found: Parts, entry: Stream, emit: Emit) -> None:
     """What each level of each part does to the dense stream.  entry: after the steps at the block's start."""
     t = {name: value.to(entry.x.device) for name, value in found.tensors.items()}
     spec = block.spec
-    mid, mixed = cf.attend(block, entry)
+    mid, mixed, _ = block.attend(entry)
     if mixed is not None:
         x, a = block.norm1(entry.x), block.attention
         q, k, v = a.qkv_heads(x)
-        bias = _size_bias(entry)
+        bias = entry.size_bias()
         if "qk/left" in t:
             new_q = torch.einsum("bnd,hdr->bhnr", x, t["qk/left"])
             if "qk/bias" in t:
                 new_q = new_q + t["qk/bias"][:, None]
             new_k = torch.einsum("bnd,hrd->bhnr", x, t["qk/right"])
             for rank in levels.qk[1:]:
-                y = a._attend(new_q[..., :rank], new_k[..., :rank], v, bias)
+                y = a.attend(new_q[..., :rank], new_k[..., :rank], v, bias)
                 emit("qk", rank, f"mid:{i}", (y.transpose(1, 2).flatten(2) - mixed) @ a.out.weight.T)
         if "v/left" in t:
             new_v = torch.einsum("bnd,hdr->bhnr", x, t["v/left"])
-            y = a._attend(q, k, new_v, bias).transpose(1, 2)  # B N H R
+            y = a.attend(q, k, new_v, bias).transpose(1, 2)  # B N H R
             for rank in levels.v[1:]:
                 update = y[..., :rank].flatten(2) @ t[f"o/{rank}/w"] + t[f"o/{rank}/b"]
                 emit("v", rank, f"mid:{i}", update - (mid.x - entry.x))
     theirs, ours = cf.following(block, mid, entry, "mid")
-    inner = cf.after_steps(block, mid, "mid")
+    inner = block.mid(mid)
     for kind, before, after in (
-        ("mlp", inner, cf.through_mlp(block, inner)),
-        ("off", ours, cf.through_mlp(block, theirs)),
+        ("mlp", inner, block.transform(inner).stream),
+        ("off", ours, block.transform(theirs).stream),
     ):
         sizes = found.sizes(kind)
         if not sizes:
             continue
-        hidden = cf.expand(block, before) if spec.mlp is not None else None
+        hidden = block.units(before) if spec.mlp is not None else None
         for size in sizes:
             if not size:
                 emit("hidden" if kind == "mlp" else "off", size, f"block:{i}", before.x + t[f"{kind}/0/b"] - after.x)
                 continue
             assert hidden is not None
             if f"{kind}/{size}/frozen" in t:
-                update = cf.finish(block, hidden)
+                update = block.mlp.finish(hidden)
             else:
                 new = hidden[..., t[f"{kind}/{size}/keep"]] @ t[f"{kind}/{size}/w"]
                 if block.mlp.fc2a is not None:
@@ -1207,7 +1196,7 @@ def all_parts(work: Work) -> list[Parts]:
             found.append(Parts({name: value for name, value in noted[0].items() if name != "none"}))
         if i + 1 < count:
             with torch.no_grad():
-                held.advance(lambda stream, block=block: block(stream, None, OPEN)[0], work.device)  # type: ignore[misc]
+                held.advance(block.run, work.device)
         work.tell("parts", i + 1, count)
     return found
 
@@ -1302,7 +1291,7 @@ def batch_losses(
         before = fisher.outcome(base(x, gates=OPEN), classifies=classifies)
         stream = base.embed(x)
         for i, (block, found) in enumerate(zip(base.blocks, library, strict=True)):
-            entry = cf.after_steps(block, stream, "start")
+            entry = block.start(stream)
             rows.append({})
 
             def emit(part: str, size: int, place: str, change: Tensor, i: int = i, entry: Stream = entry) -> None:
@@ -1314,20 +1303,20 @@ def batch_losses(
                 rows[i][part, size] = float(lost.sum())
 
             changes(block, i, work.room.levels[i], found, entry, emit)
-            stream, _ = block(stream, None, OPEN)
+            stream = block.run(stream)
     return rows
 
 
 def _outcome_after(base: Vit, i: int, place: str, entry: Stream, change: Tensor) -> Tensor:
     """What the dense network answers when the stream at this place of block `i` is changed."""
     block = base.blocks[i]
-    stream, _ = cf.attend(block, entry)
+    stream = block.attend(entry).stream
     if place.startswith("mid"):
         stream = stream._replace(x=stream.x + change)
-    stream = cf.through_mlp(block, cf.after_steps(block, stream, "mid"))
+    stream = block.transform(block.mid(stream)).stream
     if place.startswith("block"):
         stream = stream._replace(x=stream.x + change)
-    return cf.answers(base, cf.after_steps(block, stream, "end"), i + 1)
+    return cf.answers(base, block.end(stream), i + 1)
 
 
 # ------------------------------------------------------------------------------------------------------------- the build
@@ -1393,10 +1382,10 @@ class Student:
             return
         spec = replace(self.goal.blocks[i], attention=before, mlp=self.start.spec.blocks[i].mlp)
         if after.qk_dim < before.qk_dim:
-            block: Any = self.module(i, spec)
+            block: Block = self.module(i, spec)
             scores = parts.Scores()
             for stream in ours.batches(self.work.device):
-                entry = cf.after_steps(block, stream, "start")
+                entry = block.start(stream)
                 q, k, _ = block.attention.qkv_heads(block.norm1(entry.x))
                 scores.add(q, k, self.work.weights(site, q.shape[2]).to(q))
             factors = scores.factors(block.attention).sliced(after.qk_dim)
@@ -1409,13 +1398,13 @@ class Student:
             before = replace(before, qk_dim=after.qk_dim, k_bias=False)
             spec = replace(spec, attention=before)
         block = self.module(i, spec)
-        teacher: Any = self.work.base.blocks[i]
+        teacher = self.work.base.blocks[i]
         stats = cf.Regression.empty(before.heads * before.v_dim, self.goal.width, device=self.work.device)
         for stream, dense in zip(ours.batches(self.work.device), theirs.batches(self.work.device), strict=True):
             dense, entry = cf.following(block, dense, stream, "start")
-            _, mixed = cf.attend(block, entry)
+            mixed = block.attend(entry).mixed
             assert mixed is not None
-            goal = self.target(cf.attend(teacher, dense)[0].x) - entry.x
+            goal = self.target(teacher.attend(dense).stream.x) - entry.x
             stats.add(mixed, goal, self.work.weights(site, goal.shape[1]).to(goal))
         if after.v_dim < before.v_dim:
             found = parts.values(block.attention, stats, self.metric(site))
@@ -1441,14 +1430,14 @@ class Student:
         if not levels.refit[1] and not (before is None and lost):
             return None, None
         here, site = f"blocks.{i}.mlp", f"block:{i}"
-        block: Any = self.module(i, replace(self.goal.blocks[i], mlp=before))
-        teacher: Any = self.work.base.blocks[i]
+        block: Block = self.module(i, replace(self.goal.blocks[i], mlp=before))
+        teacher = self.work.base.blocks[i]
         stats = cf.Regression.empty(1 if after is None else before.hidden, self.goal.width, device=self.work.device)  # type: ignore[union-attr]
         for stream, dense in zip(ours.batches(self.work.device), theirs.batches(self.work.device), strict=True):
             dense, entry = cf.following(block, dense, stream, "start")
-            dense, inner = cf.following(block, cf.attend(teacher, dense)[0], cf.attend(block, entry)[0], "mid")
-            goal = self.target(cf.through_mlp(teacher, dense).x) - inner.x
-            hidden = goal.new_ones(*goal.shape[:2], 1) if after is None else cf.expand(block, inner)
+            dense, inner = cf.following(block, teacher.attend(dense).stream, block.attend(entry).stream, "mid")
+            goal = self.target(teacher.transform(dense).stream.x) - inner.x
+            hidden = goal.new_ones(*goal.shape[:2], 1) if after is None else block.units(inner)
             stats.add(hidden, goal, self.work.weights(site, goal.shape[1]).to(goal))
         if after is None:
             self.forget(here, f"blocks.{i}.norm2")
@@ -1536,28 +1525,17 @@ class Student:
 
     def refit_heads(self, small: Vit) -> None:
         """The last linear of each classifier, on what the student gives it, towards the dense logits."""
-        base, found = self.work.base, {}
-        seen: dict[str, Tensor] = {}
-        handles: list[Any] = []
-        for output in small.spec.outputs:
-            name = output.name
-            mine, theirs = small.heads[name], base.heads[name]
-            found[name] = cf.Regression.empty(mine.in_features, output.classes, device=self.work.device)  # type: ignore[arg-type]
-            handles.append(mine.register_forward_pre_hook(lambda _, args, n=name: seen.__setitem__(f"in {n}", args[0])))
-            handles.append(theirs.register_forward_hook(lambda _, __, out, n=name: seen.__setitem__(f"out {n}", out)))
-        try:
-            like = next(base.parameters())
-            for x in self.work.inputs.batches(self.part) if found else ():
-                x = x.to(like)
-                base(x, gates=OPEN)
-                small(x, gates=OPEN)
-                for name, stats in found.items():
-                    stats.add(seen[f"in {name}"], seen[f"out {name}"])
-        finally:
-            for handle in handles:
-                handle.remove()
+        base, like = self.work.base, next(self.work.base.parameters())
+        found: dict[str, cf.Regression] = {}
+        for x in self.work.inputs.batches(self.part) if small.spec.outputs else ():
+            theirs = base(x.to(like), gates=OPEN, want=("outputs",))["outputs"]
+            for name, seen in small(x.to(like), gates=OPEN, want=("reads",))["reads"].items():
+                if name not in found:
+                    found[name] = cf.Regression.empty(seen.shape[1], theirs[name].shape[1], device=self.work.device)
+                found[name].add(seen, theirs[name])
         for name, stats in found.items():
-            head: Any = small.heads[name]
+            head = small.heads[name]
+            assert isinstance(head, nn.Linear)
             w, b = cf.refit(stats, parts.double(head.weight).T, ridge=HEAD_RIDGE, bias=head.bias is not None)
             head.weight.copy_(w.T)
             if b is not None:
@@ -1565,8 +1543,8 @@ class Student:
 
     def walk(self, i: int, ours: cf.StreamCache, theirs: cf.StreamCache, shift: Tensor | None) -> None:
         """Both streams through block `i`, the dense one's tokens merged as the student's are."""
-        block: Any = self.module(i, self.goal.blocks[i])
-        teacher: Any = self.work.base.blocks[i]
+        block: Block = self.module(i, self.goal.blocks[i])
+        teacher = self.work.base.blocks[i]
         device = self.work.device
 
         def shifted(stream: Stream) -> Stream:
@@ -1574,14 +1552,14 @@ class Student:
 
         def dense(student: Stream, stream: Stream) -> Stream:
             if not block.spec.steps:
-                return cf.through_mlp(teacher, cf.attend(teacher, stream)[0])
+                return teacher.transform(teacher.attend(stream).stream).stream
             stream, student = cf.following(block, stream, shifted(student), "start")
-            stream, student = cf.following(block, cf.attend(teacher, stream)[0], cf.attend(block, student)[0], "mid")
-            return cf.following(block, cf.through_mlp(teacher, stream), cf.through_mlp(block, student), "end")[0]
+            stream, student = cf.following(block, teacher.attend(stream).stream, block.attend(student).stream, "mid")
+            return cf.following(block, teacher.transform(stream).stream, block.transform(student).stream, "end")[0]
 
         pairs = zip(ours.batches(device), theirs.batches(device), strict=True)
         theirs.fill(dense(*pair) for pair in pairs)
-        ours.advance(lambda stream: block(shifted(stream), None, OPEN)[0], device)
+        ours.advance(lambda stream: block.run(shifted(stream)), device)
 
     def record(self, i: int) -> dict[str, Any] | None:
         """How block `i` was cut, for the selection."""

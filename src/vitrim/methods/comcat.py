@@ -29,7 +29,7 @@ from vitrim.budget import Budget, exceeded
 from vitrim.counting import Cost, cost
 from vitrim.errors import BudgetError, ConfigError, DataError, did_you_mean
 from vitrim.freezing import frozen
-from vitrim.model import Gates, Vit
+from vitrim.model import OPEN, Mlp, Vit
 from vitrim.result import Compressed
 from vitrim.spec import ModelSpec, spec_hash
 
@@ -358,7 +358,7 @@ def factorise(
 
     model: LayerScale folded. statistics: None: plain SVD.
     """
-    block: Any = model.blocks[index]
+    block = model.blocks[index]
     found: dict[str, cf.Factors] = {}
     if "qk" in wanted or "vo" in wanted:
         q, k, v, o = _heads(model, index)
@@ -403,13 +403,13 @@ def _heads(model: Vit, index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """W_Q, W_K [H, D, Q], W_V [H, D, V], W_O [H, V, D] of a block."""
     a = model.spec.blocks[index].attention
     assert a is not None
-    module: Any = model.blocks[index].attention
+    module = model.blocks[index].attention
     inner_qk, inner_v = a.heads * a.qk_dim, a.heads * a.v_dim
     q, k, v = (w.unflatten(0, (a.heads, -1)).mT for w in module.qkv.detach().split([inner_qk, inner_qk, inner_v]))
     return q, k, v, module.out.weight.detach().T.unflatten(0, (a.heads, -1))
 
 
-def _linear(mlp: Any, part: str) -> Tensor:
+def _linear(mlp: Mlp, part: str) -> Tensor:
     """W [in, out] of a linear, the product of its factors if it has them; float64."""
     last, first = getattr(mlp, part), getattr(mlp, f"{part}a")
     return _cpu(last.weight).T if first is None else _cpu(first.weight).T @ _cpu(last.weight).T
@@ -426,7 +426,7 @@ def _replacement(
 ) -> surgery.Factors:
     """What `surgery.factorise` puts into one block, with every bias rule."""
     new: dict[str, Any] = {}
-    block: Any = model.blocks[index]
+    block = model.blocks[index]
     if "qk" in ranks:
         cut = factors["qk"].sliced(ranks["qk"])
         new.update(q=cut.left, k=cut.right.mT, q_bias=cut.left_bias)
@@ -635,7 +635,7 @@ def _probe(
 def _outputs(model: Vit, batches: list[Tensor]) -> Tensor:
     """Logits, or features, of all images.  [n, ...] float64 on the CPU."""
     like = next(model.parameters())
-    return torch.cat([_cpu(model(x.to(like), gates=Gates(policy="open"))) for x in batches])
+    return torch.cat([_cpu(model(x.to(like), gates=OPEN)) for x in batches])
 
 
 def _report(

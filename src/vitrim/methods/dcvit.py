@@ -47,7 +47,7 @@ from vitrim.data import Augment
 from vitrim.data.draws import mix, ranked
 from vitrim.errors import BudgetError, ConfigError, DataError, TrainingError
 from vitrim.freezing import frozen
-from vitrim.model import Gates, Stream, Vit
+from vitrim.model import OPEN, Block, Stream, Vit
 from vitrim.objectives import Plain
 from vitrim.result import Compressed
 from vitrim.spec import BlockSpec, ModelSpec, Preprocess, SelectionStep, spec_hash, token_walk
@@ -55,7 +55,6 @@ from vitrim.surgery import Keep
 from vitrim.training import Batch, Step, TrainConfig, fit, plain
 
 Progress = Callable[..., None]
-OPEN = Gates(policy="open")
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 FOLDS = 4
 """Parts of the images of which one is left out at a time."""
@@ -785,7 +784,7 @@ class Linear(NamedTuple):
     bias: bool
 
 
-def last_linear(block: Any) -> Linear:
+def last_linear(block: Block) -> Linear:
     """fc2, or fc2's first factor: the ranks of a factored MLP stay, and its second factor is not refitted."""
     mlp = block.mlp
     if mlp.fc2a is None:
@@ -850,7 +849,7 @@ def score_block(s: Scoring, index: int) -> Score:
 
     One pass over the held stream for the statistics, and one over the probe images for each candidate.
     """
-    block: Any = s.base.blocks[index]
+    block = s.base.blocks[index]
     spec = s.base.spec.blocks[index]
     offered = block_options(s.base.spec, index, s.fixed, align=s.config.align)
     cuts = any(o.attention == offered[0].attention and 0 < o.hidden < offered[0].hidden for o in offered)
@@ -870,21 +869,12 @@ def score_block(s: Scoring, index: int) -> Score:
     return Score(whole=whole, bare=bare, gone=gone, lost=lost)
 
 
-def _entry(block: Any, stream: Stream) -> Stream:
-    return cf.after_steps(block, stream, "start")
-
-
-def _through(block: Any, stream: Stream) -> Stream:
-    after: Stream = block(stream, None, OPEN)[0]
-    return after
-
-
-def _without_block(block: Any, stream: Stream) -> Stream:
-    return cf.after_steps(block, cf.after_steps(block, cf.narrowed(block, _entry(block, stream)), "mid"), "end")
+def _without_block(block: Block, stream: Stream) -> Stream:
+    return block.end(block.mid(block.going(block.start(stream))))
 
 
 def _block_statistics(s: Scoring, index: int, *, whole: bool, bare: bool) -> dict[str, list[cf.Regression]]:
-    block: Any = s.base.blocks[index]
+    block = s.base.blocks[index]
     site = s.site(index)
     m = s.base.spec.blocks[index].mlp
     assert m is not None
@@ -894,24 +884,24 @@ def _block_statistics(s: Scoring, index: int, *, whole: bool, bare: bool) -> dic
         name: [cf.Regression.empty(m.hidden, s.base.spec.width, device=device) for _ in range(FOLDS)] for name in names
     }
     for number, stream in enumerate(s.held.batches(device)):
-        entry = _entry(block, stream)
-        mid, _ = cf.attend(block, entry)
-        inner = cf.after_steps(block, mid, "mid")
-        hidden = cf.expand(block, inner)
-        update = cf.finish(block, hidden)
+        entry = block.start(stream)
+        mid = block.attend(entry).stream
+        inner = block.mid(mid)
+        hidden = block.units(inner)
+        update = block.mlp.finish(hidden)
         if whole:
             folds["whole"][number % FOLDS].add(hidden, update, _weights(site, inner))
         if bare:
-            theirs, ours = cf.following(block, mid, cf.narrowed(block, entry), "mid")
-            steps_ = cf.has_steps(block, "mid")  # the teacher's tokens may then be merged otherwise than on its own
-            target = (cf.through_mlp(block, theirs).x if steps_ else inner.x + update) - ours.x
-            folds["bare"][number % FOLDS].add(cf.expand(block, ours), target, _weights(site, ours))
+            theirs, ours = cf.following(block, mid, block.going(entry), "mid")
+            steps_ = block.has_steps("mid")  # the teacher's tokens may then be merged otherwise than on its own
+            target = (block.transform(theirs).stream.x if steps_ else inner.x + update) - ours.x
+            folds["bare"][number % FOLDS].add(block.units(ours), target, _weights(site, ours))
     return folds
 
 
 def _curve(s: Scoring, index: int, folds: list[cf.Regression], *, attention: bool) -> Curve:
     """Ridge, order and errors from all images; effects measured on images that the trial fits have not seen."""
-    block: Any = s.base.blocks[index]
+    block = s.base.blocks[index]
     linear = last_linear(block)
     metric = _metric(s.site(index), folds[0].x.device)
     inner = [_seen(fold, linear, metric)[0] for fold in folds if fold.weight > 0]
@@ -949,18 +939,18 @@ def _levels(hidden: int, step_: int, *, top: bool) -> list[int]:
 
 
 def _cut_block(
-    block: Any, stream: Stream, *, attention: bool, linear: Linear, keep: Tensor, w: Tensor, b: Tensor | None
+    block: Block, stream: Stream, *, attention: bool, linear: Linear, keep: Tensor, w: Tensor, b: Tensor | None
 ) -> Stream:
     """The block with a cut and refitted MLP, with or without its attention."""
-    entry = _entry(block, stream)
-    mid = cf.attend(block, entry)[0] if attention else cf.narrowed(block, entry)
-    inner = cf.after_steps(block, mid, "mid")
-    update = cf.expand(block, inner)[..., keep.to(inner.x.device)] @ w.to(inner.x)
+    entry = block.start(stream)
+    mid = block.attend(entry).stream if attention else block.going(entry)
+    inner = block.mid(mid)
+    update = block.units(inner)[..., keep.to(inner.x.device)] @ w.to(inner.x)
     if linear.outputs is not None:
         update = update @ linear.outputs.to(inner.x).mT
     if b is not None:
         update = update + b.to(inner.x)
-    return cf.after_steps(block, inner._replace(x=inner.x + update), "end")
+    return block.end(inner._replace(x=inner.x + update))
 
 
 def _measure(s: Scoring, index: int, run: Callable[[Stream], Stream]) -> float:
@@ -1026,7 +1016,7 @@ def score(
                 each = (time.monotonic() - began) / (i + 1 - behind)
                 progress("score", i + 1, len(base.blocks), seconds_left=each * (len(base.blocks) - i - 1))
         if i + 1 < len(base.blocks):
-            held.advance(partial(_through, block), device)
+            held.advance(block.run, device)
     return scores, sites
 
 
@@ -1156,22 +1146,22 @@ def reconstruct(
 
     began = time.monotonic()
     for i in range(len(keeps)):
-        tb: Any = base.blocks[i]
-        new: Any = small.blocks[i]
+        tb = base.blocks[i]
+        new = small.blocks[i]
         carries = config.hand_over and _loses_next(base.spec, keeps, i)
         here = keeps[i] is not None
         if new.spec.attention is not None and (i, "attention") not in fixed and (changed or carries):
             # what an MLP behind token steps would be given back has other rows than the heads
-            carries_here = carries and not cf.has_steps(tb, "mid")
+            carries_here = carries and not tb.has_steps("mid")
             site = None if sites is None else sites[f"mid:{i}"]
             rows = _Rows(new.attention.out.in_features, base.spec.width, device=device, lost=carries_here)
             for number, (t, s) in enumerate(pairs()):
                 t, s = cf.following(tb, t, s, "start")
-                aim, (mid, heads) = cf.attend(tb, t)[0], cf.attend(new, s)
+                aim, (mid, heads, _) = tb.attend(t).stream, new.attend(s)
                 assert heads is not None
-                update, lost = aim.x - cf.narrowed(new, s).x, None
+                update, lost = aim.x - new.going(s).x, None
                 if carries_here:
-                    out = cf.through_mlp(tb, aim)
+                    out = tb.transform(aim).stream
                     lost = cf.lookahead(base, small, i, out).x - out.x
                 rows.add(number, heads, update, lost, _weights(site, mid))
             _refit_out(new.attention.out, rows, _metric(site, device))
@@ -1181,10 +1171,10 @@ def reconstruct(
             rows = _Rows(new.spec.mlp.hidden, base.spec.width, device=device, lost=carries)
             for number, (t, s) in enumerate(pairs()):
                 t, s = cf.following(tb, t, s, "start")
-                t, s = cf.following(tb, cf.attend(tb, t)[0], cf.attend(new, s)[0], "mid")
-                aim = cf.through_mlp(tb, t)
+                t, s = cf.following(tb, tb.attend(t).stream, new.attend(s).stream, "mid")
+                aim = tb.transform(t).stream
                 lost = cf.lookahead(base, small, i, aim).x - aim.x if carries else None
-                rows.add(number, cf.expand(new, s), aim.x - s.x, lost, _weights(site, s))
+                rows.add(number, new.units(s), aim.x - s.x, lost, _weights(site, s))
             _refit_last(new, rows, config.ridge, _metric(site, device))
             changed = True
         if i + 1 < len(base.blocks):
@@ -1208,8 +1198,8 @@ def _advance(
     theirs: cf.StreamCache,
     ours: cf.StreamCache,
     pairs: Iterator[tuple[Stream, Stream]],
-    tb: Any,
-    sb: Any,
+    tb: Block,
+    sb: Block,
     *,
     both: bool,
 ) -> None:
@@ -1218,8 +1208,8 @@ def _advance(
     ours.begin()
     for t, s in pairs:
         t, s = cf.following(tb, t, s, "start")
-        t, s = cf.following(tb, cf.attend(tb, t)[0], cf.attend(sb, s)[0], "mid")
-        t, s = cf.following(tb, cf.through_mlp(tb, t), cf.through_mlp(sb, s), "end")
+        t, s = cf.following(tb, tb.attend(t).stream, sb.attend(s).stream, "mid")
+        t, s = cf.following(tb, tb.transform(t).stream, sb.transform(s).stream, "end")
         theirs.put(t)
         if both:
             ours.put(s)
@@ -1257,12 +1247,11 @@ def _refit_out(out: nn.Linear, rows: _Rows, metric: Tensor | None) -> None:
         out.bias.copy_(b.to(out.bias))
 
 
-def _refit_last(block: Any, rows: _Rows, ridge: float | None, metric: Tensor | None) -> None:
+def _refit_last(block: Block, rows: _Rows, ridge: float | None, metric: Tensor | None) -> None:
     """The same of the MLP's last linear."""
     linear = last_linear(block)
     w, b = _refit(linear, rows, ridge, metric)
-    target = block.mlp.fc2 if linear.outputs is None else block.mlp.fc2a
-    target.weight.copy_(w.T.to(target.weight))
+    block.mlp.reader.weight.copy_(w.T.to(block.mlp.reader.weight))
     if b is not None:
         block.mlp.fc2.bias.copy_(b.to(block.mlp.fc2.bias))
 

@@ -1226,9 +1226,9 @@ class Search:
         """Squared norms of each unit's weights: the consumers' columns (out, fc2); for queries and keys, the product of theirs."""
         found: list[Tensor] = []
         for slot in self.slots:
-            block: Any = self.model.blocks[slot.block]
+            block = self.model.blocks[slot.block]
             if slot.part == "hidden":
-                found.append(_consumer(block.mlp).weight.square().sum(0))
+                found.append(block.mlp.reader.weight.square().sum(0))
             else:
                 a = block.attention
                 heads, inner_qk = a.spec.heads, a.spec.heads * a.spec.qk_dim
@@ -1322,8 +1322,8 @@ class Search:
             y = controller.y[where]
             y = y[:, None] if len(where) > 1 else y
             factor = np.where(lost, prox(np.ones(lost.shape), strength * y), 1.0)
-            block: Any = self.model.blocks[slot.block]
-            linear = _consumer(block.mlp) if slot.part == "hidden" else block.attention.out
+            block = self.model.blocks[slot.block]
+            linear = block.mlp.reader if slot.part == "hidden" else block.attention.out
             if slot.part == "heads":
                 factor = np.repeat(factor, block.attention.spec.v_dim)
             linear.weight.mul_(torch.tensor(factor.reshape(1, -1)).to(linear.weight))
@@ -1398,11 +1398,6 @@ def _ranks(scores: Array) -> np.ndarray[Any, Any]:
 def _ramp_width(size: int) -> float:
     """Ranks on a soft mask's ramp: a sixteenth of them, so that a price is a mean over several units."""
     return max(1.0, size / 16)
-
-
-def _consumer(mlp: Any) -> Any:
-    """The linear that reads the hidden units."""
-    return mlp.fc2 if mlp.fc2a is None else mlp.fc2a
 
 
 def _numbers(shape: Shape) -> dict[str, Any]:
