@@ -4,8 +4,10 @@ from itertools import pairwise, product
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from vitrim.closed_form.planning import Table, allocate, pareto, total
+from vitrim.allocation import Table, allocate, knapsack, pareto, total
 
 
 def tables(seed: int, blocks: int = 4, options: int = 6, resources: int = 1) -> list[Table]:
@@ -85,3 +87,37 @@ def test_two_options_a_block_are_spent_as_by_greed_up_to_one_item():
     assert chosen is not None
     assert sum(chosen) == limit
     assert {i for i, j in enumerate(chosen) if j} == set(np.argsort(-gains)[:limit].tolist())
+
+
+@settings(max_examples=50)
+@given(data=st.data())
+def test_the_programme_equals_brute_force(data):
+    parts = data.draw(st.integers(1, 4))
+    losses = [
+        np.array(data.draw(st.lists(st.integers(0, 50), min_size=1, max_size=4)), dtype=float) for _ in range(parts)
+    ]
+    prices = [np.array([data.draw(st.integers(0, 30)) for _ in loss]) for loss in losses]
+    room = data.draw(st.integers(0, 80))
+    every = [
+        sum(loss[o] for loss, o in zip(losses, pick, strict=True))
+        for pick in product(*(range(len(loss)) for loss in losses))
+        if sum(p[o] for p, o in zip(prices, pick, strict=True)) <= room
+    ]
+    found = knapsack(losses, prices, room)
+    if not every:
+        assert found is None
+        return
+    assert found is not None
+    assert sum(p[o] for p, o in zip(prices, found, strict=True)) <= room
+    assert sum(loss[o] for loss, o in zip(losses, found, strict=True)) == min(every)
+
+
+def test_a_grid_of_large_costs_is_never_exceeded_and_nearly_used():
+    g = np.random.default_rng(0)
+    prices = [np.sort(g.integers(0, 10**12, 60)) for _ in range(12)]
+    losses = [1.0 / (1 + p.astype(float)) for p in prices]
+    room = 4 * 10**12
+    found = knapsack(losses, prices, room)
+    assert found is not None
+    used = sum(int(p[o]) for p, o in zip(prices, found, strict=True))
+    assert room * 0.9 < used <= room

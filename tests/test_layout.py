@@ -20,6 +20,8 @@ ORDER = (
     "counting",
     "budget",
     "freezing",
+    "space",
+    "allocation",
     "architectures",
     "tokens",
     "stems",

@@ -7,11 +7,36 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from .counting import Cost
+from .counting import ADDITIVE, FLOAT_BYTES, RESOURCES, Cost
 from .errors import BudgetError
 
-RESOURCES = ("macs", "params", "memory_bytes", "file_bytes")
-"""What a budget bounds exactly: attributes of `Cost`."""
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Constraints:
+    """Limits as an allocation takes them. additive: by the names of `counting.ADDITIVE`, a file's bytes among its parameters.
+
+    memory_bytes: of the parameters and the widest moment together; None: no such limit.
+    """
+
+    additive: Mapping[str, int]
+    memory_bytes: int | None = None
+
+    @staticmethod
+    def of(limits: Mapping[str, int]) -> Constraints:
+        """From `Budget.limits`."""
+        additive = {name: limits[name] for name in ADDITIVE if name in limits}
+        if "file_bytes" in limits:
+            most = limits["file_bytes"] // FLOAT_BYTES
+            additive["params"] = min(most, additive.get("params", most))
+        return Constraints(additive=additive, memory_bytes=limits.get("memory_bytes"))
+
+    def beside(self, peak_bytes: int) -> dict[str, int]:
+        """The additive limits where the activations of the widest moment take so much."""
+        found = dict(self.additive)
+        if self.memory_bytes is not None:
+            most = (self.memory_bytes - peak_bytes) // FLOAT_BYTES
+            found["params"] = min(most, found.get("params", most))
+        return found
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,3 +129,6 @@ def exceeded(cost: Cost, limits: Mapping[str, int]) -> list[str]:
 
 def _round_up(share: float) -> float:
     return math.ceil(share * 1000) / 1000
+
+
+__all__ = ["RESOURCES", "Budget", "Constraints", "exceeded"]

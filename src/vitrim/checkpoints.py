@@ -11,8 +11,9 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -23,6 +24,7 @@ from .files import sync_file, sync_folder
 SCHEMA = 1
 _NAME = re.compile(r"step-(\d{8,})")
 _TENSORS, _VALUES = "state.safetensors", "state.json"
+_NOTHING = "none"  # safetensors files need a tensor
 
 
 def write(folder: Path, step: int, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> Path:
@@ -87,6 +89,70 @@ def sweep(folder: Path) -> None:
         for path in folder.iterdir():
             if path.name.startswith(("partial-", "gone-")):
                 shutil.rmtree(path, ignore_errors=True)
+
+
+class Piece(NamedTuple):
+    """What is kept of a finished piece of work. values: plain JSON."""
+
+    tensors: dict[str, Tensor]
+    values: dict[str, Any]
+
+
+class Journal:
+    """What a killed run goes on from: a small checkpoint for each finished piece of work, in FOLDER/METHOD.
+
+    folder None: nothing is kept. identity: plain JSON values that must agree for a run to be gone on with.
+    Raises TrainingError where a run is there that `resume` does not ask for, or another one.
+    """
+
+    def __init__(self, folder: Path | None, method: str, identity: Mapping[str, Any], *, resume: bool) -> None:
+        self.folder = None if folder is None else folder / method
+        if self.folder is None:
+            return
+        if self.folder.is_dir() and any(self.folder.iterdir()) and not resume:
+            raise TrainingError(taken(self.folder.parent, method))
+        before = self.get("run")
+        if before is None:
+            self.put("run", values=identity)
+        else:
+            same_run(self.folder.parent, before.values, identity)
+
+    def get(self, name: str) -> Piece | None:
+        """A finished piece; None where it is not there yet."""
+        if self.folder is None:
+            return None
+        sweep(self.folder / name)
+        path = newest(self.folder / name)
+        if path is None:
+            return None
+        tensors, values = read(path)
+        # copies: sums over memory that starts elsewhere may round otherwise, and a resumed run must not differ
+        return Piece({key: tensor.clone() for key, tensor in tensors.items() if key != _NOTHING}, values)
+
+    def put(
+        self, name: str, tensors: Mapping[str, Tensor] | None = None, values: Mapping[str, Any] | None = None
+    ) -> None:
+        """Keep a piece, once it is whole."""
+        if self.folder is not None:
+            write(self.folder / name, 0, tensors or {_NOTHING: torch.zeros(1)}, values or {})
+
+
+def taken(place: Path, what: str) -> str:
+    """The sentence for a folder that holds a run which nobody asked to go on with."""
+    return (
+        f"{place.name}/ holds a run already ({what}); nothing is overwritten. Pass resume=True (--resume) to go on with it, or "
+        "choose another folder."
+    )
+
+
+def same_run(place: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise TrainingError unless what is there was begun with the same values."""
+    for key, value in now.items():
+        if before.get(key) != value:
+            raise TrainingError(
+                f"{place.name}/ holds another run: {key} was {before.get(key)!r} and is {value!r}. Resume with the same model, "
+                "settings and data, or choose another folder."
+            )
 
 
 def replace_text(path: Path, text: str) -> None:

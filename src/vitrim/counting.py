@@ -13,6 +13,7 @@ from typing import Any
 
 from .spec import (
     AttentionSpec,
+    BlockSpec,
     BlockTokens,
     ConvStem,
     Merge,
@@ -25,6 +26,10 @@ from .spec import (
 )
 
 FLOAT_BYTES = 4
+ADDITIVE = ("macs", "params")
+"""Resources that add up over the parts of a network; what a part takes of each is its price, in this order."""
+RESOURCES = (*ADDITIVE, "memory_bytes", "file_bytes")
+"""What a budget can bound exactly: attributes of `Cost`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,6 +125,34 @@ def mlp_params(m: MlpSpec, width: int) -> Any:
     return weights + first * m.fc1_bias + width * m.fc2_bias + _half_extras(m, width)
 
 
+def attention_price(a: AttentionSpec | None, at: BlockTokens, width: int) -> tuple[Any, Any]:
+    """MACs and parameters of an attention half with its norm and gate; nothing where it is gone. Sizes may be tensors."""
+    if a is None:
+        return 0, 0
+    macs_ = attention_macs(a.heads, a.qk_dim, a.v_dim, tokens=at.keys.count, width=width, queries=at.queries.count)
+    return macs_ + 2 * width * a.gate, attention_params(a, width)
+
+
+def mlp_price(m: MlpSpec | None, at: BlockTokens, width: int) -> tuple[Any, Any]:
+    """The same of an MLP half."""
+    if m is None:
+        return 0, 0
+    macs_ = mlp_macs(m.hidden, tokens=at.mlp.count, width=width, kind=m.kind, fc1_rank=m.fc1_rank, fc2_rank=m.fc2_rank)
+    return macs_ + 2 * width * m.gate, mlp_params(m, width)
+
+
+def block_peak(block: BlockSpec, at: BlockTokens, width: int) -> int:
+    """Numbers alive in the widest moment of a block: `N*D` of the stream kept, plus the widest of the half that runs."""
+    found = 0
+    if (a := block.attention) is not None:
+        n = at.keys.count
+        found = 2 * n * width + n * a.heads * (2 * a.qk_dim + 2 * a.v_dim)
+    if (m := block.mlp) is not None:
+        n = at.mlp.count
+        found = max(found, 2 * n * width + 2 * n * m.hidden)
+    return found
+
+
 def _half_extras(half: AttentionSpec | MlpSpec, width: int) -> int:
     return 2 * width + width * half.layer_scale + (2 * width + 2) * half.gate
 
@@ -156,19 +189,8 @@ def cost(model: Any) -> Cost:
 
 def _block(spec: ModelSpec, index: int, tokens: BlockTokens) -> BlockCost:
     block, width = spec.blocks[index], spec.width
-    attention = attention_par = mlp = mlp_par = 0
-    if (a := block.attention) is not None:
-        attention = attention_macs(
-            a.heads, a.qk_dim, a.v_dim, tokens=tokens.keys.count, width=width, queries=tokens.queries.count
-        )
-        attention += 2 * width * a.gate
-        attention_par = attention_params(a, width)
-    if (m := block.mlp) is not None:
-        mlp = mlp_macs(
-            m.hidden, tokens=tokens.mlp.count, width=width, kind=m.kind, fc1_rank=m.fc1_rank, fc2_rank=m.fc2_rank
-        )
-        mlp += 2 * width * m.gate
-        mlp_par = mlp_params(m, width)
+    attention, attention_par = attention_price(block.attention, tokens, width)
+    mlp, mlp_par = mlp_price(block.mlp, tokens, width)
     steps = sum(
         similarity_macs(before.patches, step.keep, width)
         for step, before in zip(block.steps, tokens.before, strict=True)
@@ -244,33 +266,36 @@ def _last_tokens(spec: ModelSpec) -> Tokens:
 
 
 def _peak_numbers(spec: ModelSpec) -> int:
-    """Numbers alive in the widest moment: `N*D` of the stream kept, plus the widest of the half that runs."""
-    d, (rows, cols) = spec.width, spec.grid
-    count = rows * cols + len(spec.prefix)
+    """Numbers alive in the widest moment of the network."""
+    blocks = zip(spec.blocks, token_walk(spec), strict=True)
+    return max(stem_peak(spec), *(block_peak(block, at, spec.width) for block, at in blocks), 0)
+
+
+def stem_peak(spec: ModelSpec) -> int:
+    """Numbers alive in the widest moment of the stem."""
     if isinstance(spec.stem, ConvStem):
-        moments = [spec.channels * math.prod(spec.image_px) + count * d]
-    else:
-        moments = [tokens * (width + 3 * spec.stem.token_dim) for tokens, width in _t2t_stages(spec)]
-    for block, at in zip(spec.blocks, token_walk(spec), strict=True):
-        if (a := block.attention) is not None:
-            n = at.keys.count
-            moments.append(n * d + n * d + n * a.heads * (2 * a.qk_dim + 2 * a.v_dim))
-        if (m := block.mlp) is not None:
-            n = at.mlp.count
-            moments.append(n * d + n * d + 2 * n * m.hidden)
-    return max(moments)
+        rows, cols = spec.grid
+        return spec.channels * math.prod(spec.image_px) + (rows * cols + len(spec.prefix)) * spec.width
+    return max(tokens * (width + 3 * spec.stem.token_dim) for tokens, width in _t2t_stages(spec))
 
 
 __all__ = [
+    "ADDITIVE",
+    "FLOAT_BYTES",
+    "RESOURCES",
     "BlockCost",
     "Cost",
     "attention_macs",
     "attention_params",
+    "attention_price",
+    "block_peak",
     "cost",
     "linear_macs",
     "macs",
     "mlp_macs",
     "mlp_params",
+    "mlp_price",
     "params",
     "similarity_macs",
+    "stem_peak",
 ]

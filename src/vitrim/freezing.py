@@ -9,15 +9,17 @@ from .errors import ConfigError
 from .spec import ModelSpec
 
 HALVES = ("attention", "mlp")
+Half = tuple[int, str]
+"""A block's number, and "attention" or "mlp"."""
 
 
-def frozen(spec: ModelSpec, names: Iterable[str]) -> frozenset[tuple[int, str]]:
+def frozen(spec: ModelSpec, names: Iterable[str]) -> frozenset[Half]:
     """The halves that the names mean, as (block, "attention" | "mlp").
 
     names: `blocks.I`, `blocks.I-J`, each with `.attention` or `.mlp` behind it for one half only.
     Raises ConfigError for a name of another form, a block that is not there, or a half that is gone already.
     """
-    found: set[tuple[int, str]] = set()
+    found: set[Half] = set()
     for name in names:
         match = re.fullmatch(r"blocks\.(\d+)(?:-(\d+))?(?:\.(attention|mlp))?", name.strip())
         if match is None:
@@ -37,4 +39,4 @@ def frozen(spec: ModelSpec, names: Iterable[str]) -> frozenset[tuple[int, str]]:
     return frozenset(found)
 
 
-__all__ = ["HALVES", "frozen"]
+__all__ = ["HALVES", "Half", "frozen"]

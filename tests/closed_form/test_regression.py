@@ -1,8 +1,7 @@
-"""Regressions from sums, the order of elimination, the knapsack, held streams and sensitivity."""
+"""Regressions from sums, the order of elimination, held streams and sensitivity."""
 
 from itertools import product
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -192,43 +191,6 @@ def test_dead_inputs_are_the_first_to_go():
     x, y, prior = rows()
     x[:, 4] = 0
     assert int(cf.eliminate(sums(x, y), prior, ridge=1e-3).order[0]) == 4
-
-
-# ---------------------------------------------------------------------------------------------------------------- knapsack
-
-
-@settings(max_examples=50)
-@given(data=st.data())
-def test_the_programme_equals_brute_force(data):
-    parts = data.draw(st.integers(1, 4))
-    losses = [
-        np.array(data.draw(st.lists(st.integers(0, 50), min_size=1, max_size=4)), dtype=float) for _ in range(parts)
-    ]
-    prices = [np.array([data.draw(st.integers(0, 30)) for _ in loss]) for loss in losses]
-    room = data.draw(st.integers(0, 80))
-    every = [
-        sum(loss[o] for loss, o in zip(losses, pick, strict=True))
-        for pick in product(*(range(len(loss)) for loss in losses))
-        if sum(p[o] for p, o in zip(prices, pick, strict=True)) <= room
-    ]
-    found = cf.knapsack(losses, prices, room)
-    if not every:
-        assert found is None
-        return
-    assert found is not None
-    assert sum(p[o] for p, o in zip(prices, found, strict=True)) <= room
-    assert sum(loss[o] for loss, o in zip(losses, found, strict=True)) == min(every)
-
-
-def test_a_grid_of_large_costs_is_never_exceeded_and_nearly_used():
-    g = np.random.default_rng(0)
-    prices = [np.sort(g.integers(0, 10**12, 60)) for _ in range(12)]
-    losses = [1.0 / (1 + p.astype(float)) for p in prices]
-    room = 4 * 10**12
-    found = cf.knapsack(losses, prices, room)
-    assert found is not None
-    used = sum(int(p[o]) for p, o in zip(prices, found, strict=True))
-    assert room * 0.9 < used <= room
 
 
 # ---------------------------------------------------------------------------------------------------- streams, sensitivity

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from vitrim.closed_form.factors import TINY, Factors, factorise_linear, factorise_qk, factorise_vo, fold_value_bias
-from vitrim.closed_form.knapsack import CELLS, knapsack
 from vitrim.closed_form.regression import RIDGES, Elimination, Regression, choose_ridge, eliminate, loss, refit
 from vitrim.closed_form.sensitivity import Sensitivity, sensitivity
 from vitrim.closed_form.statistics import BlockStatistics, Moments, calibrate, sees_inputs
 from vitrim.closed_form.streams import IN_MEMORY_BYTES, StreamCache, answers, divergence, following, lookahead
 
 __all__ = [
-    "CELLS",
     "IN_MEMORY_BYTES",
     "RIDGES",
     "TINY",
@@ -31,7 +29,6 @@ __all__ = [
     "factorise_vo",
     "fold_value_bias",
     "following",
-    "knapsack",
     "lookahead",
     "loss",
     "refit",

@@ -34,11 +34,12 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as checked
 from torch import Tensor, nn
 
+from vitrim import allocation as planning
 from vitrim import checkpoints, surgery
 from vitrim import closed_form as cf
 from vitrim import data as opened
 from vitrim.budget import RESOURCES, Budget, exceeded
-from vitrim.closed_form import fisher, planning
+from vitrim.closed_form import fisher
 from vitrim.closed_form import stream_width as narrowing
 from vitrim.closed_form import sublayers as parts
 from vitrim.counting import FLOAT_BYTES, Cost, attention_macs, attention_params, cost, mlp_macs, mlp_params

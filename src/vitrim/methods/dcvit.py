@@ -41,6 +41,7 @@ from torch.nn import functional as F
 from vitrim import checkpoints, surgery
 from vitrim import closed_form as cf
 from vitrim import data as opened
+from vitrim.allocation import knapsack
 from vitrim.budget import RESOURCES, Budget, exceeded
 from vitrim.counting import FLOAT_BYTES, Cost, cost
 from vitrim.data import Augment
@@ -494,7 +495,7 @@ def allocate(
 ) -> Options:
     """The options of least total predicted loss within the budget: exact dynamic programming over the blocks.
 
-    Costs are rounded up to a grid of at least `closed_form.CELLS` (none at all where the costs have a common divisor that allows it),
+    Costs are rounded up to a grid of at least `allocation.CELLS` (none at all where the costs have a common divisor that allows it),
     so the result is never above; what rounding leaves is filled. Two limits are met by a sweep of their mixtures, limits on
     memory by a sweep of caps on the widest moment. spec: LayerScale folded where it goes. reference: what shares refer to;
     None: `spec`. sighted: keep an attention if the budget allows it, whatever the sum of losses says: what is added up block by
@@ -622,7 +623,7 @@ def _programme(rows: Sequence[Table], allowed: Sequence[np.ndarray], rooms: Mapp
 def _best(
     rows: Sequence[Table], allowed: Sequence[np.ndarray], prices: Sequence[np.ndarray], room: int
 ) -> list[int] | None:
-    found = cf.knapsack([row.losses[a] for row, a in zip(rows, allowed, strict=True)], prices, room)
+    found = knapsack([row.losses[a] for row, a in zip(rows, allowed, strict=True)], prices, room)
     return None if found is None else [int(a[o]) for a, o in zip(allowed, found, strict=True)]
 
 
