@@ -274,6 +274,20 @@ def with_exact_tail(spec: ModelSpec) -> ModelSpec:
     return replace(spec, blocks=(*spec.blocks[:-1], replace(last, steps=(*last.steps, Prefix()))))
 
 
+def has_exact_tail(spec: ModelSpec) -> bool:
+    """Whether only the prefix tokens go through the last block."""
+    return bool(spec.blocks) and any(isinstance(step, Prefix) for step in spec.blocks[-1].steps)
+
+
+def without_exact_tail(spec: ModelSpec) -> ModelSpec:
+    """The same outputs, all tokens through the last block."""
+    if not has_exact_tail(spec):
+        return spec
+    last = spec.blocks[-1]
+    kept = tuple(step for step in last.steps if not isinstance(step, Prefix))
+    return replace(spec, blocks=(*spec.blocks[:-1], replace(last, steps=kept)))
+
+
 def allows_exact_tail(spec: ModelSpec) -> bool:
     """Whether `exact_tail` applies: a classifier that reads prefix tokens alone, and no token step in the last block."""
     reads_prefix = spec.pool.kind == "cls" and not any("mean" in output.reads for output in spec.outputs)
@@ -459,10 +473,12 @@ __all__ = [
     "factorise",
     "fingerprint",
     "fold_layer_scale",
+    "has_exact_tail",
     "hold",
     "masked_twin",
     "with_exact_tail",
     "with_folded",
     "with_spec",
     "without_empty",
+    "without_exact_tail",
 ]

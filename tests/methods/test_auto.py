@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,13 @@ import vitrim
 from tests.specs import close, images, make, specs, vit
 from vitrim import closed_form as cf
 from vitrim import surgery
+from vitrim.allocation import Allocator
 from vitrim.budget import RESOURCES, Budget, exceeded
 from vitrim.closed_form import fisher
 from vitrim.counting import cost
 from vitrim.errors import BudgetError, ConfigError, DataError, TrainingError
 from vitrim.methods import auto
-from vitrim.methods.auto import AutoConfig, Plan
+from vitrim.methods.auto import AutoConfig, Candidate
 from vitrim.model import Vit
 from vitrim.spec import (
     AttentionSpec,
@@ -49,13 +51,13 @@ def pixels(spec: ModelSpec, count: int = 12) -> torch.Tensor:
 
 
 def working(model: Vit, config_: AutoConfig, folder: Path, data: torch.Tensor | None = None) -> auto.Work:
-    room = auto.room_of(model.spec, config_)
+    nets = auto.nets_of(model.spec, config_)
     given_ = pixels(model.spec, config_.images) if data is None else data
-    return auto._work(model, config_, room, given_, None, None, False, folder)
+    return auto.work_of(model, config_, nets, given_, None, None, False, folder)
 
 
-def whole(room: auto.Room, width: int | None = None) -> Plan:
-    return Plan(width or room.base.width, (), tuple(levels.whole for levels in room.levels))
+def whole(nets: auto.Nets, width: int | None = None) -> Candidate:
+    return replace(nets.uncut(), width=width or nets.base.width)
 
 
 # ------------------------------------------------------------------------------------------------------------------- laws
@@ -94,43 +96,47 @@ def test_any_network_is_brought_within_any_reachable_budget_and_close_to_it(spec
 
 @pytest.mark.parametrize("keep", [0.6, 0.25, 0.1])
 def test_the_costs_that_plans_are_made_of_are_those_of_the_built_network(keep):
-    room = auto.room_of(WIDE, config(keep))
+    nets = auto.nets_of(WIDE, config(keep))
     losses = [
         auto.Losses(*({n: 1.0 / (n + 1) for n in (*sizes, 0)} for sizes in (own.qk, own.v, own.hidden, own.hidden)))
-        for own in room.levels
+        for own in nets.levels
     ]
-    for one, levels in zip(losses, room.levels, strict=True):
+    for one, levels in zip(losses, nets.levels, strict=True):
         one.settle(levels.whole)
     scores = auto.Scores(
-        tuple(losses), {w: 0.1 * (32 - w) for w in room.widths}, (0.0, *(0.5,) * (len(room.schedules) - 1))
+        tuple(losses), {w: 0.1 * (32 - w) for w in nets.widths}, (0.0, *(0.5,) * (len(nets.schedules) - 1))
     )
-    for width in room.widths:
-        for steps in room.schedules:
-            bench = auto.Bench(room, scores, width, steps)
-            for pick in (0, -1, len(bench.choices[1]) // 2):
-                plan = bench.plan([choices[pick] for choices in bench.choices])
-                found = cost(room.spec(plan))
-                sums = bench.rest + sum(t.costs[pick] for t in bench.tables)
-                assert (found.macs, found.params) == tuple(sums)
-            assert all(c.qk < width and c.v < width for choices in bench.choices for c in choices if width < 32)
+    for width in nets.widths:
+        for steps in nets.schedules:
+            space = nets.space(width, steps)
+            allocator = Allocator(space, partial(scores.loss, nets))
+            for pick in (0, -1, len(allocator.choices[1]) // 2):
+                plan = Candidate(width, steps, tuple(choices[pick] for choices in allocator.choices))
+                found = cost(nets.spec(plan))
+                sums = sum(t.costs[pick] for t in allocator.tables)
+                assert (found.macs, found.params) == (
+                    space.outside["macs"] + sums[0],
+                    space.outside["params"] + sums[1],
+                )
+            assert all(c.qk < width and c.v < width for choices in allocator.choices for c in choices if width < 32)
 
 
 def test_the_plan_predicts_no_more_than_any_plan_with_fewer_axes(tmp_path):
     model, reference = make(WIDE), cost(WIDE)
     full = config(0.5)
     scores = auto.score(working(model, full, tmp_path))
-    room = auto.room_of(WIDE, full)
+    nets = auto.nets_of(WIDE, full)
     several = [(0.5, axes) for axes in (("qk", "vo", "mlp"), ("mlp", "attention", "block"), ("width", "mlp"))]
     single = [(0.9, (axis,)) for axis in ("qk", "vo", "mlp", "attention", "block", "width", "tokens")]
     compared = 0
     for keep, axes in several + single:
         limits = Budget(keep_macs=keep).limits(reference)
-        fewer = auto.room_of(WIDE, config(keep, axes=axes))
+        fewer = auto.nets_of(WIDE, config(keep, axes=axes))
         if exceeded(cost(fewer.spec(fewer.lowest)), limits):
             continue
-        best = scores.total(room, auto.best_plans(room, scores, limits, reference, count=1)[0])
-        plan = auto.best_plans(fewer, scores, limits, reference, count=1)[0]
-        assert best <= scores.total(room, plan) * (1 + 1e-9)
+        best = scores.total(nets, auto.best_candidates(nets, scores, limits, reference, count=1)[0])
+        plan = auto.best_candidates(fewer, scores, limits, reference, count=1)[0]
+        assert best <= scores.total(nets, plan) * (1 + 1e-9)
         compared += 1
     assert compared >= 8
 
@@ -161,7 +167,7 @@ def test_rebuilding_without_a_cut_changes_nothing(kind, tmp_path):
     model = make(spec)
     model.config = replace(model.config, gate_policy="open")
     work = working(model, config(0.5), tmp_path)
-    small = auto.Student(work, whole(work.room), "all", "build").build()
+    small = auto.Refit(work, whole(work.nets), "all", "build").build()
     assert close(small(pixels(spec)), model(pixels(spec)), 1e-8)
     assert small.spec.blocks[-1].steps == (Prefix(),)
 
@@ -533,7 +539,7 @@ def test_every_setting_changes_something():
             torch.equal(a, b) for a, b in zip(other.model.parameters(), base.model.parameters(), strict=True)
         )
         assert not same, fields
-    sizes = [auto.room_of(spec, config(0.3, align=n)).levels[0].hidden for n in (8, 4)]
+    sizes = [auto.nets_of(spec, config(0.3, align=n)).levels[0].hidden for n in (8, 4)]
     assert all(m % 8 == 0 for m in sizes[0])
     assert sizes[0] != sizes[1]
 
@@ -571,10 +577,10 @@ def test_a_mean_is_not_put_in_front_of_a_frozen_attention(tmp_path):
     """Where the MLP goes and the attention stays as it is, nothing of the block before may change for it."""
     model = make(WIDE)
     work = working(model, config(0.9, axes=("mlp",), freeze=("blocks.1.attention",)), tmp_path)
-    plan = whole(work.room)
+    plan = whole(work.nets)
     choices = tuple(c._replace(hidden=0) if i == 1 else c for i, c in enumerate(plan.choices))
-    student = auto.Student(work, replace(plan, choices=choices), "all", "build")
-    untouched = auto.Student(work, plan, "all", "other").build().state_dict()
+    student = auto.Refit(work, replace(plan, choices=choices), "all", "build")
+    untouched = auto.Refit(work, plan, "all", "other").build().state_dict()
     built = student.build().state_dict()
     assert torch.equal(built["blocks.0.mlp.fc2.bias"], untouched["blocks.0.mlp.fc2.bias"])
     assert "blocks.1.mlp.fc1.weight" not in built
@@ -595,7 +601,7 @@ def test_what_is_predicted_for_a_budget_that_is_met_is_what_is_made(caplog):
 def test_an_exact_tail_that_is_not_wanted_is_not_added():
     for changes in ({"exact_tail": False}, {"axes": ("qk", "vo", "mlp")}):
         small = auto.compress(make(WIDE), config(0.6, **changes), data=pixels(WIDE))
-        assert not auto.has_tail(small.spec)
+        assert not surgery.has_exact_tail(small.spec)
 
 
 def test_a_killed_scoring_goes_on_at_the_batch_where_it_was(tmp_path):
@@ -660,7 +666,7 @@ def test_rebuilding_without_a_cut_changes_little_in_single_precision(tmp_path):
     model = make(WIDE, dtype=torch.float32)
     x = pixels(WIDE).float()
     work = working(model, config(0.5), tmp_path, x)
-    small = auto.Student(work, whole(work.room), "all", "build").build()
+    small = auto.Refit(work, whole(work.nets), "all", "build").build()
     assert close(small(x), model(x), 1e-4)
 
 

@@ -23,10 +23,10 @@ import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -34,25 +34,24 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as checked
 from torch import Tensor, nn
 
-from vitrim import allocation as planning
-from vitrim import checkpoints, surgery
 from vitrim import closed_form as cf
 from vitrim import data as opened
-from vitrim.budget import RESOURCES, Budget, exceeded
+from vitrim import surgery
+from vitrim.allocation import Allocator
+from vitrim.budget import Budget, exceeded
+from vitrim.checkpoints import Journal
 from vitrim.closed_form import fisher
 from vitrim.closed_form import stream_width as narrowing
 from vitrim.closed_form import sublayers as parts
-from vitrim.counting import FLOAT_BYTES, Cost, attention_macs, attention_params, cost, mlp_macs, mlp_params
-from vitrim.errors import ConfigError, DataError, TrainingError, did_you_mean
-from vitrim.freezing import frozen
+from vitrim.counting import RESOURCES, Cost, cost
+from vitrim.errors import ConfigError, DataError, did_you_mean
+from vitrim.freezing import Half, frozen
 from vitrim.model import OPEN, Block, Stream, Vit
 from vitrim.result import Compressed
+from vitrim.space import BlockLevels, Choice, Space, frozen_parts, jumps, outlook, sizes
 from vitrim.spec import (
-    AttentionSpec,
     BlockSpec,
-    BlockTokens,
     Merge,
-    MlpSpec,
     ModelSpec,
     Prefix,
     SelectionStep,
@@ -79,7 +78,6 @@ PEAKS = 12
 """Bounds on the largest activation that are tried for a memory budget."""
 
 Progress = Callable[..., None]
-Half = tuple[int, str]
 
 
 @checked(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -139,20 +137,15 @@ class AutoConfig:
 # ------------------------------------------------------------------------------------------------------- what may be cut
 
 
-class Choice(NamedTuple):
-    """What becomes of one block: ranks per head (0: no attention) and hidden units (0: no MLP)."""
-
-    qk: int
-    v: int
-    hidden: int
-
+PARTS = ("qk", "v", "hidden")
+"""What is cut within a block: ranks of the heads' two products, and hidden units."""
 
 Schedule = tuple[tuple[int, Step], ...]
 """Token steps to add, each with its block."""
 
 
 @dataclass(frozen=True)
-class Plan:
+class Candidate:
     """A network to build. width: of the stream."""
 
     width: int
@@ -161,175 +154,84 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Levels:
-    """What may become of one block. qk, v, hidden: sizes on offer, falling, the whole first; (0,) where the part is not there.
+class Nets:
+    """What may be cut of one network: a `Space` for each stream width and token schedule.
 
-    off: the attention may go and the MLP stay. bare: the MLP may go and the attention stay. empty: both may go.
-    refit: which halves are fitted anew, cut or not.
+    whole: of the network as it is, LayerScale folded, without prefix step. tail: whether the result has one. widths: of the
+    stream, the whole first. schedules: token steps, none first.
     """
 
-    qk: tuple[int, ...]
-    v: tuple[int, ...]
-    hidden: tuple[int, ...]
-    off: bool
-    bare: bool
-    empty: bool
-    refit: tuple[bool, bool]
-
-    @property
-    def whole(self) -> Choice:
-        return Choice(self.qk[0], self.v[0], self.hidden[0])
-
-
-def has_tail(spec: ModelSpec) -> bool:
-    return bool(spec.blocks) and any(isinstance(step, Prefix) for step in spec.blocks[-1].steps)
-
-
-def without_tail(spec: ModelSpec) -> ModelSpec:
-    """The spec without its prefix step: the same outputs, all tokens through the last block."""
-    if not has_tail(spec):
-        return spec
-    last = spec.blocks[-1]
-    kept = tuple(step for step in last.steps if not isinstance(step, Prefix))
-    return replace(spec, blocks=(*spec.blocks[:-1], replace(last, steps=kept)))
-
-
-@dataclass(frozen=True)
-class Room:
-    """What may be cut of one network. base: its spec, LayerScale folded, without prefix step. tail: the result has one.
-
-    dense: what stays, and why. widths: of the stream, the whole first. schedules: token steps, none first.
-    """
-
-    given: ModelSpec
-    base: ModelSpec
-    fixed: frozenset[Half]
+    whole: Space
     tail: bool
-    axes: frozenset[str]
-    dense: dict[str, str]
     align: int
-    levels: tuple[Levels, ...]
     widths: tuple[int, ...]
     schedules: tuple[Schedule, ...]
 
-    def at_width(self, width: int) -> ModelSpec:
-        """The base with another stream."""
-        if width not in self._bases:
-            self._bases[width] = self.base if width == self.base.width else narrowing.narrowed_spec(self.base, width)
-        return self._bases[width]
+    @property
+    def given(self) -> ModelSpec:
+        """As it was passed in."""
+        return self.whole.given
+
+    @property
+    def base(self) -> ModelSpec:
+        return self.whole.base
+
+    @property
+    def levels(self) -> tuple[BlockLevels, ...]:
+        return self.whole.levels
+
+    @property
+    def dense(self) -> Mapping[str, str]:
+        """What stays, and why."""
+        return self.whole.dense
 
     @cached_property
-    def _bases(self) -> dict[int, ModelSpec]:
+    def _spaces(self) -> dict[tuple[int, Schedule, bool], Space]:
         return {}
 
-    def bounded(self, i: int, width: int) -> Levels:
-        """A block's levels in a stream of this width, whose products have no rank of it or above."""
-        levels = self.levels[i]
-        if width == self.base.width:
-            return levels
-        below = [tuple(n for n in sizes if n < width) or sizes[:1] for sizes in (levels.qk, levels.v)]
-        return replace(levels, qk=below[0], v=below[1])
+    def space(self, width: int, steps: Schedule, *, tail: bool | None = None) -> Space:
+        """Blocks' choices in a stream of this width, with these token steps.  tail: None: as the result has it."""
+        tail = self.tail if tail is None else tail
+        key = (width, steps, tail)
+        if key not in self._spaces:
+            base = self.base if width == self.base.width else narrowing.narrowed_spec(self.base, width)
+            levels = self.levels if width == self.base.width else tuple(one.within(width) for one in self.levels)
+            blocks = list(base.blocks)
+            for i, step in steps:
+                blocks[i] = replace(blocks[i], steps=(*blocks[i].steps, step))
+            if tail:
+                blocks[-1] = replace(blocks[-1], steps=(*blocks[-1].steps, Prefix()))
+            self._spaces[key] = replace(self.whole, base=replace(base, blocks=tuple(blocks)), levels=levels)
+        return self._spaces[key]
 
-    def cut(self, i: int, block: BlockSpec, choice: Choice) -> BlockSpec:
-        """A block of the base, or of a narrowed one, after a choice."""
-        a, m = block.attention, block.mlp
-        levels = self.levels[i]
-        if a is not None and levels.refit[0]:
-            if not choice.qk:
-                a = None
-            else:
-                a = replace(a, out_bias=True)
-                if choice.qk < a.qk_dim:
-                    a = replace(a, qk_dim=choice.qk, k_bias=False)
-                if choice.v < a.v_dim:
-                    a = replace(a, v_dim=choice.v, v_bias=False)
-        if m is not None and levels.refit[1]:
-            m = replace(m, hidden=choice.hidden, fc2_bias=True) if choice.hidden else None
-        return replace(block, attention=a, mlp=m)
+    def spec(self, candidate: Candidate, *, tail: bool | None = None) -> ModelSpec:
+        """The network of a candidate."""
+        return self.space(candidate.width, candidate.steps, tail=tail).spec(candidate.choices)
 
-    def spec(self, plan: Plan, *, tail: bool | None = None) -> ModelSpec:
-        """The network of a plan. tail: whether with the prefix step; None: as the result has it."""
-        base = self.at_width(plan.width)
-        blocks = [
-            self.cut(i, block, choice) for i, (block, choice) in enumerate(zip(base.blocks, plan.choices, strict=True))
-        ]
-        for i, step in plan.steps:
-            blocks[i] = replace(blocks[i], steps=(*blocks[i].steps, step))
-        if self.tail if tail is None else tail:
-            blocks[-1] = replace(blocks[-1], steps=(*blocks[-1].steps, Prefix()))
-        return replace(base, blocks=tuple(blocks))
-
-    def choices(self, i: int, width: int) -> list[Choice]:
-        """All that block `i` may become in a stream of this width."""
-        levels = self.bounded(i, width)
-        if levels not in self._choices:
-            found = [Choice(*sizes) for sizes in product(levels.qk, levels.v, levels.hidden)]
-            if levels.bare:
-                found += [Choice(a, v, 0) for a, v in product(levels.qk, levels.v)]
-            if levels.off:
-                found += [Choice(0, 0, m) for m in levels.hidden]
-            if levels.empty:
-                found.append(Choice(0, 0, 0))
-            self._choices[levels] = found
-        return self._choices[levels]
+    def uncut(self, steps: Schedule = ()) -> Candidate:
+        """The whole network, with these token steps."""
+        return Candidate(self.base.width, steps, self.whole.whole)
 
     @cached_property
-    def _choices(self) -> dict[Levels, list[Choice]]:
-        return {}
-
-    @cached_property
-    def unit(self) -> dict[str, int]:
+    def tolerance(self) -> dict[str, int]:
         """How far below a budget the result may end, by resource."""
-        return _step(self)
+        return _tolerance(self)
 
     @cached_property
-    def lowest(self) -> Plan:
+    def lowest(self) -> Candidate:
         """The cheapest network."""
         width = self.widths[-1]
-        choices = []
-        for i in range(len(self.base.blocks)):
-            levels = self.bounded(i, width)
-            least = Choice(levels.qk[-1], levels.v[-1], levels.hidden[-1])
-            if levels.empty:
-                least = Choice(0, 0, 0)
-            elif levels.bare or levels.off:
-                trials = [least] + [least._replace(hidden=0)] * levels.bare + [Choice(0, 0, least.hidden)] * levels.off
-                at = token_walk(self.spec(Plan(width, (), (least,) * len(self.base.blocks))))[i]
-                least = min(trials, key=lambda c, i=i, at=at: self.price(i, self.at_width(width), at, c))  # type: ignore[misc]
-            choices.append(least)
-        plans = [Plan(width, steps, tuple(choices)) for steps in self.schedules]
-        return min(plans, key=lambda plan: cost(self.spec(plan)).macs)
-
-    def price(self, i: int, base: ModelSpec, at: BlockTokens, choice: Choice) -> tuple[int, int]:
-        """MACs and parameters of block `i` of `at_width`'s base after a choice, token steps apart."""
-        block = self.cut(i, base.blocks[i], choice)
-        return tuple(
-            x + y for x, y in zip(_attention(block.attention, base, at), _mlp(block.mlp, base, at), strict=True)
-        )  # type: ignore[return-value]
+        choices = self.space(width, ()).lowest
+        found = [Candidate(width, steps, choices) for steps in self.schedules]
+        return min(found, key=lambda candidate: cost(self.spec(candidate)).macs)
 
 
-def _attention(a: AttentionSpec | None, base: ModelSpec, at: BlockTokens) -> tuple[int, int]:
-    if a is None:
-        return 0, 0
-    macs = attention_macs(a.heads, a.qk_dim, a.v_dim, tokens=at.keys.count, width=base.width, queries=at.queries.count)
-    return macs + 2 * base.width * a.gate, attention_params(a, base.width)
-
-
-def _mlp(m: MlpSpec | None, base: ModelSpec, at: BlockTokens) -> tuple[int, int]:
-    if m is None:
-        return 0, 0
-    macs = mlp_macs(
-        m.hidden, tokens=at.mlp.count, width=base.width, kind=m.kind, fc1_rank=m.fc1_rank, fc2_rank=m.fc2_rank
-    )
-    return macs + 2 * base.width * m.gate, mlp_params(m, base.width)
-
-
-def room_of(spec: ModelSpec, config: AutoConfig) -> Room:
+def nets_of(spec: ModelSpec, config: AutoConfig) -> Nets:
     """What the config may cut of this spec. Raises ConfigError where an axis that was asked for does not apply, or none does."""
     fixed = frozen(spec, config.freeze)
-    base = without_tail(surgery.with_folded(spec, skip=fixed))
+    base = surgery.without_exact_tail(surgery.with_folded(spec, skip=fixed))
     asked = tuple(axis for axis in config.axes or AXES if axis != "tail" or config.exact_tail)
-    dense = {f"block {i} {half}": "frozen" for i, half in sorted(fixed)}
+    dense = frozen_parts(fixed)
     if spec.outputs:
         dense["classifier"] = "not cut, only refitted"
     if spec.pool.kind == "map":
@@ -351,31 +253,26 @@ def room_of(spec: ModelSpec, config: AutoConfig) -> Room:
     levels = tuple(_levels(base, i, fixed, axes, config.align, dense) for i in range(len(base.blocks)))
     widths: tuple[int, ...] = (base.width,)
     if "width" in axes:
-        unit = step_of(base.width, config.align)
-        widths = tuple(n for n in _sizes(base.width, WIDTHS, unit) if n >= 2)
-    room = Room(
-        given=spec,
-        base=base,
-        fixed=fixed,
-        tail=has_tail(spec) or "tail" in axes,
-        axes=frozenset(axes),
-        dense=dense,
+        widths = tuple(n for n in sizes(base.width, WIDTHS, unit_of(base.width, config.align)) if n >= 2)
+    had = surgery.has_exact_tail(spec)
+    nets = Nets(
+        whole=Space(given=spec, base=base, fixed=fixed, levels=levels, form="refitted", dense=dense),
+        tail=had or "tail" in axes,
         align=config.align,
-        levels=levels,
         widths=widths,
         schedules=_schedules(base) if "tokens" in axes else ((),),
     )
-    single = len(widths) == 1 and len(room.schedules) == 1 and room.tail == has_tail(spec)
-    if single and all(len(room.choices(i, base.width)) == 1 for i in range(len(base.blocks))):
+    single = len(widths) == 1 and len(nets.schedules) == 1 and nets.tail == had
+    if single and all(len(one.choices()) == 1 for one in levels):
         raise ConfigError(
             f"auto: nothing of this network can be cut on the axes {', '.join(asked)}"
             f"{' with the parts that are frozen' if fixed else ''}. Allow more of them."
         )
-    return room
+    return nets
 
 
 def _tail_refusal(spec: ModelSpec, fixed: frozenset[Half]) -> str | None:
-    if has_tail(spec):
+    if surgery.has_exact_tail(spec):
         return None
     if not surgery.allows_exact_tail(spec):
         return "the network reads more than prefix tokens, or its last block has token steps"
@@ -413,56 +310,45 @@ def _schedules(spec: ModelSpec) -> tuple[Schedule, ...]:
     return tuple(found)
 
 
-def step_of(size: int, align: int) -> int:
+def unit_of(size: int, align: int) -> int:
     """The unit of a hidden width or of the stream: `align`, or a sixteenth of a part too narrow for eight of them."""
     return align if size >= 8 * align else max(1, size // 16)
 
 
-def _sizes(size: int, shares: Sequence[float], unit: int) -> tuple[int, ...]:
-    """Sizes on offer, falling, the whole first: multiples of the unit."""
-    found = {min(size, max(unit, round(share * size / unit) * unit)) for share in shares} | {size}
-    return tuple(sorted(found, reverse=True))
-
-
 def _levels(
     spec: ModelSpec, i: int, fixed: frozenset[Half], axes: set[str], align: int, dense: dict[str, str]
-) -> Levels:
+) -> BlockLevels:
     block = spec.blocks[i]
     a, m = block.attention, block.mlp
-    free = ((i, "attention") not in fixed, (i, "mlp") not in fixed)
-    qk: tuple[int, ...] = (0,)
-    v: tuple[int, ...] = (0,)
-    hidden: tuple[int, ...] = (0,)
-    if a is not None:
-        qk, v = (a.qk_dim,), (a.v_dim,)
-        if free[0] and "qk" in axes:
-            if a.qk_norm != "none":
-                dense[f"block {i} qk"] = f"{a.qk_norm} norm between queries and keys"
-            else:
-                qk = tuple(
-                    n for n in _sizes(a.qk_dim, RANKS, step_of(a.qk_dim, align)) if n in (a.qk_dim,) or n < spec.width
-                )
-        if free[0] and "vo" in axes:
-            v = tuple(n for n in _sizes(a.v_dim, RANKS, step_of(a.v_dim, align)) if n in (a.v_dim,) or n < spec.width)
-    if m is not None:
-        hidden = (m.hidden,)
-        if free[1] and "mlp" in axes:
-            hidden = _sizes(m.hidden, UNITS, step_of(m.hidden, align))
-    return Levels(
-        qk=qk,
-        v=v,
-        hidden=hidden,
-        off=a is not None and m is not None and free[0] and "attention" in axes,
-        bare=a is not None and m is not None and free[1] and "mlp" in axes,
-        empty=(a is not None or m is not None) and all(free) and "block" in axes,
-        refit=(a is not None and free[0], m is not None and free[1]),
+    free = (a is not None and (i, "attention") not in fixed, m is not None and (i, "mlp") not in fixed)
+    levels = BlockLevels.whole_of(block)
+
+    def ranks(size: int) -> tuple[int, ...]:
+        return tuple(n for n in sizes(size, RANKS, unit_of(size, align)) if n == size or n < spec.width)
+
+    if a is not None and free[0]:
+        if "qk" in axes and a.qk_norm != "none":
+            dense[f"block {i} qk"] = f"{a.qk_norm} norm between queries and keys"
+        elif "qk" in axes:
+            levels = replace(levels, qk=ranks(a.qk_dim))
+        if "vo" in axes:
+            levels = replace(levels, v=ranks(a.v_dim))
+    if m is not None and free[1] and "mlp" in axes:
+        levels = replace(levels, hidden=sizes(m.hidden, UNITS, unit_of(m.hidden, align)))
+    both = a is not None and m is not None
+    return replace(
+        levels,
+        off=both and free[0] and "attention" in axes,
+        bare=both and free[1] and "mlp" in axes,
+        empty=(free[0] or a is None) and (free[1] or m is None) and any(free) and "block" in axes,
+        refit=free,
     )
 
 
 def floor(spec: ModelSpec, config: AutoConfig | None = None) -> Cost:
     """The cheapest network that the method makes of this spec."""
-    room = room_of(spec, config or AutoConfig())
-    return cost(room.spec(room.lowest))
+    nets = nets_of(spec, config or AutoConfig())
+    return cost(nets.spec(nets.lowest))
 
 
 def step(spec: ModelSpec, config: AutoConfig | None = None) -> dict[str, int]:
@@ -470,72 +356,59 @@ def step(spec: ModelSpec, config: AutoConfig | None = None) -> dict[str, int]:
 
     Where ranks and hidden units do not fill all of the range, the largest jump between what they fill counts.
     """
-    return room_of(spec, config or AutoConfig()).unit
+    return nets_of(spec, config or AutoConfig()).tolerance
 
 
-def _step(room: Room) -> dict[str, int]:
-    whole = Plan(room.base.width, (), tuple(levels.whole for levels in room.levels))
-    before = cost(room.spec(whole))
-    found = {name: max(0, getattr(cost(room.given), name) - getattr(before, name)) for name in RESOURCES}
-
-    def count(plan: Plan, above: Plan = whole) -> None:
-        high, low = cost(room.spec(above)), cost(room.spec(plan))
-        for name in RESOURCES:
-            found[name] = max(found[name], getattr(high, name) - getattr(low, name))
-
-    def with_choice(i: int, choice: Choice) -> Plan:
-        return replace(whole, choices=(*whole.choices[:i], choice, *whole.choices[i + 1 :]))
-
+def _tolerance(nets: Nets) -> dict[str, int]:
+    whole = nets.uncut()
+    before = cost(nets.spec(whole))
+    pairs = [(cost(nets.given), before)]
     seen: set[tuple[Any, ...]] = set()
-    for i, levels in enumerate(room.levels):
-        top = levels.whole
-        key = (room.base.blocks[i], levels, i == len(room.levels) - 1)
+    for i, levels in enumerate(nets.levels):
+        key = (nets.base.blocks[i], levels, i == len(nets.levels) - 1)
         if key in seen:
             continue
         seen.add(key)
-        for name, sizes in (("qk", levels.qk), ("v", levels.v), ("hidden", levels.hidden)):
-            if len(sizes) > 1:
-                size = sizes[0]
-                count(with_choice(i, top._replace(**{name: max(1, size - step_of(size, room.align))})))
-    for name, most in _gaps(room, whole).items():
-        found[name] = max(found[name], most)
-    return found
+        for name in PARTS:
+            size = getattr(levels, name)[0]
+            if len(getattr(levels, name)) > 1:
+                less = levels.whole.sized(name, max(1, size - unit_of(size, nets.align)))
+                choices = nets.whole.with_choice(i, less)
+                pairs.append((before, cost(nets.spec(replace(whole, choices=choices)))))
+    found, gaps = jumps(pairs), _gaps(nets, whole)
+    return {name: max(found[name], gaps[name]) for name in RESOURCES}
 
 
-def _gaps(room: Room, whole: Plan) -> dict[str, int]:
+def _gaps(nets: Nets, whole: Candidate) -> dict[str, int]:
     """The largest stretch of each resource that no ranks and hidden widths fill.
 
     They fill the stretches below each stream width with no half gone, and with those of the first blocks gone. Between these
     lie jumps; so do they between the network as given and the same with an exact tail.
     """
-    count = len(room.levels)
-    kinds = [kind for kind in ("off", "empty") if any(getattr(levels, kind) for levels in room.levels)]
-    given = cost(room.given)
+    count = len(nets.levels)
+    kinds = [kind for kind in ("off", "empty") if any(getattr(levels, kind) for levels in nets.levels)]
+    given = cost(nets.given)
 
     def stretch(width: int, kind: str, lost: int) -> tuple[Cost, Cost]:
-        bounds = [room.bounded(i, width) for i in range(count)]
         ends = []
-        for sizes in (
-            [Choice(levels.qk[-1], levels.v[-1], levels.hidden[-1]) for levels in bounds],
-            [levels.whole for levels in room.levels],
-        ):
+        for choices in ([levels.least for levels in nets.space(width, ()).levels], list(nets.whole.whole)):
             for i in range(lost):
-                if getattr(room.levels[i], kind):
-                    sizes[i] = Choice(0, 0, sizes[i].hidden if kind == "off" else 0)
-            ends.append(cost(room.spec(Plan(width, (), tuple(sizes)))))
+                if getattr(nets.levels[i], kind):
+                    choices[i] = choices[i].without("attention") if kind == "off" else Choice()
+            ends.append(cost(nets.spec(Candidate(width, (), tuple(choices)))))
         return ends[0], ends[1]
 
-    points = [room.lowest, *(replace(whole, steps=steps) for steps in room.schedules[1:])]
-    stretches = [(at, at) for at in (given, *(cost(room.spec(one)) for one in points))]
-    stretches += [stretch(width, "", 0) for width in room.widths]
-    found = _jumps(stretches)
-    if any(jump > getattr(given, name) / 100 for name, jump in found.items()):
-        more = product(room.widths[-1:], kinds, range(1, count + 1))
-        found = _jumps([*stretches, *(stretch(*one) for one in more)])
+    points = [nets.lowest, *(nets.uncut(steps) for steps in nets.schedules[1:])]
+    stretches = [(at, at) for at in (given, *(cost(nets.spec(one)) for one in points))]
+    stretches += [stretch(width, "", 0) for width in nets.widths]
+    found = _unfilled(stretches)
+    if any(gap > getattr(given, name) / 100 for name, gap in found.items()):
+        more = product(nets.widths[-1:], kinds, range(1, count + 1))
+        found = _unfilled([*stretches, *(stretch(*one) for one in more)])
     return found
 
 
-def _jumps(stretches: Sequence[tuple[Cost, Cost]]) -> dict[str, int]:
+def _unfilled(stretches: Sequence[tuple[Cost, Cost]]) -> dict[str, int]:
     """The largest gap between stretches of costs, by resource."""
     found = {}
     for name in RESOURCES:
@@ -548,26 +421,25 @@ def _jumps(stretches: Sequence[tuple[Cost, Cost]]) -> dict[str, int]:
 
 
 def plan(spec: ModelSpec, config: AutoConfig | None = None) -> dict[str, Any]:
-    """What can be said from the spec alone: range, step, needs, what stays dense and why.
+    """What can be said from the spec alone: range, tolerance, needs, what stays dense and why.
 
     Raises BudgetError when the config's budget is out of reach, ConfigError where an axis does not apply.
     """
     config = config or AutoConfig()
-    room = room_of(spec, config)
-    reference, least = cost(spec), cost(room.spec(room.lowest))
-    if config.budget is not None:
-        config.budget.refuse_unreachable(floor=least, reference=reference, method="auto")
-    return {
-        "method": "auto",
-        "variant": config.score,
-        "range": {name: [getattr(least, name), getattr(reference, name)] for name in RESOURCES},
-        "step": room.unit,
-        "needs": {"images": config.images, "labels": False, "training": False},
-        "dense": room.dense,
-    }
+    nets = nets_of(spec, config)
+    return outlook(
+        "auto",
+        config.score,
+        config.budget,
+        floor=cost(nets.spec(nets.lowest)),
+        reference=cost(spec),
+        tolerance=nets.tolerance,
+        needs={"images": config.images, "labels": False, "training": False},
+        dense=nets.dense,
+    )
 
 
-# ------------------------------------------------------------------------------------------------------- costs and plans
+# ------------------------------------------------------------------------------------------------- losses and candidates
 
 
 @dataclass
@@ -617,198 +489,79 @@ class Scores:
     widths: dict[int, float]
     schedules: tuple[float, ...]
 
-    def total(self, room: Room, plan: Plan) -> float:
-        """The predicted divergence of a plan: the sum of its parts."""
-        net = self.widths[plan.width] + self.schedules[room.schedules.index(plan.steps)]
-        rows = zip(self.blocks, plan.choices, room.levels, strict=True)
-        return net + sum(losses.of(choice, levels.whole) for losses, choice, levels in rows)
+    def loss(self, nets: Nets, i: int, choice: Choice) -> float:
+        """Of what becomes of block `i` alone."""
+        return self.blocks[i].of(choice, nets.levels[i].whole)
+
+    def total(self, nets: Nets, one: Candidate) -> float:
+        """The predicted divergence of a candidate: the sum of its parts."""
+        net = self.widths[one.width] + self.schedules[nets.schedules.index(one.steps)]
+        return net + sum(self.loss(nets, i, choice) for i, choice in enumerate(one.choices))
 
 
-class Bench:
-    """Costs of every option in one stream width and token schedule."""
-
-    def __init__(self, room: Room, scores: Scores, width: int, steps: Schedule) -> None:
-        self.room, self.scores, self.width, self.steps = room, scores, width, steps
-        self.base = room.at_width(width)
-        whole = Plan(width, steps, tuple(levels.whole for levels in room.levels))
-        self.walk = token_walk(room.spec(whole))
-        self.rest: np.ndarray | None = None
-        self.choices: list[list[Choice]] = []
-        self.tables: list[planning.Table] = []
-        self.peaks: list[np.ndarray] | None = None
-        for i in range(len(self.base.blocks)):
-            choices = room.choices(i, width)
-            first: dict[tuple[int, int], tuple[int, int]] = {}
-            second: dict[int, tuple[int, int]] = {}
-            for choice in choices:
-                if choice[:2] not in first or choice.hidden not in second:
-                    block = room.cut(i, self.base.blocks[i], choice)
-                    first.setdefault(choice[:2], _attention(block.attention, self.base, self.walk[i]))
-                    second.setdefault(choice.hidden, _mlp(block.mlp, self.base, self.walk[i]))
-            costs = np.array([first[c[:2]] for c in choices]) + np.array([second[c.hidden] for c in choices])
-            top = room.levels[i].whole
-            loss = np.array([scores.blocks[i].of(c, top) for c in choices])
-            self.choices.append(choices)
-            self.tables.append(planning.Table(costs.astype(np.int64).reshape(-1, 2), loss))
-        found = cost(room.spec(self.plan([c[0] for c in self.choices])))
-        self.rest = np.array([found.macs, found.params]) - sum(
-            (t.costs[0] for t in self.tables), np.zeros(2, dtype=np.int64)
-        )
-
-    def plan(self, choices: Sequence[Choice]) -> Plan:
-        return Plan(self.width, self.steps, tuple(choices))
-
-    def solve(self, limits: Mapping[str, int], *, whole_parts: bool) -> Plan | None:
-        """The least loss within the limits. whole_parts: no half may go altogether."""
-        bounds = {"macs": limits.get("macs"), "params": limits.get("params")}
-        if "file_bytes" in limits:
-            bounds["params"] = min(limits["file_bytes"] // FLOAT_BYTES, bounds["params"] or limits["file_bytes"])
-        allowed = [np.ones(len(c), dtype=bool) for c in self.choices]
-        if whole_parts:
-            allowed = [
-                np.array(
-                    [bool(c.qk) == bool(own.whole.qk) and bool(c.hidden) == bool(own.whole.hidden) for c in choices]
-                )
-                for choices, own in zip(self.choices, self.room.levels, strict=True)
-            ]
-        if "memory_bytes" not in limits:
-            return self._within(bounds, allowed)
-        found = []
-        for cap in self._caps(limits["memory_bytes"]):
-            most = (limits["memory_bytes"] - cap) // FLOAT_BYTES
-            tighter = {**bounds, "params": most if bounds["params"] is None else min(most, bounds["params"])}
-            assert self.peaks is not None
-            kept = [a & (p <= cap) for a, p in zip(allowed, self.peaks, strict=True)]
-            if all(k.any() for k in kept) and (one := self._within(tighter, kept)) is not None:
-                found.append(one)
-        return min(found, key=lambda one: self.scores.total(self.room, one), default=None)
-
-    def _within(self, bounds: Mapping[str, int | None], allowed: Sequence[np.ndarray]) -> Plan | None:
-        columns = [n for n, name in enumerate(("macs", "params")) if bounds[name] is not None]
-        assert self.rest is not None
-        room = [int(bounds[("macs", "params")[n]]) - int(self.rest[n]) for n in columns]  # type: ignore[arg-type]
-        rows = [np.flatnonzero(a) for a in allowed]
-        tables = [planning.Table(t.costs[r][:, columns], t.loss[r]) for t, r in zip(self.tables, rows, strict=True)]
-        found = planning.allocate(tables, room)
-        return (
-            None if found is None else self.plan([c[r[j]] for c, r, j in zip(self.choices, rows, found, strict=True)])
-        )
-
-    def _caps(self, limit: int) -> list[int]:
-        """Bounds on the largest activation worth trying, and with them the peak of every option."""
-        if self.peaks is None:
-            self.peaks = [np.array([self._peak(i, c) for c in choices]) for i, choices in enumerate(self.choices)]
-        least = max((int(p.min()) for p in self.peaks), default=0)
-        every = sorted({int(v) for p in self.peaks for v in p if least <= v < limit})
-        if len(every) > PEAKS:
-            every = [every[round(n * (len(every) - 1) / (PEAKS - 1))] for n in range(PEAKS)]
-        return every
-
-    def _peak(self, i: int, choice: Choice) -> int:
-        """Activation bytes of a network in which this is the only block."""
-        if not hasattr(self, "_seen"):
-            self._seen: dict[tuple[int, int, int], int] = {}
-        key = (i, choice.qk + choice.v, choice.hidden)
-        if key not in self._seen:
-            empty = tuple(replace(b, attention=None, mlp=None) for b in self.base.blocks)
-            spec = self.room.spec(self.plan([Choice(0, 0, 0)] * len(empty)))
-            block = self.room.cut(i, self.base.blocks[i], choice)
-            blocks = [replace(b, attention=None, mlp=None) for b in spec.blocks]
-            blocks[i] = replace(blocks[i], attention=block.attention, mlp=block.mlp)
-            self._seen[key] = cost(replace(spec, blocks=tuple(blocks))).activation_bytes
-        return self._seen[key]
-
-    def filled(self, plan: Plan, limits: Mapping[str, int], reference: Cost) -> Plan:
-        """The plan with what is left of the budget spent: unit by unit where a unit is worth most."""
-        plan = self._fill(plan, limits, self.room.align)
-        used = cost(self.room.spec(plan))
-        if all(limit - getattr(used, name) > getattr(reference, name) / 100 for name, limit in limits.items()):
-            plan = self._fill(plan, limits, 1)
-        return plan
-
-    def _fill(self, plan: Plan, limits: Mapping[str, int], align: int) -> Plan:
-        choices = list(plan.choices)
-        spent = cost(self.room.spec(plan))
-        used = {"macs": spent.macs, "params": spent.params}
-        bounds = {"macs": limits.get("macs", spent.macs * 10**6), "params": limits.get("params", 10**18)}
-        bounds["params"] = min(bounds["params"], limits.get("file_bytes", 10**18) // FLOAT_BYTES)
-        currency = "macs" if "macs" in limits else "params"
-        moves: dict[tuple[int, str], tuple[float, Choice, int, int]] = {}
-        closed: set[tuple[int, str]] = set()
-
-        def look(i: int) -> None:
-            levels, now = self.room.bounded(i, self.width), choices[i]
-            whole = self.room.levels[i].whole
-            before = self.room.price(i, self.base, self.walk[i], now)
-            for name in Choice._fields:
-                moves.pop((i, name), None)
-                sizes, size = getattr(levels, name), getattr(now, name)
-                gone = not now.qk and bool(whole.qk) and not (name == "hidden" and levels.off)
-                if len(sizes) == 1 or size >= sizes[0] or (i, name) in closed or gone:
-                    continue
-                unit = step_of(getattr(whole, name), align)
-                after = now._replace(**{name: min(sizes[0], (size // unit + 1) * unit)})
-                price = self.room.price(i, self.base, self.walk[i], after)
-                macs, params = price[0] - before[0], price[1] - before[1]
-                gain = self.scores.blocks[i].of(now, whole) - self.scores.blocks[i].of(after, whole)
-                worth = (gain + 1e-30) / max(macs if currency == "macs" else params, 1)
-                moves[i, name] = (worth, after, macs, params)
-
-        for i in range(len(choices)):
-            look(i)
-        while moves:
-            key = max(moves, key=lambda k: (moves[k][0], -k[0], k[1]))
-            _, after, macs, params = moves.pop(key)
-            fits = used["macs"] + macs <= bounds["macs"] and used["params"] + params <= bounds["params"]
-            if fits and "memory_bytes" in limits:
-                trial = self.plan([*choices[: key[0]], after, *choices[key[0] + 1 :]])
-                fits = cost(self.room.spec(trial)).memory_bytes <= limits["memory_bytes"]
-            if not fits:
-                closed.add(key)  # budgets only fill up: what does not fit now never will
-                continue
-            choices[key[0]] = after
-            used = {"macs": used["macs"] + macs, "params": used["params"] + params}
-            look(key[0])
-        return self.plan(choices)
-
-
-def best_plans(room: Room, scores: Scores, limits: Mapping[str, int], reference: Cost, *, count: int) -> list[Plan]:
-    """The plans of the least predicted divergence within the limits, each of another stream width or token schedule.
+def best_candidates(
+    nets: Nets, scores: Scores, limits: Mapping[str, int], reference: Cost, *, count: int
+) -> list[Candidate]:
+    """The candidates of the least predicted divergence within the limits, each of another stream width or token schedule.
 
     Exact over blocks within each of them. Those that leave more of the budget than law 7 allows
     count only where there are no others.
     """
-    nets = sorted(
-        (scores.widths[w] + scores.schedules[s], w, s) for w in room.widths for s in range(len(room.schedules))
+    order = sorted(
+        (scores.widths[w] + scores.schedules[s], w, s) for w in nets.widths for s in range(len(nets.schedules))
     )
-    near = {name: max(getattr(reference, name) // 100, unit) for name, unit in room.unit.items()}
-    found: list[tuple[bool, float, Plan]] = []
-    for net, width, s in nets:
+    near = {name: max(getattr(reference, name) // 100, most) for name, most in nets.tolerance.items()}
+    found: list[tuple[bool, float, Candidate]] = []
+    for net, width, s in order:
         full = sorted(total for loose, total, _ in found if not loose)
         if len(full) >= count and net >= full[count - 1]:
             break  # its parts can only add to that
-        bench = Bench(room, scores, width, room.schedules[s])
+        steps = nets.schedules[s]
+        allocator = Allocator(nets.space(width, steps), lambda i, choice: scores.loss(nets, i, choice))
         for whole_parts in (False, True):
-            plan = bench.solve(limits, whole_parts=whole_parts)
-            if plan is None:
+            choices = allocator.solve(limits, partial(_no_half_gone, nets) if whole_parts else None)
+            if choices is None:
                 break
-            plan = bench.filled(plan, limits, reference)
-            at = cost(room.spec(plan))
+            one = Candidate(width, steps, filled(nets, allocator, choices, limits, reference))
+            at = cost(nets.spec(one))
             loose = all(limit - getattr(at, name) > near[name] for name, limit in limits.items())
             if not loose or not whole_parts:
-                found.append((loose, scores.total(room, plan), plan))
+                found.append((loose, scores.total(nets, one), one))
             if not loose:
                 break
     if not found:
-        assert not exceeded(cost(room.spec(room.lowest)), limits)
-        found.append((True, scores.total(room, room.lowest), room.lowest))
+        assert not exceeded(cost(nets.spec(nets.lowest)), limits)
+        found.append((True, scores.total(nets, nets.lowest), nets.lowest))
     found.sort(key=lambda one: one[:2])
-    chosen: list[Plan] = []
-    for loose, _, plan in found:
-        if plan not in chosen and loose == found[0][0]:
-            assert not exceeded(cost(room.spec(plan)), limits)
-            chosen.append(plan)
+    chosen: list[Candidate] = []
+    for loose, _, one in found:
+        if one not in chosen and loose == found[0][0]:
+            assert not exceeded(cost(nets.spec(one)), limits)
+            chosen.append(one)
     return chosen[:count]
+
+
+def _no_half_gone(nets: Nets, i: int, choice: Choice) -> bool:
+    whole = nets.levels[i].whole
+    return choice.attention == whole.attention and choice.mlp == whole.mlp
+
+
+def filled(
+    nets: Nets, allocator: Allocator, choices: tuple[Choice, ...], limits: Mapping[str, int], reference: Cost
+) -> tuple[Choice, ...]:
+    """The choices with what is left of the budget spent: in whole units, then in single ones where 1 % is left."""
+    currency = "macs" if "macs" in limits else "params"
+    for align in (nets.align, 1):
+        choices = allocator.filled(
+            choices,
+            limits,
+            currency,
+            lambda i, part, align=align: unit_of(getattr(nets.levels[i].whole, part), align),  # type: ignore[misc]
+        )
+        used = cost(allocator.space.spec(choices))
+        if any(limit - getattr(used, name) <= getattr(reference, name) / 100 for name, limit in limits.items()):
+            break
+    return choices
 
 
 # ---------------------------------------------------------------------------------------------------------------- images
@@ -846,10 +599,10 @@ class Inputs:
         return self.feed.subset(self.rows[part]).batches(self.batch_size)
 
 
-def _warnings(base: ModelSpec, room: Room, inputs: Inputs) -> list[str]:
+def _warnings(base: ModelSpec, nets: Nets, inputs: Inputs) -> list[str]:
     """What the images are too few for."""
     unknowns = 0
-    for block, levels in zip(base.blocks, room.levels, strict=True):
+    for block, levels in zip(base.blocks, nets.levels, strict=True):
         if block.attention is not None and levels.refit[0]:
             unknowns = max(unknowns, block.attention.heads * block.attention.v_dim)
         if block.mlp is not None and levels.refit[1]:
@@ -863,47 +616,6 @@ def _warnings(base: ModelSpec, room: Room, inputs: Inputs) -> list[str]:
         f"{inputs.count} images give {rows} tokens to fit {unknowns} unknowns; the ridge keeps the fit close to the inherited "
         f"weights. {enough} images or more would do."
     ]
-
-
-class Notes:
-    """What a killed run goes on from: one small checkpoint for each finished piece of work. folder None: keeps nothing."""
-
-    def __init__(self, folder: Path | None, identity: Mapping[str, Any], *, resume: bool) -> None:
-        self.folder = None if folder is None else folder / "auto"
-        if self.folder is None:
-            return
-        there = self.folder.is_dir() and any(self.folder.iterdir())
-        if there and not resume:
-            raise TrainingError(
-                f"{self.folder.parent.name}/ holds an auto run already; nothing is overwritten. Pass resume=True (--resume) to go "
-                "on with it, or choose another folder."
-            )
-        before = self.get("run")
-        if before is None:
-            self.put("run", {}, dict(identity))
-            return
-        for key, value in identity.items():
-            if before[1].get(key) != value:
-                raise TrainingError(
-                    f"{self.folder.parent.name}/ holds another run: {key} was {before[1].get(key)!r} and is {value!r}. Resume "
-                    "with the same model, settings and data, or choose another folder."
-                )
-
-    def get(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Tensors and plain values of a finished piece."""
-        if self.folder is None:
-            return None
-        checkpoints.sweep(self.folder / name)
-        path = checkpoints.newest(self.folder / name)
-        if path is None:
-            return None
-        tensors, values = checkpoints.read(path)
-        # copies: sums over memory that starts elsewhere may round otherwise, and a resumed run must not differ
-        return {name: tensor.clone() for name, tensor in tensors.items()}, values
-
-    def put(self, name: str, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        if self.folder is not None:
-            checkpoints.write(self.folder / name, 0, tensors or {"none": torch.zeros(1)}, values)
 
 
 # ------------------------------------------------------------------------------------------------------ parts and scores
@@ -925,15 +637,15 @@ class Parts:
 
 @dataclass
 class Work:
-    """What all steps share. model: as given. base: LayerScale folded, no prefix step. room_folder: for held streams."""
+    """What all steps share. model: as given. base: LayerScale folded, no prefix step. scratch: for held streams."""
 
     model: Vit
     base: Vit
-    room: Room
+    nets: Nets
     config: AutoConfig
     inputs: Inputs
-    notes: Notes
-    room_folder: Path
+    journal: Journal
+    scratch: Path
     progress: Progress | None
     warnings: list[str]
 
@@ -981,7 +693,7 @@ class Work:
         """Sensitivity at every place, from the images that parts are fitted on."""
         if not self.base.blocks:
             return {}
-        noted = self.notes.get("sensitivity")
+        noted = self.journal.get("sensitivity")
         if noted is None:
             total = len(self.inputs.rows["fit"])
             found = cf.sensitivity(
@@ -993,16 +705,18 @@ class Work:
             tensors = {
                 f"{name}/{kind}": getattr(site, kind) for name, site in found.items() for kind in ("tokens", "matrix")
             }
-            self.notes.put("sensitivity", tensors, {})
+            self.journal.put("sensitivity", tensors)
             return found
         names = [f"{kind}:{i}" for i in range(len(self.base.blocks)) for kind in ("mid", "block")]
-        return {n: cf.Sensitivity(tokens=noted[0][f"{n}/tokens"], matrix=noted[0][f"{n}/matrix"]) for n in names}
+        return {
+            n: cf.Sensitivity(tokens=noted.tensors[f"{n}/tokens"], matrix=noted.tensors[f"{n}/matrix"]) for n in names
+        }
 
     def takes_mean(self, i: int) -> bool:
         """Whether what block `i` adds on average can go into a bias before it, should the block go."""
         if not i:
             return False
-        before, refit = self.base.spec.blocks[i - 1], self.room.levels[i - 1].refit
+        before, refit = self.base.spec.blocks[i - 1], self.nets.levels[i - 1].refit
         return refit[1] if before.mlp is not None else refit[0]
 
     def weights(self, name: str, tokens: int) -> Tensor:
@@ -1018,9 +732,9 @@ class Work:
     @cached_property
     def gram(self) -> Tensor:
         """[D, D] of the stream at all its readers."""
-        noted = self.notes.get("stream")
+        noted = self.journal.get("stream")
         if noted is not None:
-            return noted[0]["gram"]
+            return noted.tensors["gram"]
         total = narrowing.Stream.empty(self.base.spec.width)
         prefix = len(self.base.spec.prefix)
 
@@ -1028,7 +742,7 @@ class Work:
         for x in self.inputs.batches("fit"):
             for _, seen in narrowing.readings(self.base, x.to(like)):
                 total.add(seen, prefix)
-        self.notes.put("stream", {"gram": total.gram}, {})
+        self.journal.put("stream", {"gram": total.gram})
         return total.gram
 
     def narrowed(self, width: int, part: str) -> tuple[Vit, narrowing.Basis]:
@@ -1052,7 +766,7 @@ def _own(tensor: Tensor) -> Tensor:
 def block_parts(work: Work, i: int, held: cf.StreamCache) -> Parts:
     """The parts of block `i`, from one pass over the dense stream in front of it."""
     block = work.base.blocks[i]
-    spec, levels = block.spec, work.room.levels[i]
+    spec, levels = block.spec, work.nets.levels[i]
     device, width = work.device, work.base.spec.width
     a = spec.attention
     scores = parts.Scores()
@@ -1105,12 +819,12 @@ def block_parts(work: Work, i: int, held: cf.StreamCache) -> Parts:
             w, b = parts.output(heads, directions, rank, block.attention.v_bias, ridge=work.config.output_ridge)
             keep(f"o/{rank}/w", w)
             keep(f"o/{rank}/b", b)
-    for name, stats, sizes in (("mlp", mlp, levels.hidden[1:]), ("off", off, levels.hidden)):
+    for name, stats, kept_sizes in (("mlp", mlp, levels.hidden[1:]), ("off", off, levels.hidden)):
         if stats is None:
             continue
         last, metric = parts.last_linear(block.mlp), _metric(work, f"block:{i}")
         order = parts.elimination(stats, last, metric, ridge=work.config.ridge)
-        for size in sizes:
+        for size in kept_sizes:
             kept = order.kept(size)
             w, b = parts.refitted(stats, last, metric, ridge=work.config.ridge, keep=kept)
             keep(f"{name}/{size}/keep", kept)
@@ -1132,7 +846,7 @@ Emit = Callable[[str, int, str, Tensor], None]
 """Told of each level: part, size, place, and how the stream there changes [B, N, D]."""
 
 
-def changes(block: Block, i: int, levels: Levels, found: Parts, entry: Stream, emit: Emit) -> None:
+def changes(block: Block, i: int, levels: BlockLevels, found: Parts, entry: Stream, emit: Emit) -> None:
     """What each level of each part does to the dense stream.  entry: after the steps at the block's start."""
     t = {name: value.to(entry.x.device) for name, value in found.tensors.items()}
     spec = block.spec
@@ -1184,17 +898,17 @@ def all_parts(work: Work) -> list[Parts]:
     """The parts of all blocks, in one walk of the dense stream."""
     found: list[Parts] = []
     count = len(work.base.blocks)
-    held = cf.StreamCache(work.room_folder, "dense")
+    held = cf.StreamCache(work.scratch, "dense")
     like = next(work.base.parameters())
     with torch.no_grad():
         held.fill(work.base.embed(x.to(like)) for x in work.inputs.batches("fit"))
     for i, block in enumerate(work.base.blocks):
-        noted = work.notes.get(f"parts-{i}")
+        noted = work.journal.get(f"parts-{i}")
         if noted is None:
             found.append(block_parts(work, i, held))
-            work.notes.put(f"parts-{i}", found[-1].tensors, {})
+            work.journal.put(f"parts-{i}", found[-1].tensors)
         else:
-            found.append(Parts({name: value for name, value in noted[0].items() if name != "none"}))
+            found.append(Parts(noted.tensors))
         if i + 1 < count:
             with torch.no_grad():
                 held.advance(block.run, work.device)
@@ -1204,43 +918,42 @@ def all_parts(work: Work) -> list[Parts]:
 
 def score(work: Work) -> Scores:
     """What every option costs alone: blocks' parts, stream widths, token schedules."""
-    noted = work.notes.get("scores")
+    noted = work.journal.get("scores")
     if noted is None:
         rows = score_blocks(work, all_parts(work))
         values = [
             {kind: [[n, loss] for n, loss in sorted(getattr(one, kind).items())] for kind in KINDS} for one in rows
         ]
-        work.notes.put("scores", {}, {"blocks": values})
+        work.journal.put("scores", values={"blocks": values})
     else:
         rows = [
-            Losses(**{kind: {int(n): loss for n, loss in row[kind]} for kind in KINDS}) for row in noted[1]["blocks"]
+            Losses(**{kind: {int(n): loss for n, loss in row[kind]} for kind in KINDS})
+            for row in noted.values["blocks"]
         ]
-    room, base = work.room, work.base
-    nets = [("width", w) for w in room.widths[1:]] + [("schedule", s) for s in range(1, len(room.schedules))]
-    found: dict[tuple[str, int], float] = {("width", room.widths[0]): 0.0, ("schedule", 0): 0.0}
-    for done, (kind, n) in enumerate(nets, start=1):
-        known = work.notes.get(f"{kind}-{n}")
+    nets, base = work.nets, work.base
+    trials = [("width", w) for w in nets.widths[1:]] + [("schedule", s) for s in range(1, len(nets.schedules))]
+    found: dict[tuple[str, int], float] = {("width", nets.widths[0]): 0.0, ("schedule", 0): 0.0}
+    for done, (kind, n) in enumerate(trials, start=1):
+        known = work.journal.get(f"{kind}-{n}")
         if known is not None:
-            found[kind, n] = known[1]["loss"]
+            found[kind, n] = known.values["loss"]
         elif kind == "width":
             found[kind, n] = work.divergence(work.narrowed(n, "probe")[0])
         else:
-            spec = room.spec(
-                Plan(base.spec.width, room.schedules[n], tuple(levels.whole for levels in room.levels)), tail=False
-            )
+            spec = nets.spec(nets.uncut(nets.schedules[n]), tail=False)
             blocks = tuple(
                 replace(b, steps=after.steps) for b, after in zip(base.spec.blocks, spec.blocks, strict=True)
             )
             merged = surgery.with_spec(base, replace(base.spec, blocks=blocks), base.state_dict(), share=True)
             found[kind, n] = work.divergence(merged)
         if known is None:
-            work.notes.put(f"{kind}-{n}", {}, {"loss": found[kind, n]})
-        work.tell("widths" if kind == "width" else "schedules", done, len(nets))
+            work.journal.put(f"{kind}-{n}", values={"loss": found[kind, n]})
+        work.tell("widths" if kind == "width" else "schedules", done, len(trials))
     widths: dict[int, float] = {}
     most = 0.0
-    for w in room.widths:  # no narrower stream below a wider one: what noise says otherwise
+    for w in nets.widths:  # no narrower stream below a wider one: what noise says otherwise
         widths[w] = most = max(most, found["width", w])
-    return Scores(tuple(rows), widths, tuple(found["schedule", s] for s in range(len(room.schedules))))
+    return Scores(tuple(rows), widths, tuple(found["schedule", s] for s in range(len(nets.schedules))))
 
 
 KINDS = ("qk", "v", "hidden", "off")
@@ -1252,21 +965,21 @@ def score_blocks(work: Work, library: Sequence[Parts]) -> list[Losses]:
     total, done = len(work.inputs.rows["held"]), 0
     sums: list[dict[tuple[str, int], float]] = [{} for _ in work.base.blocks]
     for n, x in enumerate(work.inputs.batches("held")):
-        noted = work.notes.get(f"scored-{n}")
+        noted = work.journal.get(f"scored-{n}")
         if noted is None:
             found = batch_losses(work, library, x, generator)
             plain = [[[*key, loss] for key, loss in one.items()] for one in found]
-            work.notes.put(f"scored-{n}", {"signs": generator.get_state()}, {"blocks": plain})
+            work.journal.put(f"scored-{n}", {"signs": generator.get_state()}, {"blocks": plain})
         else:
-            found = [{(part, size): loss for part, size, loss in one} for one in noted[1]["blocks"]]
-            generator.set_state(noted[0]["signs"])
+            found = [{(part, size): loss for part, size, loss in one} for one in noted.values["blocks"]]
+            generator.set_state(noted.tensors["signs"])
         for so_far, one in zip(sums, found, strict=True):
             for key, loss in one.items():
                 so_far[key] = so_far.get(key, 0.0) + loss
         done += len(x)
         work.tell("score", done, total)
     rows = []
-    for found_sums, levels in zip(sums, work.room.levels, strict=True):
+    for found_sums, levels in zip(sums, work.nets.levels, strict=True):
         losses = Losses()
         for (part, size), value in found_sums.items():
             if not math.isfinite(value):
@@ -1303,7 +1016,7 @@ def batch_losses(
                     lost = fisher.divergence(before, after, classifies=classifies)
                 rows[i][part, size] = float(lost.sum())
 
-            changes(block, i, work.room.levels[i], found, entry, emit)
+            changes(block, i, work.nets.levels[i], found, entry, emit)
             stream = block.run(stream)
     return rows
 
@@ -1323,16 +1036,16 @@ def _outcome_after(base: Vit, i: int, place: str, entry: Stream, change: Tensor)
 # ------------------------------------------------------------------------------------------------------------- the build
 
 
-class Student:
+class Refit:
     """A plan's network as it is built, block by block, from the dense one in the plan's stream."""
 
-    def __init__(self, work: Work, plan: Plan, part: str, name: str) -> None:
+    def __init__(self, work: Work, plan: Candidate, part: str, name: str) -> None:
         self.work, self.plan, self.part, self.name = work, plan, part, name
         self.basis: narrowing.Basis | None = None
         self.start = work.base
         if plan.width != work.base.spec.width:
             self.start, self.basis = work.narrowed(plan.width, part)
-        self.goal = work.room.spec(plan, tail=False)
+        self.goal = work.nets.spec(plan, tail=False)
         self.state = dict(self.start.state_dict())
         self.kept: list[Tensor | None] = []
         """Hidden units that stay of each block; None: as they are, or none."""
@@ -1375,7 +1088,7 @@ class Student:
     def attention(self, i: int, ours: cf.StreamCache, theirs: cf.StreamCache) -> None:
         """Cut and refit the attention of block `i` on the student's stream towards the dense one."""
         before, after = self.start.spec.blocks[i].attention, self.goal.blocks[i].attention
-        if before is None or not self.work.room.levels[i].refit[0]:
+        if before is None or not self.work.nets.levels[i].refit[0]:
             return
         here, site = f"blocks.{i}.attention", f"mid:{i}"
         if after is None:
@@ -1426,7 +1139,7 @@ class Student:
         Also what a block without any half should add to the stream, [D'], for the block before it.
         """
         before, after = self.start.spec.blocks[i].mlp, self.goal.blocks[i].mlp
-        levels = self.work.room.levels[i]
+        levels = self.work.nets.levels[i]
         lost = self.start.spec.blocks[i].attention is not None and self.goal.blocks[i].attention is None
         if not levels.refit[1] and not (before is None and lost):
             return None, None
@@ -1469,7 +1182,7 @@ class Student:
         """Let the last half before block `i` add this too. False where there is none, or it is frozen."""
         if not i:
             return False
-        block, refit = self.goal.blocks[i - 1], self.work.room.levels[i - 1].refit
+        block, refit = self.goal.blocks[i - 1], self.work.nets.levels[i - 1].refit
         if block.mlp is not None:
             name, free = f"blocks.{i - 1}.mlp.fc2.bias", refit[1]
         else:
@@ -1483,11 +1196,11 @@ class Student:
         """The network, with the prefix step if the result has one."""
         work, count = self.work, len(self.goal.blocks)
         like = next(work.base.parameters())
-        ours, theirs = cf.StreamCache(work.room_folder, "student"), cf.StreamCache(work.room_folder, "teacher")
+        ours, theirs = cf.StreamCache(work.scratch, "student"), cf.StreamCache(work.scratch, "teacher")
         ours.fill(self.start.embed(x.to(like)) for x in work.inputs.batches(self.part))
         theirs.fill(work.base.embed(x.to(like)) for x in work.inputs.batches(self.part))
         for i in range(count):
-            noted = work.notes.get(f"{self.name}-{i}")
+            noted = work.journal.get(f"{self.name}-{i}")
             shift: Tensor | None = None
             if noted is None:
                 self.attention(i, ours, theirs)
@@ -1497,22 +1210,22 @@ class Student:
                 self.state |= {name: _own(self.state[name]) for name in self.names(i)}
                 tensors = {name: self.state[name] for name in self.names(i)}
                 extra = {"keep": keep, "shift": shift}
-                work.notes.put(
+                work.journal.put(
                     f"{self.name}-{i}", {**tensors, **{f"/{n}": v for n, v in extra.items() if v is not None}}, {}
                 )
             else:
                 self.forget(f"blocks.{i}")
                 self.state |= {
-                    name: value.to(like.device) for name, value in noted[0].items() if name.startswith("blocks.")
+                    name: value.to(like.device) for name, value in noted.tensors.items() if name.startswith("blocks.")
                 }
-                keep, shift = noted[0].get("/keep"), noted[0].get("/shift")
+                keep, shift = noted.tensors.get("/keep"), noted.tensors.get("/shift")
                 if shift is not None:
                     self.hand_back(i, shift)
             self.kept.append(keep)
             if i + 1 < count:
                 self.walk(i, ours, theirs, shift)
             work.tell(self.name.split("-")[0], i + 1, count)
-        spec = work.room.spec(self.plan)
+        spec = work.nets.spec(self.plan)
         step_ = SelectionStep(
             method="auto",
             variant=work.config.score,
@@ -1564,8 +1277,8 @@ class Student:
 
     def record(self, i: int) -> dict[str, Any] | None:
         """How block `i` was cut, for the selection."""
-        before, after = self.work.room.base.blocks[i], self.goal.blocks[i]
-        levels = self.work.room.levels[i]
+        before, after = self.work.nets.base.blocks[i], self.goal.blocks[i]
+        levels = self.work.nets.levels[i]
         entry: dict[str, Any] = {}
         if before.attention is not None and levels.refit[0]:
             entry["attention"] = "gone" if after.attention is None else "rotated"
@@ -1623,14 +1336,14 @@ def compress_family(
 ) -> list[Compressed]:
     """A network for each budget, in their order, from one scoring. The config's own budget does not count. Else as `compress`."""
     reference = cost(model)
-    room = _reachable(model, config, budgets)
+    nets = _reachable(model, config, budgets)
     cut = [budget for budget in budgets if exceeded(reference, budget.limits(reference))]
     if not cut:
-        return [_untouched(model, config, room) for _ in budgets]
+        return [_untouched(model, config, nets) for _ in budgets]
     with tempfile.TemporaryDirectory(prefix="vitrim-auto-") as temporary:
-        work = _work(model, config, room, data, progress, folder, resume, Path(temporary))
+        work = work_of(model, config, nets, data, progress, folder, resume, Path(temporary))
         scores = score(work)
-        return [_one(work, scores, budget) if budget in cut else _untouched(model, config, room) for budget in budgets]
+        return [_one(work, scores, budget) if budget in cut else _untouched(model, config, nets) for budget in budgets]
 
 
 def predict(
@@ -1645,35 +1358,35 @@ def predict(
 ) -> list[dict[str, Any]]:
     """For each budget what would be cut and the divergence predicted for it, before anything is built; plain JSON values."""
     reference = cost(model)
-    room = _reachable(model, config, budgets)
+    nets = _reachable(model, config, budgets)
     scores: Scores | None = None
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="vitrim-auto-") as temporary:
         for budget in budgets:
             limits = budget.limits(reference)
             if not exceeded(reference, limits):
-                found = _described_whole(room)
+                found = _described_whole(nets)
             else:
-                scores = scores or score(_work(model, config, room, data, progress, folder, resume, Path(temporary)))
-                found = _described(room, scores, best_plans(room, scores, limits, reference, count=1)[0])
+                scores = scores or score(work_of(model, config, nets, data, progress, folder, resume, Path(temporary)))
+                found = _described(nets, scores, best_candidates(nets, scores, limits, reference, count=1)[0])
             rows.append({"budget": budget.to_dict(), **found})
     return rows
 
 
-def _reachable(model: Vit, config: AutoConfig, budgets: Sequence[Budget]) -> Room:
+def _reachable(model: Vit, config: AutoConfig, budgets: Sequence[Budget]) -> Nets:
     if not budgets:
         raise ConfigError("auto: no budgets; expected one or more.")
-    room = room_of(model.spec, config)
-    lowest = cost(room.spec(room.lowest))
+    nets = nets_of(model.spec, config)
+    lowest = cost(nets.spec(nets.lowest))
     for budget in budgets:
         budget.refuse_unreachable(floor=lowest, reference=cost(model), method="auto")
-    return room
+    return nets
 
 
-def _work(
+def work_of(
     model: Vit,
     config: AutoConfig,
-    room: Room,
+    nets: Nets,
     data: Any,
     progress: Progress | None,
     folder: Path | None,
@@ -1697,15 +1410,15 @@ def _work(
     identity: dict[str, Any] = {name: getattr(config, name) for name in names}
     identity = {n: list(v) if isinstance(v, tuple) else v for n, v in identity.items()}
     identity |= {"spec": spec_hash(model.spec), "weights": surgery.fingerprint(model), "data": inputs.mark}
-    notes = Notes(folder, identity, resume=resume)
-    folded = surgery.fold_layer_scale(model, skip=room.fixed)
-    base = surgery.with_spec(folded, room.base, folded.state_dict(), share=True).eval()
+    journal = Journal(folder, "auto", identity, resume=resume)
+    folded = surgery.fold_layer_scale(model, skip=nets.whole.fixed)
+    base = surgery.with_spec(folded, nets.base, folded.state_dict(), share=True).eval()
     if config.device is not None:
         base = base.to(config.device)
-    return Work(model, base, room, config, inputs, notes, temporary, progress, _warnings(room.base, room, inputs))
+    return Work(model, base, nets, config, inputs, journal, temporary, progress, _warnings(nets.base, nets, inputs))
 
 
-def _untouched(model: Vit, config: AutoConfig, room: Room) -> Compressed:
+def _untouched(model: Vit, config: AutoConfig, nets: Nets) -> Compressed:
     """The network as it is, for a budget that it meets."""
     record = SelectionStep(
         method="auto", variant=config.score, parent=spec_hash(model.spec), blocks=(None,) * len(model.spec.blocks)
@@ -1716,7 +1429,7 @@ def _untouched(model: Vit, config: AutoConfig, room: Room) -> Compressed:
         "predicted_kl": 0.0,
         "reached_kl": 0.0,
         "blocks": [],
-        "dense": room.dense,
+        "dense": nets.dense,
         "warnings": [],
     }
     return Compressed(model=same, method="auto", variant=config.score, report=report)
@@ -1724,22 +1437,22 @@ def _untouched(model: Vit, config: AutoConfig, room: Room) -> Compressed:
 
 def _one(work: Work, scores: Scores, budget: Budget) -> Compressed:
     """The best of the built plans for a budget."""
-    room, config, reference = work.room, work.config, cost(work.model)
-    plans = best_plans(room, scores, budget.limits(reference), reference, count=config.builds)
+    nets, config, reference = work.nets, work.config, cost(work.model)
+    plans = best_candidates(nets, scores, budget.limits(reference), reference, count=config.builds)
     candidates = []
     for number, one in enumerate(plans):
         name = f"build-{_name(one)}"
-        work.tell("candidates", number, len(plans), predicted=scores.total(room, one))
-        known = work.notes.get(f"{name}-reached")
+        work.tell("candidates", number, len(plans), predicted=scores.total(nets, one))
+        known = work.journal.get(f"{name}-reached")
         if known is None:
-            reached = work.divergence(Student(work, one, "fit", name).build())
-            work.notes.put(f"{name}-reached", {}, {"reached": reached})
+            reached = work.divergence(Refit(work, one, "fit", name).build())
+            work.journal.put(f"{name}-reached", values={"reached": reached})
         else:
-            reached = known[1]["reached"]
-        candidates.append({**_described(room, scores, one), "reached_kl": reached})
+            reached = known.values["reached"]
+        candidates.append({**_described(nets, scores, one), "reached_kl": reached})
     work.tell("candidates", len(plans), len(plans))
     best = min(range(len(plans)), key=lambda n: (candidates[n]["reached_kl"], n))
-    small = Student(work, plans[best], "all", f"final-{_name(plans[best])}").build()
+    small = Refit(work, plans[best], "all", f"final-{_name(plans[best])}").build()
     small = small.to(next(work.model.parameters()).device).train(work.model.training)
     chosen = candidates[best]
     report = {
@@ -1754,7 +1467,7 @@ def _one(work: Work, scores: Scores, budget: Budget) -> Compressed:
         ],
         "widths": {str(w): loss for w, loss in scores.widths.items()},
         "images": {name: len(work.inputs.rows[name]) for name in ("all", "fit", "held")},
-        "dense": room.dense,
+        "dense": nets.dense,
         "warnings": work.warnings,
     }
     history = [
@@ -1763,46 +1476,46 @@ def _one(work: Work, scores: Scores, budget: Budget) -> Compressed:
     return Compressed(model=small, method="auto", variant=config.score, history=history, report=report)
 
 
-def _name(plan: Plan) -> str:
+def _name(plan: Candidate) -> str:
     return hashlib.sha256(repr(plan).encode()).hexdigest()[:12]
 
 
-def _described(room: Room, scores: Scores, one: Plan) -> dict[str, Any]:
+def _described(nets: Nets, scores: Scores, one: Candidate) -> dict[str, Any]:
     """A plan and its prediction, as plain JSON values."""
-    at = cost(room.spec(one))
+    at = cost(nets.spec(one))
     rows = []
-    for i, (choice, levels, losses) in enumerate(zip(one.choices, room.levels, scores.blocks, strict=True)):
+    for i, (choice, levels, losses) in enumerate(zip(one.choices, nets.levels, scores.blocks, strict=True)):
         whole = levels.whole
         row: dict[str, Any] = {"block": i, "predicted_kl": losses.of(choice, whole)}
-        row |= {name: [getattr(choice, name), getattr(whole, name)] for name in Choice._fields}
+        row |= {name: [getattr(choice, name), getattr(whole, name)] for name in PARTS}
         rows.append(row)
     steps = [
         {"block": i, "kind": type(s).__name__.lower(), **{n: getattr(s, n) for n in s.__slots__}} for i, s in one.steps
     ]
     return {
-        "predicted_kl": scores.total(room, one),
-        "width": [one.width, room.base.width],
+        "predicted_kl": scores.total(nets, one),
+        "width": [one.width, nets.base.width],
         "steps": steps,
-        "exact_tail": room.tail,
+        "exact_tail": nets.tail,
         "macs": at.macs,
         "params": at.params,
         "blocks": rows,
     }
 
 
-def _described_whole(room: Room) -> dict[str, Any]:
+def _described_whole(nets: Nets) -> dict[str, Any]:
     """The same of the network as given, for a budget that it meets."""
-    at = cost(room.given)
+    at = cost(nets.given)
     return {
         "predicted_kl": 0.0,
-        "width": [room.base.width, room.base.width],
+        "width": [nets.base.width, nets.base.width],
         "steps": [],
-        "exact_tail": has_tail(room.given),
+        "exact_tail": surgery.has_exact_tail(nets.given),
         "macs": at.macs,
         "params": at.params,
         "blocks": [
-            {"block": i, "predicted_kl": 0.0} | {name: [getattr(levels.whole, name)] * 2 for name in Choice._fields}
-            for i, levels in enumerate(room.levels)
+            {"block": i, "predicted_kl": 0.0} | {name: [getattr(levels.whole, name)] * 2 for name in PARTS}
+            for i, levels in enumerate(nets.levels)
         ],
     }
 
