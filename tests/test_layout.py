@@ -1,6 +1,7 @@
 """The order of the rooms: imports point up the list of docs/architecture.md only."""
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from importlib import import_module
@@ -164,3 +165,30 @@ def test_a_former_name_leads_to_the_module_that_moved(path: Path) -> None:
 @pytest.mark.parametrize("word", ["utils", "helpers", "common"])
 def test_no_room_is_a_drawer(word: str) -> None:
     assert not list(PACKAGE.rglob(f"{word}.py"))
+
+
+FOREIGN = ("_shared_state", "_dynamo", "_orig_mod", "_replace", "_asdict", "_fields", "_original_forward")
+"""Private names of other libraries that have no public ones, and those of named tuples."""
+
+
+@pytest.mark.parametrize("path", files(), ids=name_of)
+def test_no_module_reaches_for_a_private_name_of_another(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    own = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    own |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    own |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)}
+    reached = {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and not (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls"))
+    }
+    taken = {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
+    private = {name for name in reached - own | taken if name.startswith("_") and not name.startswith("__")}
+    assert not private - set(FOREIGN)
+
+
+@pytest.mark.parametrize("path", [p for p in files() if room_of(p) not in ("sources", "cli")], ids=name_of)
+def test_a_block_and_its_parts_have_types(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert not re.findall(r"\b(?:block|attention|mlp|tb|sb): Any\b", text)
