@@ -347,7 +347,7 @@ def test_a_plan_that_cannot_pay_is_said_before_training(tmp_path: Path, caplog: 
 def test_a_recovery_that_did_harm_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="vitrim.pipeline"):
         wild = replace(RECOVER, objective="label_free", lr=3.0, steps=12, warmup=0.0)
-        result = job(tmp_path / "small", recover=wild, measure=None, data=pictures(400, labelled=False))
+        result = job(tmp_path / "small", recover=wild, measure=None, data=pictures(1500, labelled=False))
     metrics = result.summary["metrics"]
     assert metrics["recovered"]["agreement"] < metrics["compressed"]["agreement"]
     assert any("recovery lowered the" in text for text in result.summary["warnings"])
