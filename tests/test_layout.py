@@ -17,6 +17,7 @@ ORDER = (
     "errors",
     "recipes",
     "files",
+    "codec",
     "spec",
     "counting",
     "budget",
@@ -48,8 +49,8 @@ ORDER = (
 )
 """From the foundations to the command; a room may import those before it, and itself."""
 
-RUNTIME = ("errors", "spec", "tokens", "stems", "model", "artifact")
-TORCHLESS = ("errors", "spec", "counting", "budget", "freezing", "architectures")
+RUNTIME = ("errors", "files", "codec", "spec", "tokens", "stems", "model", "card", "artifact")
+TORCHLESS = ("errors", "files", "codec", "spec", "counting", "budget", "freezing", "architectures")
 NO_TORCH_AT_THE_TOP = ("cli", "doctor")
 
 

@@ -15,12 +15,13 @@ from torch.nn import functional as F
 
 from . import artifact
 from . import data as data_module
+from .codec import plain
 from .data import Images
 from .data.draws import seeded
 from .errors import ConfigError, DataError, TrainingError
 from .model import Vit, build
 from .spec import Config, ModelSpec, Output, Preprocess
-from .training import AMP_DTYPES, Batch, FitResult, Progress, Step, TrainConfig, fit, mapped, plain
+from .training import AMP_DTYPES, Batch, FitResult, Progress, Step, TrainConfig, fit, mapped
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """(logits B classes, labels) -> a scalar, a mean over the images."""

@@ -9,16 +9,14 @@ dims of a head, `M` MLP hidden units, `R` rank, `K` kept.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import math
-import types
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from .codec import Codec
 from .errors import SpecError, did_you_mean
 
 SCHEMA = 1
@@ -194,7 +192,7 @@ class ModelSpec:
     outputs: tuple[Output, ...] = ()
 
     def __post_init__(self) -> None:
-        _check_types(self, "spec")
+        _JSON.check(self, "spec")
         _check(self)
 
     @property
@@ -216,12 +214,12 @@ class ModelSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `from_dict` is the inverse."""
-        return _encode(self)
+        return _JSON.write(self)
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> ModelSpec:
         """Read what `to_dict` wrote. Raises SpecError on an unknown key, a missing one or a newer schema."""
-        return _decode_spec(data)
+        return _JSON.read(ModelSpec, data, "spec")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -236,7 +234,7 @@ class Preprocess:
     interpolation: str = "bicubic"
 
     def __post_init__(self) -> None:
-        _check_types(self, "preprocess")
+        _JSON.check(self, "preprocess")
         if len(self.mean) != len(self.std) or any(s <= 0 for s in self.std):
             raise SpecError(
                 f"preprocess: mean={self.mean!r} and std={self.std!r}; expected one of each for every channel, std above 0."
@@ -260,7 +258,7 @@ class Config:
     gate_policy: Literal["image", "group", "batch", "open"] = "image"
 
     def __post_init__(self) -> None:
-        _check_types(self, "config")
+        _JSON.check(self, "config")
         if self.labels is not None and self.spec.classes != len(self.labels):
             raise SpecError(
                 f"config: {len(self.labels)} labels for {self.spec.classes} classes; expected one name for each class."
@@ -268,16 +266,12 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, with the schema number at the top."""
-        return {"schema": SCHEMA, **_encode(self)}
+        return _JSON.write(self)
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Config:
         """Read what `to_dict` wrote. Raises SpecError."""
-        if not isinstance(data, Mapping):
-            raise SpecError(f"config: expected a JSON object, got {type(data).__name__}.")
-        _check_schema(data, "config")
-        inner = {key: value for key, value in data.items() if key != "schema"}
-        return _decode(Config, inner, "config")
+        return _JSON.read(Config, data, "config")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -304,15 +298,12 @@ class Selection:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return {"schema": SCHEMA, **_encode(self)}
+        return _JSON.write(self)
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Selection:
         """Read what `to_dict` wrote. Raises SpecError."""
-        if not isinstance(data, Mapping):
-            raise SpecError(f"selection: expected a JSON object, got {type(data).__name__}.")
-        _check_schema(data, "selection")
-        return _decode(Selection, {key: value for key, value in data.items() if key != "schema"}, "selection")
+        return _JSON.read(Selection, data, "selection")
 
     def then(self, step: SelectionStep) -> Selection:
         """This selection with one more step."""
@@ -529,18 +520,19 @@ def _check_outputs(spec: ModelSpec) -> None:
 
 # ------------------------------------------------------------------------------------------------------------------ JSON
 
-_KINDS: dict[type, str] = {
-    ConvStem: "conv",
-    T2TTransformer: "t2t_transformer",
-    T2TPerformer: "t2t_performer",
-    Merge: "merge",
-    Similarity: "similarity",
-    Prefix: "prefix",
-}
-"""Members of a union carry their name as `kind` in JSON."""
-
-_LATER: dict[type, dict[str, Any]] = {Pool: {"act": "gelu"}}
-"""Fields younger than the schema, left out of JSON at their default: earlier specs keep their hash."""
+_JSON = Codec(
+    error=SpecError,
+    schema=SCHEMA,
+    kinds={
+        ConvStem: "conv",
+        T2TTransformer: "t2t_transformer",
+        T2TPerformer: "t2t_performer",
+        Merge: "merge",
+        Similarity: "similarity",
+        Prefix: "prefix",
+    },
+    later={Pool: {"act": "gelu"}},
+)
 
 
 def to_json(spec: ModelSpec) -> str:
@@ -560,143 +552,6 @@ def from_json(text: str) -> ModelSpec:
 def spec_hash(spec: ModelSpec) -> str:
     """First 16 hex digits of the SHA-256 of the canonical JSON."""
     return hashlib.sha256(to_json(spec).encode()).hexdigest()[:16]
-
-
-def _encode(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        later = _LATER.get(type(value), {})
-        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-        data = {name: _encode(found) for name, found in fields.items() if name not in later or found != later[name]}
-        if type(value) in _KINDS:
-            data["kind"] = _KINDS[type(value)]
-        return data
-    if isinstance(value, (tuple, list)):
-        return [_encode(item) for item in value]
-    if isinstance(value, Mapping):
-        return {str(key): _encode(item) for key, item in value.items()}
-    return value
-
-
-def _check_schema(data: Mapping[str, Any], where: str) -> None:
-    schema = data.get("schema")
-    if type(schema) is not int or schema < 1:
-        raise SpecError(f"{where}: schema={schema!r}; expected {SCHEMA}. Is this a vitrim file?")
-    if schema > SCHEMA:
-        raise SpecError(
-            f"{where}: written with schema {schema}, this vitrim reads up to {SCHEMA}. Install a newer vitrim."
-        )
-
-
-def _decode_spec(data: Any) -> ModelSpec:
-    if not isinstance(data, Mapping):
-        raise SpecError(f"spec: expected a JSON object, got {type(data).__name__}.")
-    _check_schema(data, "spec")
-    return _decode(ModelSpec, data, "spec")
-
-
-def _decode(kind: Any, value: Any, where: str) -> Any:
-    """Build a value of type `kind` from JSON values, refusing whatever does not fit."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if kind is Any:
-        return value
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in arguments:
-            return None
-        members = [a for a in arguments if a is not type(None)]
-        if len(members) == 1:
-            return _decode(members[0], value, where)
-        return _decode_union(members, value, where)
-    if origin is tuple:
-        if not isinstance(value, (list, tuple)):
-            raise SpecError(f"{where}: expected a list, got {value!r}.")
-        if arguments[-1] is Ellipsis:
-            return tuple(_decode(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
-        if len(value) != len(arguments):
-            raise SpecError(f"{where}: expected {len(arguments)} values, got {value!r}.")
-        return tuple(
-            _decode(a, item, f"{where}[{i}]") for i, (a, item) in enumerate(zip(arguments, value, strict=True))
-        )
-    if dataclasses.is_dataclass(kind):
-        return _decode_dataclass(kind, value, where)
-    if origin is dict:
-        if not isinstance(value, Mapping):
-            raise SpecError(f"{where}: expected a JSON object, got {value!r}.")
-        return dict(value)
-    if kind is float and type(value) is int:
-        value = float(value)
-    _check_value(kind, value, where)
-    return value
-
-
-def _decode_union(members: list[Any], value: Any, where: str) -> Any:
-    if not isinstance(value, Mapping):
-        raise SpecError(f"{where}: expected a JSON object, got {value!r}.")
-    names = {_KINDS[member]: member for member in members}
-    name = value.get("kind")
-    if name not in names:
-        raise SpecError(f"{where}: kind={name!r}{did_you_mean(str(name), names)}; known: {', '.join(names)}.")
-    return _decode_dataclass(names[name], {k: v for k, v in value.items() if k != "kind"}, where)
-
-
-def _decode_dataclass(kind: Any, value: Any, where: str) -> Any:
-    if not isinstance(value, Mapping):
-        raise SpecError(f"{where}: expected a JSON object, got {value!r}.")
-    hints = typing.get_type_hints(kind)
-    known = [field.name for field in dataclasses.fields(kind)]
-    tagged = kind in _KINDS
-    for key in value:
-        if key not in known and not (tagged and key == "kind"):
-            raise SpecError(f"{where}: unknown field {key!r}{did_you_mean(str(key), known)}.")
-    required = [
-        f.name
-        for f in dataclasses.fields(kind)
-        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    ]
-    if missing := [name for name in required if name not in value]:
-        raise SpecError(f"{where}: missing {', '.join(repr(name) for name in missing)}.")
-    return kind(**{name: _decode(hints[name], value[name], f"{where}.{name}") for name in known if name in value})
-
-
-def _check_types(value: Any, where: str) -> None:
-    """Types of a whole tree of dataclasses made in Python, so that a wrong one is named where it stands."""
-    hints = typing.get_type_hints(type(value))
-    for field in dataclasses.fields(value):
-        _check_value(hints[field.name], getattr(value, field.name), f"{where}.{field.name}")
-
-
-def _check_value(kind: Any, value: Any, where: str) -> None:
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if kind is Any or (value is None and type(None) in arguments):
-        return None
-    if origin in (typing.Union, types.UnionType):
-        members = [a for a in arguments if a is not type(None)]
-        if len(members) == 1:
-            return _check_value(members[0], value, where)
-        if not isinstance(value, tuple(members)):
-            raise SpecError(f"{where}: expected {' | '.join(m.__name__ for m in members)}, got {value!r}.")
-        return _check_types(value, where)
-    if origin is Literal:
-        if value not in arguments:
-            known = [str(a) for a in arguments]
-            raise SpecError(f"{where}: {value!r}{did_you_mean(str(value), known)}; known: {', '.join(known)}.")
-    elif origin is tuple:
-        if not isinstance(value, tuple):
-            raise SpecError(f"{where}: expected a tuple, got {value!r}.")
-        if arguments[-1] is not Ellipsis and len(value) != len(arguments):
-            raise SpecError(f"{where}: expected {len(arguments)} values, got {value!r}.")
-        for i, item in enumerate(value):
-            _check_value(arguments[0] if arguments[-1] is Ellipsis else arguments[i], item, f"{where}[{i}]")
-    elif dataclasses.is_dataclass(kind):
-        if not isinstance(value, typing.cast(type, kind)):
-            raise SpecError(f"{where}: expected {kind.__name__}, got {value!r}.")  # type: ignore[union-attr]
-        if not hasattr(type(value), "__post_init__"):
-            _check_types(value, where)
-    elif kind is float:
-        if type(value) not in (float, int) or not math.isfinite(value):
-            raise SpecError(f"{where}: expected a finite number, got {value!r}.")
-    elif origin is None and type(value) is not kind:  # `type`, not isinstance: True is no number here
-        raise SpecError(f"{where}: expected {kind.__name__}, got {value!r}.")
-    return None
 
 
 Attention, Mlp, Block = AttentionSpec, MlpSpec, BlockSpec  # their names until 0.2

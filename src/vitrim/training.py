@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import checkpoints
+from .codec import flat, plain
 from .data import Augment, Images, batches
 from .data.draws import mix, seeded
 from .data.transforms import training as training_transform
@@ -329,7 +330,7 @@ class _Run:
         if self.out is not None:
             self._take_up(self.out, resume=resume)
         if config.tracker is not None:
-            self.accelerator.init_trackers("vitrim", config=_flat(config))
+            self.accelerator.init_trackers("vitrim", config=flat(plain(config)))
 
     def _take_up(self, out: Path, *, resume: bool) -> None:
         folder = out / "checkpoints"
@@ -605,7 +606,7 @@ class _Run:
     def _identity(self) -> dict[str, Any]:
         """What must agree for a checkpoint to be this run's: everything that changes the numbers."""
         free = ("workers", "device", "eval_every", "log_every", "checkpoint_seconds", "tracker", "grad_checkpoint")
-        config = {k: v for k, v in _flat(self.config).items() if k not in free}
+        config = {k: v for k, v in flat(plain(self.config)).items() if k not in free}
         return {**config, "total steps": self.total, "spec": spec_hash(self.bare.spec), "data": self.data}
 
     def _stop(self, why: str) -> None:
@@ -734,23 +735,6 @@ def mapped(labels: Tensor, label_map: Tensor | None, classes: int | None) -> Ten
     if labels.dim() == 1:
         return label_map[labels]
     return labels.new_zeros(len(labels), classes).index_copy_(1, label_map, labels)
-
-
-def plain(config: Any) -> dict[str, Any]:
-    """A config as JSON values, for files that say how something was made."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
-
-
-def _flat(config: Any) -> dict[str, Any]:
-    """Fields by dotted name, as plain values: for trackers, and to compare two runs."""
-    flat: dict[str, Any] = {}
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            flat.update({f"{field.name}.{k}": v for k, v in _flat(value).items()})
-        else:
-            flat[field.name] = list(value) if isinstance(value, tuple) else value
-    return flat
 
 
 def _cut_back(path: Path, step: int) -> list[dict[str, Any]]:

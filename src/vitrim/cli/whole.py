@@ -386,9 +386,10 @@ def recover(
         values.pop("steps", None)
     options.use_threads(threads)
     options.device_named(values.get("device"))
+    from vitrim.codec import plain
     from vitrim.pipeline import RecoverConfig
     from vitrim.pipeline import recover as train_again
-    from vitrim.training import plain, read_config
+    from vitrim.training import read_config
 
     how = read_config(RecoverConfig, values, where="recover")
     small = options.load_model(model)

@@ -43,6 +43,7 @@ from vitrim import closed_form as cf
 from vitrim import data as opened
 from vitrim.allocation import knapsack
 from vitrim.budget import RESOURCES, Budget, exceeded
+from vitrim.codec import plain
 from vitrim.counting import FLOAT_BYTES, Cost, cost
 from vitrim.data import Augment
 from vitrim.data.draws import mix, ranked
@@ -53,7 +54,7 @@ from vitrim.objectives import Plain
 from vitrim.result import Compressed
 from vitrim.spec import BlockSpec, ModelSpec, Preprocess, SelectionStep, spec_hash, token_walk
 from vitrim.surgery import Keep
-from vitrim.training import Batch, Step, TrainConfig, fit, plain
+from vitrim.training import Batch, Step, TrainConfig, fit
 
 Progress = Callable[..., None]
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from vitrim import counting, surgery
 from vitrim import data as rooms
 from vitrim.budget import Budget, exceeded
+from vitrim.codec import plain
 from vitrim.counting import Cost, cost
 from vitrim.data import Augment, Images
 from vitrim.errors import BudgetError, ConfigError, DataError, TrainingError
@@ -40,7 +41,7 @@ from vitrim.result import Compressed
 from vitrim.spec import AttentionSpec, BlockSpec, ModelSpec, spec_hash, token_walk
 from vitrim.surgery import Keep
 from vitrim.tasks.classification import class_index
-from vitrim.training import Batch, Objective, Progress, Step, TrainConfig, fit, plain, read_config, ready, schedule
+from vitrim.training import Batch, Objective, Progress, Step, TrainConfig, fit, read_config, ready, schedule
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 Half = tuple[int, str]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vitrim.checkpoints import replace_text
+from vitrim.codec import flat
 from vitrim.errors import ArtifactError, ConfigError
 
 STAGES = ("plan", "compress", "recover", "evaluate", "measure", "save", "report")
@@ -122,15 +123,6 @@ def written_or_said(out: Path) -> Iterator[None]:
         raise ArtifactError(
             f"{str(out)!r} cannot be written: {error.strerror or error}. Free some space or mend the permissions, then resume."
         ) from error
-
-
-def flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested dicts by dotted name."""
-    if isinstance(value, Mapping) and value:
-        return {
-            k: v for key, inner in value.items() for k, v in flat(inner, f"{prefix}.{key}" if prefix else key).items()
-        }
-    return {prefix: value}
 
 
 def _remove(path: Path) -> None:

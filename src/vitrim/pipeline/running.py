@@ -19,6 +19,7 @@ from vitrim import __version__, artifact, reporting, surgery, timing
 from vitrim import data as rooms
 from vitrim.budget import Budget, exceeded
 from vitrim.checkpoints import replace_text
+from vitrim.codec import plain
 from vitrim.counting import Cost, cost
 from vitrim.data import Images
 from vitrim.errors import ArtifactError, ConfigError, DataError, MeasureError
@@ -35,7 +36,7 @@ from vitrim.result import Compressed
 from vitrim.sources import load
 from vitrim.spec import ModelSpec, spec_hash
 from vitrim.tasks.classification import class_index
-from vitrim.training import Progress, plain, ready
+from vitrim.training import Progress, ready
 
 LEAST_GAIN = 1.05
 """An ideal speed-up below this does not pay: launches and memory traffic eat it."""
