@@ -24,12 +24,13 @@ import pruned
 import vitrim
 from vitrim import data as rooms
 from vitrim import recipes
+from vitrim.config import read
 from vitrim.counting import cost
 from vitrim.model import Vit
-from vitrim.objectives import train
 from vitrim.pipeline import RecoverConfig
 from vitrim.spec import spec_hash
-from vitrim.training import TrainConfig, read_config
+from vitrim.training import TrainConfig
+from vitrim.training.objectives import train
 
 STEP = "a search step against a plain distilled step"
 STEP_AIM = 1.3
@@ -250,7 +251,7 @@ class Run(protocol.Run):
         """Train as the built-in model was trained, on its images; a stopped run goes on from its checkpoint."""
         if self.recipe is None or self.there(row, keep, seed):
             return
-        config = read_config(TrainConfig, recipes.read(self.name)["train"] | {"seed": seed}, where="recipe")
+        config = read(TrainConfig, recipes.read(self.name)["train"] | {"seed": seed}, where="recipe")
         out = self.kept(row, keep, seed)
         made = train(start, self.data, config, out=out, resume=out.is_dir())
         learned = {"steps": made.steps, "epochs": config.epochs, "batch_size": config.batch_size, "lr": config.lr}

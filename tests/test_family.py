@@ -12,10 +12,11 @@ from PIL import Image
 
 import vitrim
 from tests.test_pipeline import COMCAT, JUDGE, MEASURE, RECOVER, pictures, tiny
-from vitrim import counting, methods, pipeline, reporting
+from vitrim import counting, pipeline, reporting
 from vitrim.budget import Budget
 from vitrim.cli import main
 from vitrim.errors import BudgetError, ConfigError
+from vitrim.methods import comcat
 from vitrim.methods.dcvit import DcvitConfig
 from vitrim.result import Compressed
 
@@ -81,9 +82,9 @@ def test_a_method_that_scores_for_all_is_called_once(tmp_path: Path, monkeypatch
 
     def together(model: Any, config: Any, budgets: Any, **rest: Any) -> list[Compressed]:
         calls.append(len(budgets))
-        return [methods.METHODS["comcat"](model, replace(config, budget=b), data=rest["data"]) for b in budgets]
+        return [comcat.METHOD.compress(model, replace(config, budget=b), data=rest["data"]) for b in budgets]
 
-    monkeypatch.setitem(methods.FAMILIES, "comcat", together)
+    monkeypatch.setattr(comcat, "METHOD", replace(comcat.METHOD, family=together))
     found = family(tmp_path / "all", recover=None, measure=None)
     assert calls == [2]
     shares = [row["kept_macs"] for row in found.summary["members"]]

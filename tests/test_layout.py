@@ -2,6 +2,7 @@
 
 import ast
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from importlib import import_module
@@ -15,8 +16,10 @@ PACKAGE = Path(vitrim.__file__).parent
 
 ORDER = (
     "errors",
+    "lazy",
     "recipes",
     "files",
+    "progress",
     "codec",
     "spec",
     "counting",
@@ -24,6 +27,7 @@ ORDER = (
     "freezing",
     "space",
     "allocation",
+    "config",
     "architectures",
     "tokens",
     "stems",
@@ -39,7 +43,6 @@ ORDER = (
     "data",
     "tasks",
     "training",
-    "objectives",
     "methods",
     "timing",
     "reporting",
@@ -50,8 +53,19 @@ ORDER = (
 """From the foundations to the command; a room may import those before it, and itself."""
 
 RUNTIME = ("errors", "files", "codec", "spec", "tokens", "stems", "model", "card", "artifact")
-TORCHLESS = ("errors", "files", "codec", "spec", "counting", "budget", "freezing", "architectures")
+TORCHLESS = ("errors", "lazy", "files", "progress", "codec", "spec", "counting", "budget", "freezing", "architectures")
 NO_TORCH_AT_THE_TOP = ("cli", "doctor")
+
+
+LIGHT = (
+    "config",
+    "training",
+    "training.config",
+    "methods",
+    "methods.method",
+    *(f"methods.{name}" for name in ("auto", "comcat", "dcvit", "uvc")),
+)
+"""Packages and configs that are read without torch."""
 
 
 def room_of(path: Path) -> str:
@@ -139,12 +153,13 @@ def test_the_command_imports_heavy_packages_only_where_they_are_needed(path: Pat
     assert outside(path, top_only=True) <= {"click"}
 
 
-@pytest.mark.parametrize("path", [p for p in files() if room_of(p) == "methods" and p.stem != "__init__"], ids=name_of)
+METHODS = sorted(path.name for path in (PACKAGE / "methods").iterdir() if (path / "__init__.py").is_file())
+
+
+@pytest.mark.parametrize("path", [p for p in files() if p.parent.name in METHODS], ids=name_of)
 def test_no_method_imports_another(path: Path) -> None:
-    others = {
-        f"vitrim.methods.{p.stem}" for p in files() if room_of(p) == "methods" and p.stem not in ("__init__", path.stem)
-    }
-    assert not others & set(imports(path))
+    others = {name for name in METHODS if name != path.parent.name}
+    assert not others & {name.split(".")[2] for name in imports(path) if name.startswith("vitrim.methods.")}
 
 
 @pytest.mark.parametrize("path", [p for p in files() if room_of(p) != "cli"], ids=name_of)
@@ -161,6 +176,13 @@ def test_a_former_name_leads_to_the_module_that_moved(path: Path) -> None:
     module, names = import_module(old), vars(import_module(new))
     public = names.get("__all__") or [name for name in names if not name.startswith("_")]
     assert all(getattr(module, name) is names[name] for name in public)
+
+
+@pytest.mark.parametrize("name", LIGHT)
+def test_configs_and_records_are_read_without_torch(name: str) -> None:
+    code = f"import sys, vitrim.{name}; print({{'torch', 'timm', 'accelerate', 'numpy'}} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
 
 
 @pytest.mark.parametrize("word", ["utils", "helpers", "common"])

@@ -14,13 +14,14 @@ from torch.nn import functional as F
 
 from tests.specs import make, vit
 from tests.training_kit import CLASSES, SPEC, as_lists, config_of, pictures, settings, tiny, weights
-from vitrim import artifact
+from vitrim import artifact, recipes
+from vitrim.config import read
 from vitrim.errors import ConfigError, DataError, TrainingError
 from vitrim.model import Vit
-from vitrim.objectives import Distilled, LabelFree, Supervised, decay_groups, train
-from vitrim.recipes import names, read
+from vitrim.recipes import names
 from vitrim.spec import Config, Output, Prefix, Similarity
-from vitrim.training import Batch, Step, TrainConfig, fit, read_config
+from vitrim.training import Batch, Step, TrainConfig, fit
+from vitrim.training.objectives import Distilled, LabelFree, Supervised, decay_groups, train
 
 STEP = Step(index=0, total=1, epoch=0)
 EXAMPLES = torch.randn(6, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -281,7 +282,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, resume: bool) 
 
 @pytest.mark.parametrize("name", names())
 def test_a_recipe_says_what_it_is_in_words(name: str) -> None:
-    assert len(read(name)["doc"]) > 80
+    assert len(recipes.read(name)["doc"]) > 80
 
 
 @pytest.mark.parametrize(
@@ -289,16 +290,16 @@ def test_a_recipe_says_what_it_is_in_words(name: str) -> None:
     [("cifar10-vit-micro", 1_205_898), ("cifar10-vit-tiny", 5_362_762), ("cifar10-t2t-micro", 1_408_752)],
 )
 def test_a_training_recipe_trains_for_a_few_steps(name: str, count: int) -> None:
-    recipe = read(name)
+    recipe = recipes.read(name)
     config = Config.from_dict(recipe["model"])
     values = {**recipe["train"], "steps": 2, "batch_size": 4, "device": "cpu", "eval_every": None}
     generator = torch.Generator().manual_seed(0)
     data = torch.randint(0, 255, (20, 3, 32, 32), generator=generator, dtype=torch.uint8), torch.arange(20) % 10
-    result = train(dataclasses.replace(config, labels=None), data, read_config(TrainConfig, values))
+    result = train(dataclasses.replace(config, labels=None), data, read(TrainConfig, values))
     assert sum(p.numel() for p in result.model.parameters()) == count
     assert weights(result.model).isfinite().all()
 
 
 def test_an_unknown_recipe_is_refused_with_the_near_miss() -> None:
     with pytest.raises(ConfigError, match="did you mean 'cifar10-vit-micro'"):
-        read("cifar10-vit-mikro")
+        recipes.read("cifar10-vit-mikro")

@@ -14,17 +14,17 @@ import torch
 import vitrim
 from vitrim import artifact, counting, pipeline
 from vitrim.budget import Budget
+from vitrim.config import read
 from vitrim.errors import ArtifactError, BudgetError, ConfigError, DataError, VitrimError
-from vitrim.methods import uvc
 from vitrim.methods.auto import AutoConfig
 from vitrim.methods.comcat import ComcatConfig
 from vitrim.methods.dcvit import DcvitConfig
 from vitrim.methods.uvc import UvcConfig
+from vitrim.methods.uvc import run as uvc
 from vitrim.model import Vit, build
 from vitrim.pipeline import EvaluateConfig, MeasureConfig, RecoverConfig, judging
 from vitrim.pipeline.folder import STAGES
 from vitrim.spec import AttentionSpec, BlockSpec, Config, MlpSpec, ModelSpec, Output, Position, Prefix, Preprocess
-from vitrim.training import read_config
 
 COMCAT = ComcatConfig(budget=Budget(keep_macs=0.6), images=16, probe_images=4, align=2)
 RECOVER = RecoverConfig(steps=3, batch_size=8, eval_every=2, log_every=1)
@@ -403,7 +403,7 @@ def test_recovering_without_a_teacher_says_what_to_pass() -> None:
 )
 def test_a_measurement_of_nothing_is_refused(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        read_config(MeasureConfig, settings)
+        read(MeasureConfig, settings)
 
 
 # ------------------------------------------------------------------------------ what a method needs, freezes and hands over

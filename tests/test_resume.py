@@ -100,7 +100,7 @@ RUNS: dict[str, list[tuple[str, int | None]]] = {
 def lives(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("lives")
     (folder / "lives.py").write_text(LIVES)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
         [sys.executable, str(folder / "lives.py"), str(folder), json.dumps(RUNS)],
         env=environment,

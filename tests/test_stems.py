@@ -12,14 +12,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.specs import close, images, make, vit
 from vitrim import recipes
+from vitrim.config import read
 from vitrim.counting import cost
 from vitrim.errors import SpecError
 from vitrim.model import Vit, build, initialise
-from vitrim.objectives import train
 from vitrim.sources import t2t_names
 from vitrim.spec import Config, ModelSpec, Position, T2TPerformer, T2TTransformer, from_json, to_json
 from vitrim.stems import TokenPerformer, TokenTransformer, padding, soft_split
-from vitrim.training import TrainConfig, read_config
+from vitrim.training import TrainConfig
+from vitrim.training.objectives import train
 
 STEMS = [T2TPerformer(token_dim=8, features=4), T2TTransformer(token_dim=8)]
 SPLITS = [((7, 3, 3), (4, 2, 2)), ((7, 3, 3), (2, 2, 1)), ((3, 5, 1), (3, 1, 1)), ((7, 3, 3), (1, 1, 2))]
@@ -247,7 +248,7 @@ def test_the_recipe_trains_in_mixed_precision_and_leaves_what_is_fixed() -> None
     hook = TokenPerformer.phi
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TokenPerformer, "phi", lambda self, x: (seen.append(x.dtype), hook(self, x))[1])
-        model = train(start, (pixels, torch.arange(20) % 10), read_config(TrainConfig, values)).model
+        model = train(start, (pixels, torch.arange(20) % 10), read(TrainConfig, values)).model
     assert set(seen) == {torch.float32}
     fixed = {"position", "stem.stages.0.features", "stem.stages.1.features"}
     assert {name for name, p in model.named_parameters() if torch.equal(p, before[name])} == fixed

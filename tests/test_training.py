@@ -21,12 +21,13 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import Tensor, nn
 
 from tests.training_kit import BASE, CLASSES, Searching, as_lists, pictures, settings, tiny, weights
-from vitrim import checkpoints, training
+from vitrim import checkpoints
+from vitrim.config import read
 from vitrim.data import Augment
 from vitrim.errors import ConfigError, DataError, TrainingError
 from vitrim.model import Block, Vit
-from vitrim.objectives import Supervised
-from vitrim.training import Batch, FitResult, Step, TrainConfig, fit, read_config, schedule
+from vitrim.training import Batch, FitResult, Step, TrainConfig, fit, loop, schedule
+from vitrim.training.objectives import Supervised
 
 
 def trained(*, dtype: torch.dtype = torch.float32, objective: Any = None, **changes: Any) -> FitResult:
@@ -152,7 +153,7 @@ def test_eval_every_and_log_every_set_the_lines(monkeypatch: pytest.MonkeyPatch)
         ("validate", 6),
     ]
     for least, steps in ((50, [10]), (4, [5, 10]), (6, [10])):  # epochs of 5 steps
-        monkeypatch.setattr(training, "LEAST_BETWEEN", least)
+        monkeypatch.setattr(loop, "LEAST_BETWEEN", least)
         found = fit(tiny(), Supervised(), pictures(), settings(steps=10), validate=lambda m: {"top1": 0.5})
         assert [r["step"] for r in found.history if r["kind"] == "validate"] == steps
 
@@ -378,7 +379,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
 )
 def test_a_bad_config_is_refused_with_its_key(values: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        read_config(TrainConfig, values)
+        read(TrainConfig, values)
 
 
 # ------------------------------------------------------------------------------------------------------ left as found
@@ -468,7 +469,7 @@ for name, parts in (("plain", 1), ("parts", 2)):
 
 
 def test_two_processes_train_what_one_trains(tmp_path: Path) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     (tmp_path / "two.py").write_text(TWO)
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "two.py")]
     done = subprocess.run(

@@ -12,9 +12,9 @@ from tests.specs import vit
 from vitrim import data
 from vitrim.data import Augment, Images
 from vitrim.model import Vit, build
-from vitrim.objectives import Supervised
 from vitrim.spec import Config, ModelSpec, Preprocess
 from vitrim.training import Batch, Step, TrainConfig
+from vitrim.training.objectives import Supervised
 
 SIDE, CLASSES = 8, 4
 SPEC = vit(width=8, blocks=2, heads=2, head_dim=4, hidden=12, image=SIDE, patch=4, classes=CLASSES)

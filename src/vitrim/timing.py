@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from vitrim.errors import MeasureError, did_you_mean
+from vitrim.progress import Progress
 
 RUNTIMES = ("eager", "compile")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -27,7 +28,6 @@ LEAST_SAMPLE_S = 0.004
 """A sample shorter than this repeats the call: the clock and the scheduler are too coarse for less."""
 
 Row = dict[str, Any]
-Progress = Callable[..., None]
 
 
 def find_compiler() -> str | None:

@@ -21,8 +21,9 @@ from vitrim.budget import RESOURCES, Budget, exceeded
 from vitrim.closed_form import fisher
 from vitrim.counting import cost
 from vitrim.errors import BudgetError, ConfigError, DataError, TrainingError
-from vitrim.methods import auto
-from vitrim.methods.auto import AutoConfig, Candidate
+from vitrim.methods.auto import AutoConfig
+from vitrim.methods.auto import run as auto
+from vitrim.methods.auto.run import Candidate
 from vitrim.model import Vit
 from vitrim.spec import (
     AttentionSpec,

@@ -13,8 +13,9 @@ from vitrim import surgery
 from vitrim.budget import RESOURCES, Budget
 from vitrim.counting import cost
 from vitrim.errors import BudgetError, ConfigError, DataError
-from vitrim.methods import comcat, compress, configure, plan
+from vitrim.methods import compress, configure, plan
 from vitrim.methods.comcat import ComcatConfig, Key, allocate, floor, groups, step, with_ranks
+from vitrim.methods.comcat import run as comcat
 from vitrim.spec import AttentionSpec, BlockSpec, MlpSpec, ModelSpec, Output, Position, Preprocess, spec_hash
 from vitrim.surgery import Keep, cut
 

@@ -24,8 +24,9 @@ from vitrim.budget import RESOURCES, Budget, exceeded
 from vitrim.counting import cost
 from vitrim.data import Augment
 from vitrim.errors import BudgetError, ConfigError, DataError, TrainingError
-from vitrim.methods import comcat, dcvit
+from vitrim.methods import comcat
 from vitrim.methods.dcvit import DcvitConfig, Option, allocate, block_options, floor, solve, step, tables
+from vitrim.methods.dcvit import run as dcvit
 from vitrim.model import Vit
 from vitrim.spec import (
     AttentionSpec,
@@ -551,7 +552,7 @@ def test_a_process_killed_in_the_scoring_goes_on(tmp_path):
         from tests.specs import images, make
         from pathlib import Path
         from vitrim.budget import Budget
-        from vitrim.methods import dcvit
+        from vitrim.methods.dcvit import run as dcvit
 
         def progress(stage, done, total, **facts):
             if stage == "score" and done == 2:

@@ -20,8 +20,9 @@ from vitrim.budget import Budget
 from vitrim.counting import cost
 from vitrim.data import Augment
 from vitrim.errors import BudgetError, ConfigError, DataError, TrainingError, VitrimError
-from vitrim.methods import configure, uvc
-from vitrim.methods.uvc import (
+from vitrim.methods import configure
+from vitrim.methods.uvc import run as uvc
+from vitrim.methods.uvc.run import (
     Controller,
     Search,
     Shape,
@@ -35,10 +36,10 @@ from vitrim.methods.uvc import (
     step,
 )
 from vitrim.model import Vit
-from vitrim.objectives import Distilled, Supervised
 from vitrim.spec import ModelSpec, Output, Prefix, spec_hash
 from vitrim.surgery import Keep, cut, masked_twin
 from vitrim.training import Batch, Step
+from vitrim.training.objectives import Distilled, Supervised
 
 HALF = Budget(keep_macs=0.5)
 WIDE = vit(width=16, blocks=3, heads=2, head_dim=16, hidden=32, image=8, classes=4)

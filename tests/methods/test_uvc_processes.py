@@ -35,7 +35,7 @@ assert bool(seen) == (rank == "0")
 
 
 def test_both_ranks_decide_alike_and_hold_one_network(tmp_path: Path) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     (tmp_path / "two.py").write_text(TWO)
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "two.py")]
     done = subprocess.run(

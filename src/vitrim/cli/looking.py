@@ -169,19 +169,19 @@ def predicted(
 ) -> list[dict[str, Any]]:
     """What the method expects of each budget, from images."""
     from vitrim.cli.progress import progress_on_stderr
-    from vitrim.methods import PREDICTS, configure
+    from vitrim.methods import METHODS, configure
 
-    if method not in PREDICTS:
-        raise click.UsageError(
-            f"--data: method {method!r} cannot say it before building; expected {', '.join(PREDICTS)}."
-        )
+    predict = METHODS[method].predict
+    if predict is None:
+        known = ", ".join(name for name, other in METHODS.items() if other.predict is not None)
+        raise click.UsageError(f"--data: method {method!r} cannot say it before building; expected {known}.")
     config = configure(method, settings)
     refused = {budget: out_of_reach(network.spec, method, config, budget) for budget in budgets}
     open_ = [budget for budget in budgets if refused[budget] is None]
     if not open_:
         raise BudgetError(str(refused[budgets[0]]))
     with progress_on_stderr(quiet) as progress:
-        rows = iter(PREDICTS[method](network, config, open_, data=data, progress=progress))
+        rows = iter(predict(network, config, open_, data=data, progress=progress))
     return [
         next(rows) if refused[budget] is None else {"budget": budget.to_dict(), "refused": refused[budget]}
         for budget in budgets

@@ -6,16 +6,13 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
+    from rich.progress import Progress as Drawn
+    from rich.progress import TaskID
 
-
-class ProgressCall(Protocol):
-    """What long work calls: the stage, how much of it is done, and facts such as the current loss."""
-
-    def __call__(self, stage: str, done: int, total: int, **facts: Any) -> None: ...
+    from vitrim.progress import Progress
 
 
 LINE_SECONDS = 5.0
@@ -42,7 +39,7 @@ def duration_text(seconds: float) -> str:
 class Bars:
     """One bar for each stage, drawn by rich."""
 
-    def __init__(self, progress: Progress):
+    def __init__(self, progress: Drawn):
         self.progress = progress
         self.tasks: dict[str, TaskID] = {}
 
@@ -91,7 +88,7 @@ class Lines:
 
 
 @contextmanager
-def progress_on_stderr(quiet: bool) -> Iterator[ProgressCall | None]:
+def progress_on_stderr(quiet: bool) -> Iterator[Progress | None]:
     """Gives the callable for long work; None when quiet."""
     if quiet:
         yield None
@@ -99,7 +96,8 @@ def progress_on_stderr(quiet: bool) -> Iterator[ProgressCall | None]:
         yield Lines()
     else:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Drawn
 
         columns = (
             TextColumn("{task.description:<10}"),
@@ -108,5 +106,5 @@ def progress_on_stderr(quiet: bool) -> Iterator[ProgressCall | None]:
             TimeRemainingColumn(elapsed_when_finished=True),
             TextColumn("{task.fields[facts]}"),
         )
-        with Progress(*columns, console=Console(stderr=True)) as progress:
+        with Drawn(*columns, console=Console(stderr=True)) as progress:
             yield Bars(progress)

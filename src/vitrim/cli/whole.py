@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -301,24 +300,24 @@ def run_with(
 
     budgets: two or more make a family. Gives a RunResult, or a FamilyResult.
     """
+    from vitrim.config import read
     from vitrim.methods import configure
     from vitrim.pipeline import EvaluateConfig, MeasureConfig, RecoverConfig, run, run_family
-    from vitrim.training import read_config
 
     place = options.device_named(machine["device"])
     how = options.given({"workers": machine["workers"], "amp": machine["amp"], "device": place})
     learn = None
     if recovery is not None:
         seed = options.given({"seed": machine["seed"]})
-        learn = read_config(RecoverConfig, {**recovery, **how, **seed, **kind_of(place)}, where="recover")
+        learn = read(RecoverConfig, {**recovery, **how, **seed, **kind_of(place)}, where="recover")
     target = None
     if timed is not None:
         aim = options.given({"threads": machine["threads"], "device": place})
-        target = read_config(MeasureConfig, {**timed, **aim}, where="measure")
+        target = read(MeasureConfig, {**timed, **aim}, where="measure")
     rest |= {
         "recover": learn,
         "measure": target,
-        "evaluate": read_config(EvaluateConfig, {**judging, **how}, where="evaluate"),
+        "evaluate": read(EvaluateConfig, {**judging, **how}, where="evaluate"),
     }
     name, settings = method
     own = {key: value for key, value in {**how, **kind_of(place)}.items() if key in settable(name)}
@@ -331,9 +330,10 @@ def run_with(
 
 def settable(method: str) -> list[str]:
     """What the config of a method can say."""
-    from vitrim.methods import CONFIGS
+    from vitrim.config import keys
+    from vitrim.methods import METHODS
 
-    return [field.name for field in fields(CONFIGS[method])]
+    return keys(METHODS[method].config)
 
 
 def kind_of(device: str) -> dict[str, str]:
@@ -387,11 +387,11 @@ def recover(
     options.use_threads(threads)
     options.device_named(values.get("device"))
     from vitrim.codec import plain
+    from vitrim.config import read
     from vitrim.pipeline import RecoverConfig
     from vitrim.pipeline import recover as train_again
-    from vitrim.training import read_config
 
-    how = read_config(RecoverConfig, values, where="recover")
+    how = read(RecoverConfig, values, where="recover")
     small = options.load_model(model)
     dense = None if teacher is None else options.load_model(teacher)
     with progress_on_stderr(quiet) as progress:

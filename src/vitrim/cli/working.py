@@ -315,12 +315,13 @@ def train(
     if settings["steps"] is None and settings["epochs"] is not None:
         values.pop("steps", None)
     options.use_threads(threads)
-    from vitrim.objectives import train as fit
+    from vitrim.config import read
     from vitrim.spec import Config
-    from vitrim.training import TrainConfig, read_config
+    from vitrim.training import TrainConfig
+    from vitrim.training.objectives import train as fit
 
     options.device_named(values.get("device"))
-    training = read_config(TrainConfig, values, where="train")
+    training = read(TrainConfig, values, where="train")
     if model is not None:
         start: Any = options.load_model(model, checkpoint=checkpoint, no_pretrained=no_pretrained, no_verify=no_verify)
     else:

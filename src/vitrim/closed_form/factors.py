@@ -14,13 +14,11 @@ Shapes: H heads, N tokens, D width, Q query/key dims, V value dims, R rank; `...
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-Progress = Callable[..., None]
 TINY = torch.finfo(torch.float64).eps
 
 

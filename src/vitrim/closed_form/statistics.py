@@ -7,7 +7,7 @@ Shapes: B batch, H heads, N tokens, D width, Q query/key dims, V value dims, E o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -15,8 +15,7 @@ from torch import Tensor
 
 from vitrim.errors import DataError
 from vitrim.model import Block, Stream, Vit
-
-Progress = Callable[..., None]
+from vitrim.progress import Progress
 
 
 @dataclass

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from vitrim.config import Augment
 from vitrim.data import transforms
 from vitrim.data.arrays import DatasetSource, TensorSource
 from vitrim.data.calibration import CalibrationImages
@@ -21,7 +22,7 @@ from vitrim.data.parquet import ParquetSource
 from vitrim.data.pixels import crop_flip, in_memory
 from vitrim.data.reading import suggest_workers
 from vitrim.data.splits import choose, validation_rows
-from vitrim.data.transforms import Augment, evaluation, training
+from vitrim.data.transforms import evaluation, training
 from vitrim.errors import DataError
 from vitrim.spec import Preprocess
 

@@ -4,39 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from PIL import Image
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from vitrim.config import Augment
 from vitrim.errors import DataError
 from vitrim.spec import Preprocess
 
 PAD_CROP_PX = 64
 """Up to this side, crop="auto" shifts within a padded image; above, it takes a random resized crop."""
-
-
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
-class Augment:
-    """What is drawn anew for each image and epoch. The defaults are a crop and a flip, which run fastest."""
-
-    crop: Literal["auto", "pad", "resized", "none"] = "auto"
-    """auto: pad up to 64 px, resized above. pad: shift by up to `pad` px. resized: a random part, scaled to size."""
-    pad: int = Field(default=4, ge=0)
-    """Pixels of black on each side before a shifted crop."""
-    min_area: float = Field(default=0.08, gt=0, le=1)
-    """Least share of the image's area that a resized crop keeps."""
-    flip: float = Field(default=0.5, ge=0, le=1)
-    """Probability of a horizontal flip."""
-    randaugment: str | None = None
-    """timm's description of RandAugment, such as "rand-m9-mstd0.5-inc1"; None: off."""
-    jitter: float = Field(default=0.0, ge=0)
-    """Strength of brightness, contrast and saturation jitter."""
-    erase: float = Field(default=0.0, ge=0, le=1)
-    """Probability that one rectangle is set to the mean colour."""
 
 
 class View:

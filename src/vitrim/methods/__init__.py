@@ -1,85 +1,129 @@
-"""The methods, by name: each a function from (model, config, data) to a smaller model. None imports another."""
+"""The methods, by name: each a record of functions from (model, config, data) to a smaller model. None imports another.
+
+Names and records are read without importing torch.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
-
-from vitrim.budget import Budget
-from vitrim.data import Images
 from vitrim.errors import ConfigError, VitrimError, did_you_mean
-from vitrim.methods import auto, comcat, dcvit, uvc
-from vitrim.model import Vit
-from vitrim.result import Compressed
-from vitrim.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from vitrim.budget import Budget
+    from vitrim.methods.method import Method, MethodConfig, Plan
+    from vitrim.model import Vit
+    from vitrim.progress import Progress
+    from vitrim.result import Compressed
+    from vitrim.spec import ModelSpec
 
 log = logging.getLogger("vitrim.methods")
 
-METHODS: dict[str, Callable[..., Compressed]] = {
-    "auto": auto.compress,
-    "comcat": comcat.compress,
-    "dcvit": dcvit.compress,
-    "uvc": uvc.compress,
-}
-CONFIGS: dict[str, type] = {
-    "auto": auto.AutoConfig,
-    "comcat": comcat.ComcatConfig,
-    "dcvit": dcvit.DcvitConfig,
-    "uvc": uvc.UvcConfig,
-}
-PLANS: dict[str, Callable[..., dict[str, Any]]] = {
-    "auto": auto.plan,
-    "comcat": comcat.plan,
-    "dcvit": dcvit.plan,
-    "uvc": uvc.plan,
-}
-PREDICTS: dict[str, Callable[..., list[dict[str, Any]]]] = {"auto": auto.predict}
-"""Methods that can say from images what a budget would cost, before anything is built."""
-FAMILIES: dict[str, Callable[..., list[Compressed]]] = {
-    "auto": auto.compress_family,
-    "dcvit": dcvit.compress_family,
-}
-"""Methods that score once for several budgets."""
-CHECKS: dict[str, Callable[[ModelSpec, Any, Images], None]] = {"uvc": uvc.check}
-"""Methods that can say from the images at hand, before any work, why they would not do."""
-TAUGHT = ("uvc",)
-"""Methods that distil, and may be given another teacher than the model they cut."""
+BUILT_IN = ("auto", "comcat", "dcvit", "uvc")
+PLANNED = ("usdc", "cait")
 
 
-def compress_family(
-    model: Vit,
-    config: Any,
-    budgets: Sequence[Budget],
-    *,
-    data: Any = None,
-    progress: Callable[..., None] | None = None,
-    folder: str | Path | None = None,
-    resume: bool = False,
-) -> list[Compressed]:
-    """A smaller model for each budget, in their order; methods of FAMILIES score once for all. As `compress` otherwise."""
-    name, place = method_of(config), None if folder is None else Path(folder)
-    if name in FAMILIES:
-        rest: dict[str, Any] = {"data": data, "progress": progress, "folder": place, "resume": resume}
-        return [_said(made, name) for made in FAMILIES[name](model, config, budgets, **rest)]
-    found = []
-    for index, budget in enumerate(budgets):
-        own = None if place is None else place / str(index)
-        asked = replace(config, budget=budget)
-        found.append(compress(model, asked, data=data, progress=progress, folder=own, resume=resume))
+class _Methods(Mapping[str, "Method"]):
+    """Those of vitrim, then those that installed packages offer as entry points of the group `vitrim.methods`."""
+
+    def __iter__(self) -> Iterator[str]:
+        yield from BUILT_IN
+        yield from _offered()
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __contains__(self, name: object) -> bool:
+        return name in BUILT_IN or name in _offered()
+
+    def __getitem__(self, name: str) -> Method:
+        if name in BUILT_IN:
+            found: Method = import_module(f"vitrim.methods.{name}").METHOD
+            return found
+        return _loaded(_offered()[name])
+
+
+METHODS: Mapping[str, Method] = _Methods()
+
+
+def _offered() -> dict[str, EntryPoint]:
+    """The methods of other packages. Raises ConfigError where two have one name."""
+    found: dict[str, EntryPoint] = {}
+    for entry in entry_points(group="vitrim.methods"):
+        if entry.name in BUILT_IN or entry.name in found:
+            other = "vitrim" if entry.name in BUILT_IN else _package(found[entry.name])
+            raise ConfigError(
+                f"method {entry.name!r} of the package {_package(entry)} is one of {other} already; expected another name. "
+                "Uninstall one of the two."
+            )
+        found[entry.name] = entry
     return found
+
+
+def _package(entry: EntryPoint) -> str:
+    return entry.dist.name if entry.dist is not None else entry.value
+
+
+def _loaded(entry: EntryPoint) -> Method:
+    from vitrim.methods.method import Method
+
+    try:
+        found = entry.load()
+    except Exception as error:  # whatever a foreign module raises when it is imported
+        raise ConfigError(
+            f"method {entry.name!r} of the package {_package(entry)} cannot be loaded ({error}). Mend or uninstall it."
+        ) from error
+    if not isinstance(found, Method) or found.name != entry.name:
+        raise ConfigError(
+            f"method {entry.name!r} of the package {_package(entry)}: {entry.value} is no Method of that name; expected a "
+            "vitrim.methods.method.Method. Mend or uninstall it."
+        )
+    return found
+
+
+def method_named(name: str) -> Method:
+    """The record of a method. Raises ConfigError for an unknown name, with the near miss."""
+    if name in BUILT_IN or name in METHODS:
+        return METHODS[name]
+    if name in PLANNED:
+        raise ConfigError(f"method {name!r} is planned and not there yet; expected one of {', '.join(METHODS)}.")
+    hint = did_you_mean(name, METHODS) or "."
+    raise ConfigError(f"method {name!r} is not known; expected one of {', '.join(METHODS)}{hint}")
+
+
+def method_of(config: MethodConfig) -> str:
+    """The name of the method whose config this is. Raises ConfigError."""
+    for name, method in METHODS.items():
+        if isinstance(config, method.config):
+            return name
+    known = ", ".join(method.config.__name__ for method in METHODS.values())
+    raise ConfigError(f"{type(config).__name__} is no method's config; expected one of {known}.")
+
+
+def configure(method: str, settings: Mapping[str, Any]) -> Any:
+    """The config of a method by its name, from plain values. Raises ConfigError that names an unknown method or key."""
+    from vitrim.config import read
+
+    return read(method_named(method).config, settings, where=method)
+
+
+def plan(method: str, spec: ModelSpec, config: MethodConfig | None = None) -> Plan:
+    """What a method would reach, cost and need on this spec; trains and reads nothing."""
+    return method_named(method).plan(spec, config)
 
 
 def compress(
     model: Vit,
-    config: Any,
+    config: MethodConfig,
     *,
     data: Any = None,
-    progress: Callable[..., None] | None = None,
+    progress: Progress | None = None,
     seed: int | None = None,
     folder: str | Path | None = None,
     resume: bool = False,
@@ -92,72 +136,51 @@ def compress(
     from, with `resume`; None: nowhere. teacher: whose answers a method that distils learns, such as the network that `model` was
     cut from; None: `model`. Raises ConfigError for a config of no method, and for a teacher where the method has none.
     """
+    from vitrim.model import Vit
+
     if not isinstance(model, Vit):
         raise VitrimError(
             f"compress: the model is a {type(model).__name__}; expected one that vitrim.load or vitrim.from_model gives."
         )
-    if seed is not None and hasattr(config, "seed"):
+    method = METHODS[method_of(config)]
+    if seed is not None:
         config = replace(config, seed=seed)
+    if teacher is not None and not method.takes_teacher:
+        others = ", ".join(other.name for other in METHODS.values() if other.takes_teacher)
+        raise ConfigError(f"{method.name} learns from no teacher; leave teacher out. Those that do: {others}.")
+    taught = {} if teacher is None else {"teacher": teacher}
     place = None if folder is None else Path(folder)
-    name, more = method_of(config), {}
-    if teacher is not None:
-        if name not in TAUGHT:
-            raise ConfigError(f"{name} learns from no teacher; leave teacher out. Those that do: {', '.join(TAUGHT)}.")
-        more = {"teacher": teacher}
-    return _said(METHODS[name](model, config, data=data, progress=progress, folder=place, resume=resume, **more), name)
+    return _said(method.compress(model, config, data=data, progress=progress, folder=place, resume=resume, **taught))
 
 
-def _said(made: Compressed, name: str) -> Compressed:
+def compress_family(
+    model: Vit,
+    config: MethodConfig,
+    budgets: Sequence[Budget],
+    *,
+    data: Any = None,
+    progress: Progress | None = None,
+    folder: str | Path | None = None,
+    resume: bool = False,
+) -> list[Compressed]:
+    """A smaller model for each budget, in their order; a method with `family` scores once for all. As `compress` otherwise."""
+    method, place = METHODS[method_of(config)], None if folder is None else Path(folder)
+    if method.family is not None:
+        made = method.family(model, config, budgets, data=data, progress=progress, folder=place, resume=resume)
+        return [_said(one) for one in made]
+    found = []
+    for index, budget in enumerate(budgets):
+        own = None if place is None else place / str(index)
+        asked = replace(config, budget=budget)
+        found.append(compress(model, asked, data=data, progress=progress, folder=own, resume=resume))
+    return found
+
+
+def _said(made: Compressed) -> Compressed:
     """The same, its warnings logged."""
     for text in made.report.get("warnings", ()):
-        log.warning("%s: %s", name, text)
+        log.warning("%s: %s", made.method, text)
     return made
 
 
-def method_of(config: Any) -> str:
-    """The name of the method whose config this is. Raises ConfigError."""
-    for name, kind in CONFIGS.items():
-        if isinstance(config, kind):
-            return name
-    known = ", ".join(kind.__name__ for kind in CONFIGS.values())
-    raise ConfigError(f"{type(config).__name__} is no method's config; expected one of {known}.")
-
-
-def configure(method: str, settings: Mapping[str, Any]) -> Any:
-    """The config of a method by its name, from plain values. Raises ConfigError that names an unknown method or key."""
-    if method not in CONFIGS:
-        raise ConfigError(f"unknown method {method!r}{did_you_mean(method, CONFIGS)}; known: {', '.join(CONFIGS)}.")
-    known = [field.name for field in fields(CONFIGS[method])]
-    for key in settings:
-        if key not in known:
-            raise ConfigError(f"{method}: unknown key {key!r}{did_you_mean(key, known)}; known: {', '.join(known)}.")
-    try:
-        return CONFIGS[method](**settings)
-    except ValidationError as error:  # pydantic's report: ours wrapped, or a value of the wrong type
-        said = []
-        for found in error.errors():
-            place = ".".join(str(part) for part in found["loc"])
-            ours = (found.get("ctx") or {}).get("error")
-            said.append(str(ours) if isinstance(ours, VitrimError) else f"{method}: {place}: {found['msg']}.")
-        raise ConfigError(" ".join(said)) from error
-
-
-def plan(method: str, spec: ModelSpec, config: Any = None) -> dict[str, Any]:
-    """What a method would reach, cost and need on this spec; trains and reads nothing."""
-    if method not in PLANS:
-        raise ConfigError(f"unknown method {method!r}{did_you_mean(method, PLANS)}; known: {', '.join(PLANS)}.")
-    return PLANS[method](spec, config)
-
-
-__all__ = [
-    "CONFIGS",
-    "FAMILIES",
-    "METHODS",
-    "PLANS",
-    "PREDICTS",
-    "compress",
-    "compress_family",
-    "configure",
-    "method_of",
-    "plan",
-]
+__all__ = ["METHODS", "PLANNED", "compress", "compress_family", "configure", "method_named", "method_of", "plan"]

@@ -17,8 +17,8 @@ from vitrim.data import Images, evaluation, match_labels, readable
 from vitrim.errors import DataError
 from vitrim.model import Vit
 from vitrim.pipeline.configs import EvaluateConfig
+from vitrim.progress import Progress
 from vitrim.tasks.classification import evaluate
-from vitrim.training import Progress
 
 KEPT = ("top1", "top5", "loss", "map", "agreement", "cosine", "knn_agreement", "count", "skipped")
 CHECKED = 200

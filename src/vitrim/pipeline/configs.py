@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Literal
 
-import pydantic
 from pydantic import Field
 
+from vitrim.config import checked
 from vitrim.errors import ConfigError
-from vitrim.training import TrainConfig
+from vitrim.training.config import TrainConfig
 
 
-@pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=pydantic.ConfigDict(extra="forbid"))
+@checked
 class RecoverConfig(TrainConfig):
     """How a compressed network learns again what it lost: `TrainConfig` with gentler defaults, and what to learn from."""
 
@@ -34,7 +34,7 @@ class RecoverConfig(TrainConfig):
     """Parts whose weights stay, such as `blocks.0-2` or `blocks.11.attention`. `vitrim.run` adds those that the method froze."""
 
 
-@pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=pydantic.ConfigDict(extra="forbid"))
+@checked
 class EvaluateConfig:
     """How the dense, the cut and the recovered model are compared, on the validation split."""
 
@@ -52,7 +52,7 @@ class EvaluateConfig:
     amp: Literal["no", "bf16", "fp16"] = "no"
 
 
-@pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=pydantic.ConfigDict(extra="forbid"))
+@checked
 class MeasureConfig:
     """How latency is measured. The device is the target: what it does with the smaller network is what counts."""
 

@@ -17,13 +17,14 @@ from vitrim import methods, reporting
 from vitrim.budget import Budget
 from vitrim.checkpoints import replace_text
 from vitrim.errors import ConfigError
+from vitrim.methods.method import MethodConfig
 from vitrim.model import Vit
 from vitrim.pipeline.folder import written_or_said
 from vitrim.pipeline.running import RunResult, may_have_tail, reference_of, run, with_tail
+from vitrim.progress import Progress
 from vitrim.result import Compressed
 from vitrim.sources import load
 from vitrim.surgery import with_exact_tail
-from vitrim.training import Progress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +39,7 @@ class FamilyResult:
 
 def run_family(
     model: str | Path | Vit,
-    method_config: Any,
+    method_config: MethodConfig,
     budgets: Sequence[Budget],
     *,
     data: Any,
@@ -61,15 +62,15 @@ def run_family(
     reference = reference_of(dense, settings.get("relative_to", "given"))
     asked = {member_name(budget): budget.absolute(reference) for budget in budgets}
     method = methods.method_of(method_config)
-    if not hasattr(method_config, "budget"):
-        raise ConfigError(f"{method}: a method without a budget gives no family.")
     method_config = with_tail(method_config, wanted=settings.get("exact_tail", True))
     spec = dense.spec
     if settings.get("exact_tail", True) and may_have_tail(spec, method_config):
         spec = with_exact_tail(spec)
     for limit in asked.values():
         methods.plan(method, spec, replace(method_config, budget=limit))
-    together = method in methods.FAMILIES and settings.get("init") is None  # each member has a start of its own there
+    together = (
+        methods.METHODS[method].family is not None and settings.get("init") is None
+    )  # each member has a start of its own there
     once = _Once(tuple(asked.values()), folder / "scoring") if together else methods.compress
     if not resume:
         shutil.rmtree(folder / "scoring", ignore_errors=True)  # of a killed run that this one replaces
@@ -112,7 +113,9 @@ class _Once:
         self.budgets, self.folder = budgets, folder
         self.made: dict[Budget, Compressed] = {}
 
-    def __call__(self, model: Vit, config: Any, *, data: Any, progress: Progress | None, **_: Any) -> Compressed:
+    def __call__(
+        self, model: Vit, config: MethodConfig, *, data: Any, progress: Progress | None, **_: Any
+    ) -> Compressed:
         if not self.made:
             found = methods.compress_family(
                 model,
@@ -124,6 +127,7 @@ class _Once:
                 resume=self.folder.is_dir(),
             )
             self.made = dict(zip(self.budgets, found, strict=True))
+        assert config.budget is not None
         return self.made[config.budget]
 
 

@@ -16,11 +16,12 @@ from vitrim.data import Images
 from vitrim.errors import ConfigError, DataError
 from vitrim.freezing import frozen
 from vitrim.model import Vit
-from vitrim.objectives import Distilled, LabelFree, Supervised
 from vitrim.pipeline.configs import RecoverConfig
+from vitrim.progress import Progress
 from vitrim.result import Compressed
 from vitrim.tasks.classification import class_index, evaluate
-from vitrim.training import FitResult, Objective, Progress, fit
+from vitrim.training import FitResult, Objective, fit
+from vitrim.training.objectives import Distilled, LabelFree, Supervised
 
 
 def recover(

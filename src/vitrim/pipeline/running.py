@@ -20,23 +20,26 @@ from vitrim import data as rooms
 from vitrim.budget import Budget, exceeded
 from vitrim.checkpoints import replace_text
 from vitrim.codec import plain
+from vitrim.config import keys
 from vitrim.counting import Cost, cost
 from vitrim.data import Images
 from vitrim.errors import ArtifactError, ConfigError, DataError, MeasureError
 from vitrim.freezing import frozen
-from vitrim.methods import CHECKS, CONFIGS, TAUGHT, configure, method_of
+from vitrim.methods import METHODS, configure, method_named, method_of
 from vitrim.methods import compress as compress_by
 from vitrim.methods import plan as plan_of
+from vitrim.methods.method import MethodConfig
 from vitrim.model import Vit
 from vitrim.pipeline.comparison import compare, refuse_chance
 from vitrim.pipeline.configs import EvaluateConfig, MeasureConfig, RecoverConfig
 from vitrim.pipeline.folder import STAGES, Folder, written_or_said
 from vitrim.pipeline.recovery import objective_named, train_again, training_speeds
+from vitrim.progress import Progress
 from vitrim.result import Compressed
 from vitrim.sources import load
 from vitrim.spec import ModelSpec, spec_hash
 from vitrim.tasks.classification import class_index
-from vitrim.training import Progress, ready
+from vitrim.training import ready
 
 LEAST_GAIN = 1.05
 """An ideal speed-up below this does not pay: launches and memory traffic eat it."""
@@ -70,7 +73,7 @@ class RunResult:
 
 def run(
     model: str | Path | Vit,
-    method_config: Any,
+    method_config: MethodConfig,
     *,
     data: Any,
     out: str | Path,
@@ -135,7 +138,7 @@ class _Work:
     name: str
     dense: Vit
     method: str
-    config: Any
+    config: MethodConfig
     data: Any
     recovery: RecoverConfig | None
     target: MeasureConfig | None
@@ -165,10 +168,10 @@ class _Work:
         self.planned = plan_of(self.method, self.given.spec, self.config)
         self.first = None if self.init is None else self._first_config()
         self.train, self.held = self._images()
-        if self.method in CHECKS:
-            CHECKS[self.method](self.given.spec, self.config, self.train)
+        if (check := METHODS[self.method].check) is not None:
+            check(self.given.spec, self.config, self.train)
         if self.recovery is not None:
-            held = tuple(dict.fromkeys((*self.recovery.freeze, *getattr(self.config, "freeze", ()))))
+            held = tuple(dict.fromkeys((*self.recovery.freeze, *self.config.freeze)))
             frozen(self.dense.spec, held)
             self.recovery = dataclasses.replace(self.recovery, freeze=held)
             if len(self.train) < self.recovery.batch_size == RecoverConfig().batch_size:  # nobody chose it
@@ -181,22 +184,23 @@ class _Work:
         if self.judging.check_dense and not self.folder.resume:
             self.dense_top1 = refuse_chance(self.dense, self.held, self.judging)
 
-    def _first_config(self) -> Any:
+    def _first_config(self) -> MethodConfig:
         """The config of `init`, at twice the limits. Raises ConfigError where it does not go with the method or its budget."""
         assert self.init is not None
-        budget: Budget | None = getattr(self.config, "budget", None)
+        budget = self.config.budget
         if self.init == self.method or budget is None:
             raise ConfigError(f"init={self.init!r}: expected another method than {self.method!r}, and a budget.")
         twice = {key: 2 * value for key, value in budget.to_dict().items()}
         twice = {key: min(1.0, value) if key.startswith("keep_") else value for key, value in twice.items()}
-        known = {field.name for field in dataclasses.fields(CONFIGS[self.init])}
-        shared = {
-            key: value
-            for key in known & {"seed", "freeze", "device", "images"}
-            if (value := getattr(self.config, key, None)) not in (None, "auto")
-        }
-        first = with_tail(configure(self.init, {"budget": Budget(**twice), **shared}), wanted=self.tail)
-        if not exceeded(cost(self.given), first.budget.limits(cost(self.given))):
+        both = (
+            {"seed", "freeze", "device", "images"}
+            & {*keys(type(self.config))}
+            & {*keys(method_named(self.init).config)}
+        )
+        shared = {key: value for key in both if (value := getattr(self.config, key)) not in (None, "auto")}
+        loose, whole = Budget(**twice), cost(self.given)
+        first = with_tail(configure(self.init, {"budget": loose, **shared}), wanted=self.tail)
+        if not exceeded(whole, loose.limits(whole)):
             self._warn(f"init={self.init!r} changes nothing here: the network meets twice the budget as it is.")
         if plan_of(self.init, self.given.spec, first)["needs"]["training"]:
             raise ConfigError(f"init={self.init!r} trains; expected a method of closed forms, such as auto.")
@@ -258,7 +262,7 @@ class _Work:
 
     def _plan(self) -> dict[str, Any]:
         dense = cost(self.dense)
-        limits = self.config.budget.limits(dense) if getattr(self.config, "budget", None) is not None else {}
+        limits = {} if self.config.budget is None else self.config.budget.limits(dense)
         if "macs" in limits and dense.macs / limits["macs"] < LEAST_GAIN:
             self._warn(
                 f"The budget asks for {limits['macs'] / dense.macs:.1%} of the MACs: at best {dense.macs / limits['macs']:.2f} times as "
@@ -276,7 +280,7 @@ class _Work:
         search = self.folder.stages / "search"
         start = self.given if self.init is None else self._started(search / "init")
         search = search if self.init is None else search / "after"
-        taught = {"teacher": self.dense} if self.init is not None and self.method in TAUGHT else {}
+        taught = {"teacher": self.dense} if self.init is not None and METHODS[self.method].takes_teacher else {}
         made = self.compressor(
             start, self.config, data=self.train, progress=self.progress, folder=search, resume=search.is_dir(), **taught
         )
@@ -426,7 +430,7 @@ class _Work:
             "variant": compressed["variant"],
             "config": plain(self.asked) | {"exact_tail": self.tail, "init": self.init},
             "data": self.held.fingerprint() | {"train": self.train.fingerprint()},
-            "seed": getattr(self.config, "seed", None),
+            "seed": self.config.seed,
             "metrics": {"before": metrics["dense"], "after": metrics.get("recovered") or metrics["compressed"]},
             "recovery": None if self.recovery is None else plain(self.recovery),
         }
@@ -515,7 +519,7 @@ class _Work:
             "model": self.name,
             "method": {"name": compressed["method"], "variant": compressed["variant"]},
             "data": {"name": self.held.name, "split": "validation", "count": judged},
-            "budget": self.asked.budget.to_dict() if getattr(self.asked, "budget", None) is not None else {},
+            "budget": {} if self.asked.budget is None else self.asked.budget.to_dict(),
             "limits": found["plan"]["limits"],
             "specs": {"dense": self.dense.spec.to_dict(), "compressed": self._final.spec.to_dict()},
             "costs": {"dense": dense.to_dict(), "compressed": compressed["cost"]},
@@ -540,7 +544,7 @@ class _Work:
                 "spec (hash)": spec_hash(self._final.spec),
                 "data": f"{self.train.name}: {len(self.train)} training, {len(self.held)} validation images",
                 "data (hash)": self.held.fingerprint()["sha256"][:16],
-                "seed": getattr(self.config, "seed", 0),
+                "seed": self.config.seed,
                 "vitrim": __version__,
                 "torch": str(torch.__version__),
             },
@@ -611,27 +615,27 @@ def blind(spec: ModelSpec) -> bool:
     return spec.pool.kind == "cls" and all(block.attention is None for block in spec.blocks)
 
 
-def may_have_tail(spec: ModelSpec, config: Any) -> bool:
+def may_have_tail(spec: ModelSpec, config: MethodConfig) -> bool:
     """Whether the exact tail applies, the last block is not frozen, and the method's axes, if it has some, do not leave it out."""
     if "tail" not in (getattr(config, "axes", None) or ("tail",)):
         return False
-    held = {block for block, _ in frozen(spec, getattr(config, "freeze", ()))}
+    held = {block for block, _ in frozen(spec, config.freeze)}
     return surgery.allows_exact_tail(spec) and len(spec.blocks) - 1 not in held
 
 
-def with_tail(config: Any, *, wanted: bool) -> Any:
+def with_tail(config: MethodConfig, *, wanted: bool) -> MethodConfig:
     """A method's config that adds no exact tail of its own where none is wanted."""
     if wanted or not hasattr(config, "exact_tail"):
         return config
-    return dataclasses.replace(config, exact_tail=False)
+    without: dict[str, Any] = {"exact_tail": False}
+    return dataclasses.replace(config, **without)
 
 
-def limited(config: Any, reference: Cost) -> Any:
+def limited(config: MethodConfig, reference: Cost) -> MethodConfig:
     """A method's config with its shares turned into absolute limits: an exact tail comes before the method and changes
     what a share would mean.
     """
-    budget: Budget | None = getattr(config, "budget", None)
-    return config if budget is None else dataclasses.replace(config, budget=budget.absolute(reference))
+    return config if config.budget is None else dataclasses.replace(config, budget=config.budget.absolute(reference))
 
 
 def _next_commands(name: str, data: str, classifies: bool) -> list[dict[str, str]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vitrim import data
 from vitrim.errors import DataError
+from vitrim.progress import Progress
 from vitrim.spec import Config, Preprocess
 
 NEIGHBOURS = 5
@@ -19,11 +20,6 @@ _CHUNK = 512  # rows of the similarity matrix held at once
 
 Metrics = dict[str, Any]
 Metric = Callable[[Tensor, Tensor], Mapping[str, float]]
-
-
-class Progress(Protocol):
-    def __call__(self, stage: str, done: int, total: int, **facts: Any) -> None:
-        """Told after each batch."""
 
 
 def evaluate(

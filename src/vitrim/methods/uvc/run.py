@@ -23,8 +23,6 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass as checked
 from torch import Tensor, nn
 
 from vitrim import counting, surgery
@@ -32,16 +30,18 @@ from vitrim import data as rooms
 from vitrim.budget import Budget, exceeded
 from vitrim.codec import plain
 from vitrim.counting import Cost, cost
-from vitrim.data import Augment, Images
+from vitrim.data import Images
 from vitrim.errors import BudgetError, ConfigError, DataError, TrainingError
 from vitrim.freezing import HALVES, frozen
+from vitrim.methods.uvc.config import PRESETS, Rules, UvcConfig
 from vitrim.model import Masks, Vit
-from vitrim.objectives import Distilled, LabelFree, Supervised
+from vitrim.progress import Progress
 from vitrim.result import Compressed
 from vitrim.spec import AttentionSpec, BlockSpec, ModelSpec, spec_hash, token_walk
 from vitrim.surgery import Keep
 from vitrim.tasks.classification import class_index
-from vitrim.training import Batch, Objective, Progress, Step, TrainConfig, fit, read_config, ready, schedule
+from vitrim.training import Batch, Objective, Step, fit, ready, schedule
+from vitrim.training.objectives import Distilled, LabelFree, Supervised
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 Half = tuple[int, str]
@@ -55,217 +55,6 @@ WHOLE_FROM = 0.6
 """Share of the search from which `clean` counts the cost of whole levels: a part of a head is scaled, not saved."""
 GUMBEL_TAU = 0.5
 """Temperature of the gate samples (paper and code)."""
-
-
-LOOP = (
-    "steps",
-    "accumulate",
-    "lr",
-    "augment",
-    "seed",
-    "workers",
-    "device",
-    "amp",
-    "world_size",
-    "grad_checkpoint",
-    "checkpoint_seconds",
-)
-"""What the training loop takes from the config as it is."""
-LEAST_LINES = 20
-"""Lines of history that a short search writes at least, as far as it has steps."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Rules:
-    """What a preset fixes. Shares are of the run; steps of `clean` are shares of a variable's range over the whole search."""
-
-    epochs: float
-    batch_size: int
-    warmup: float
-    """Share of the run in which only weights learn: gates open, nothing removed."""
-    settle: float
-    """Share at the end in which the final masks stand and only weights learn."""
-    ramp: float
-    """Share of the search over which the budget falls from 1 to its value; 0: at once."""
-    masked: bool
-    """Whether the search's forward pass has soft masks, whose gradients price the counts."""
-    ceil: bool
-    """Whether the cost rounds removed counts up (straight through)."""
-    cold: float
-    """Gate logits are divided by a temperature that falls from 1 to this."""
-    count_step: float
-    gate_step: float
-    y_step: float
-    z_steps: tuple[float, ...]
-    """Of the budget's dual, in equal phases of the search."""
-    z_push: float
-    """Proportional part: prices are z + z_push * (cost - budget), an augmented Lagrangian's; 0: plain dual ascent."""
-    z_max: float
-    prox: float
-    """Shrinking of removed groups, on top of y; the paper's is the learning rate itself."""
-    gate_weight: float
-    gate_every: int
-    alpha: float
-    tau: float
-    smoothing: float = 0.0
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    mix_share: float = 1.0
-    lr_warmup: float = 0.05
-    """Share of the run over which the learning rate rises."""
-
-
-PRESETS = {
-    "clean": Rules(
-        epochs=30,
-        batch_size=128,
-        warmup=0.1,
-        settle=0.3,
-        ramp=0.6,
-        masked=True,
-        ceil=False,
-        cold=0.25,
-        count_step=3.0,
-        gate_step=3.0,
-        y_step=0.1,
-        z_steps=(150.0,),
-        z_push=20.0,
-        z_max=20.0,
-        prox=5.0,
-        gate_weight=1.0,
-        gate_every=1,
-        alpha=0.5,
-        tau=2.0,
-    ),
-    "paper": Rules(
-        epochs=30,
-        batch_size=1024,
-        warmup=5 / 30,
-        settle=0.0,
-        ramp=0.0,
-        masked=False,
-        ceil=True,
-        cold=1.0,
-        count_step=0.02,
-        gate_step=0.1,
-        y_step=1e-4,
-        z_steps=(1.0, 5.0, 9.0, 13.0, 17.0),
-        z_push=0.0,
-        z_max=20.0,
-        prox=1.0,
-        gate_weight=5e-4,
-        gate_every=50,
-        alpha=0.1,
-        tau=1.0,
-        smoothing=0.1,
-        mixup=0.8,
-        cutmix=1.0,
-        mix_share=0.8,
-        lr_warmup=500 / 37_530,  # 500 steps of 30 epochs of ImageNet-1k in batches of 1024
-    ),
-}
-"""`paper`: the released command for DeiT-Tiny; absolute steps in units (heads, dims, MLP units), as there."""
-
-
-@checked(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
-class UvcConfig:
-    """What to reach and how the search goes there. None, where it may stand, is the preset's value."""
-
-    budget: Budget | None = None
-    """Bounds on the result; needed."""
-    preset: Literal["clean", "paper"] = "clean"
-    """`clean`: works in hundreds of steps as in 100,000. `paper`: the released command's values, which need its length."""
-    gates: Literal["block", "halves", "none"] = "block"
-    """What may be skipped: whole blocks as in the paper, attention and MLP apart, or nothing."""
-    widths: bool = True
-    """Whether heads, dims and MLP units may go."""
-    distill: bool = True
-    """Whether the uncompressed model teaches; without it labels alone do."""
-    tie_qk: bool = False
-    """Let queries and keys lose dims with the values; the paper leaves them."""
-    count_per_head: bool | None = None
-    """One count of removed dims for each head (padded to the largest when cut), or one for all heads of a block."""
-    steps: int | None = Field(default=None, ge=1)
-    """Optimiser steps of the search; None: as many as `epochs` makes."""
-    epochs: float | None = Field(default=None, gt=0)
-    """Passes over the images, of no account where `steps` is given."""
-    batch_size: int | None = Field(default=None, ge=1)
-    """Images that one step sees, over all processes and micro-batches."""
-    accumulate: int = Field(default=1, ge=1)
-    lr: float = Field(default=1e-4, gt=0)
-    """Of the weights, at the top of the cosine."""
-    warmup: float | None = Field(default=None, ge=0, lt=1)
-    """Share of the run before decisions move."""
-    settle: float | None = Field(default=None, ge=0, lt=1)
-    """Share of the run after decisions are final, under the final masks."""
-    ramp: float | None = Field(default=None, ge=0, le=1)
-    """Share of the search over which the budget falls to its value."""
-    cold: float | None = Field(default=None, gt=0, le=1)
-    """Temperature that the gates' logits are divided by at the end of the search; 1 at its beginning."""
-    alpha: float | None = Field(default=None, ge=0, le=1)
-    """Weight of the teacher against the labels; 1 needs no labels."""
-    tau: float | None = Field(default=None, gt=0)
-    """Temperature of the distillation."""
-    align: int = Field(default=8, ge=1)
-    """Dims and MLP units are multiples of it, where the budget can be met so."""
-    freeze: tuple[str, ...] = ()
-    """Parts that stay as they are, weights too: blocks.0-2, blocks.11.attention."""
-    augment: Augment = Augment()
-    amp: Literal["no", "bf16", "fp16"] = "no"
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    workers: int = Field(default=0, ge=0)
-    world_size: int = Field(default=1, ge=1)
-    """Processes that torchrun must have started."""
-    grad_checkpoint: bool = False
-    log_every: int = Field(default=20, ge=1)
-    checkpoint_seconds: float = Field(default=180.0, ge=0)
-    seed: int = Field(default=0, ge=0)
-
-    def __post_init__(self) -> None:
-        if self.budget is None:
-            raise BudgetError("uvc: no budget. To halve the operations, pass budget=Budget(keep_macs=0.5).")
-        if self.gates == "none" and not self.widths:
-            raise ConfigError("uvc: gates='none' with widths=False leaves nothing to remove; allow one of them.")
-        rules = self.rules
-        if rules.warmup + rules.settle >= 1:
-            raise ConfigError(
-                f"uvc: warmup={rules.warmup:g} and settle={rules.settle:g} leave no steps for the search; "
-                "expected shares of the run that add up to less than 1."
-            )
-        _ = self.training  # says what is wrong with it now, not when the images have been read
-
-    @property
-    def bounds(self) -> Budget:
-        """The budget."""
-        assert self.budget is not None
-        return self.budget
-
-    @property
-    def rules(self) -> Rules:
-        """The preset, with what the config says otherwise."""
-        names = ("epochs", "batch_size", "warmup", "settle", "ramp", "cold", "alpha", "tau")
-        given = {name: getattr(self, name) for name in names}
-        return replace(PRESETS[self.preset], **{name: value for name, value in given.items() if value is not None})
-
-    @property
-    def per_head(self) -> bool:
-        """Whether each head has its own count of dims."""
-        return self.preset == "paper" if self.count_per_head is None else self.count_per_head
-
-    @property
-    def training(self) -> TrainConfig:
-        """The one loop's config."""
-        rules = self.rules
-        every = self.log_every if self.steps is None else min(self.log_every, max(1, self.steps // LEAST_LINES))
-        own = {name: getattr(self, name) for name in LOOP}
-        given = {
-            name: getattr(rules, name) for name in ("epochs", "batch_size", "smoothing", "mixup", "cutmix", "mix_share")
-        }
-        return read_config(
-            TrainConfig,
-            {**own, **given, "min_lr": min(1e-5, self.lr), "warmup": rules.lr_warmup, "log_every": every},
-            where="uvc",
-        )
 
 
 # ------------------------------------------------------------------------------------------------------ what may be removed

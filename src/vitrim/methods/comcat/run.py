@@ -11,15 +11,14 @@ Departs  Biases are exact (the authors' code drops the attention's). `whitened` 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from pydantic import ConfigDict
-from pydantic.dataclasses import dataclass as checked
 from torch import Tensor
 
 from vitrim import closed_form as cf
@@ -29,53 +28,15 @@ from vitrim.budget import Budget, exceeded
 from vitrim.counting import Cost, cost
 from vitrim.errors import BudgetError, ConfigError, DataError, did_you_mean
 from vitrim.freezing import frozen
+from vitrim.methods.comcat.config import ComcatConfig
 from vitrim.model import OPEN, Mlp, Vit
+from vitrim.progress import Progress
 from vitrim.result import Compressed
 from vitrim.spec import ModelSpec, spec_hash
 
 PARTS = ("qk", "vo", "fc1", "fc2")
 PRICE_OF_ALIGNMENT = 1.2
 """How many times the loss of single ranks an aligned allocation may have."""
-Progress = Callable[..., None]
-
-
-@checked(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
-class ComcatConfig:
-    """What to reach and how."""
-
-    budget: Budget | None = None
-    """Bounds on the result; None with explicit ranks only."""
-    variant: Literal["whitened", "svd"] = "whitened"
-    """`whitened`: truncation in the metric of the activations. `svd`: the paper's; needs no images."""
-    ranks: tuple[dict[str, int] | None, ...] | None = None
-    """Explicit ranks for each block, by part: qk and vo per head, fc1, fc2. A part left out stays as it is."""
-    factorise_mlp: bool = True
-    """Whether the MLP's linears may be factorised too."""
-    align: int = 8
-    """Ranks are multiples of it, where the budget can be met so."""
-    images: int = 256
-    """Unlabelled images for the statistics."""
-    probe_images: int = 16
-    """How many of them measure what each group's truncation does to the output; 0: relative energies instead."""
-    batch_size: int = 8
-    """Images at a time; sets the memory, not the result."""
-    ridge: float = 1e-5
-    """Share of plain SVD mixed into the statistics, relative to their trace; as it grows, `svd` returns."""
-    freeze: tuple[str, ...] = ()
-    """Parts that stay as they are, such as `blocks.0-2` or `blocks.11.attention`."""
-    seed: int = 0
-    """Draws the images."""
-
-    def __post_init__(self) -> None:
-        if self.budget is None and self.ranks is None:
-            raise ConfigError(
-                "comcat: neither budget nor ranks. To halve the operations, pass budget=Budget(keep_macs=0.5)."
-            )
-        for name, least in (("align", 1), ("images", 1), ("batch_size", 1), ("probe_images", 0)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"comcat: {name}={getattr(self, name)!r}; expected {least} or more.")
-        if not 0 < self.ridge < float("inf"):
-            raise ConfigError(f"comcat: ridge={self.ridge!r}; expected a finite number above 0, such as 1e-5.")
 
 
 class Key(NamedTuple):
@@ -501,6 +462,9 @@ def compress(
     base = model
     if surgery.with_folded(model.spec, skip=fixed) != model.spec:
         base = surgery.fold_layer_scale(model, skip=fixed)
+    home = next(model.parameters()).device
+    if config.device is not None and torch.device(config.device) != home:
+        base = copy.deepcopy(base).to(config.device)
     if chosen is not None and config.budget is not None:
         _check_explicit(base.spec, chosen, config.budget, reference)
 
@@ -555,7 +519,7 @@ def compress(
         )
     if all(rank is None for rank in chosen.values()):
         base = model  # nothing to do, LayerScale included
-    small = _apply(base, factors, chosen, variant=config.variant)
+    small = _apply(base, factors, chosen, variant=config.variant).to(home)
     small.selection = model.selection.then(replace(small.selection.steps[-1], parent=spec_hash(model.spec)))
     report = _report(model.spec, chosen, energies, measured, dense, config)
     return Compressed(model=small, method="comcat", variant=config.variant, history=history, report=report)

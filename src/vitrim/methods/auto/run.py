@@ -30,8 +30,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import ConfigDict
-from pydantic.dataclasses import dataclass as checked
 from torch import Tensor, nn
 
 from vitrim import closed_form as cf
@@ -44,9 +42,11 @@ from vitrim.closed_form import fisher
 from vitrim.closed_form import stream_width as narrowing
 from vitrim.closed_form import sublayers as parts
 from vitrim.counting import RESOURCES, Cost, cost
-from vitrim.errors import ConfigError, DataError, did_you_mean
+from vitrim.errors import ConfigError, DataError
 from vitrim.freezing import Half, frozen
+from vitrim.methods.auto.config import AXES, AutoConfig
 from vitrim.model import OPEN, Block, Stream, Vit
+from vitrim.progress import Progress
 from vitrim.result import Compressed
 from vitrim.space import BlockLevels, Choice, Space, frozen_parts, jumps, outlook, sizes
 from vitrim.spec import (
@@ -61,7 +61,6 @@ from vitrim.spec import (
     token_walk,
 )
 
-AXES = ("qk", "vo", "mlp", "attention", "block", "width", "tokens", "tail")
 HELD_OUT = 4
 """One image in so many is held out: options are scored and plans compared on it."""
 PROBE = 64
@@ -76,62 +75,6 @@ HEAD_RIDGE = 0.3
 """Pull of a classifier towards the inherited one: its rows are one an image."""
 PEAKS = 12
 """Bounds on the largest activation that are tried for a memory budget."""
-
-Progress = Callable[..., None]
-
-
-@checked(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
-class AutoConfig:
-    """What to reach and how."""
-
-    budget: Budget | None = None
-    """Bounds on the result; None only where `compress_family` or `predict` is given several."""
-    axes: tuple[str, ...] | None = None
-    """What may be cut: qk, vo (ranks of the two products of attention), mlp (hidden units), attention (all of it), block (both
-    halves), width (of the residual stream), tokens (merges), tail (only prefix tokens through the last block, exact). None: all
-    that the network allows."""
-    score: Literal["fisher", "measured"] = "fisher"
-    """How options are scored: `fisher` by one backward pass, `measured` by running the rest of the network for each."""
-    images: int = 256
-    """Unlabelled images, drawn by seed; a quarter of them judges."""
-    batch_size: int = 16
-    """Images at a time; sets the memory, and the last bits of sums."""
-    builds: int = 3
-    """How many of the best plans are built and compared. Each has another stream width or token schedule: without these axes
-    there is one, the best."""
-    draws: int = 4
-    """Sign vectors an image in the scores."""
-    align: int = 8
-    """Hidden widths and the stream's are multiples of it, and ranks of wide heads; less in narrow parts."""
-    ridge: float = 3e-3
-    """Pull of the MLP's last linear towards the inherited weights, as a share of the mean variance of its inputs."""
-    output_ridge: float = 1e-3
-    """The same of attention's output projection."""
-    exact_tail: bool = True
-    """False: as if `tail` were not among the axes."""
-    freeze: tuple[str, ...] = ()
-    """Parts that stay as they are, such as `blocks.0-2` or `blocks.11.attention`; the stream then keeps its width."""
-    seed: int = 0
-    """Draws the images and the signs."""
-    device: str | None = None
-    """Where to compute, such as cuda; None: where the model is."""
-
-    def __post_init__(self) -> None:
-        for name, least in (("images", 2), ("batch_size", 1), ("builds", 1), ("draws", 1), ("align", 1), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"auto: {name}={getattr(self, name)!r}; expected {least} or more.")
-        for name in ("ridge", "output_ridge"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ConfigError(
-                    f"auto: {name}={getattr(self, name)!r}; expected a finite number above 0, such as 0.003."
-                )
-        for axis in self.axes or ():
-            if axis not in AXES:
-                raise ConfigError(
-                    f"auto: axes: unknown axis {axis!r}{did_you_mean(axis, AXES)}; known: {', '.join(AXES)}."
-                )
-        if self.axes is not None and not self.axes:
-            raise ConfigError(f"auto: every axis is switched off; leave at least one of {', '.join(AXES)}.")
 
 
 # ------------------------------------------------------------------------------------------------------- what may be cut

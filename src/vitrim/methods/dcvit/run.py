@@ -29,12 +29,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations, islice, pairwise
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import ConfigDict
-from pydantic.dataclasses import dataclass as checked
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -45,96 +43,22 @@ from vitrim.allocation import knapsack
 from vitrim.budget import RESOURCES, Budget, exceeded
 from vitrim.codec import plain
 from vitrim.counting import FLOAT_BYTES, Cost, cost
-from vitrim.data import Augment
 from vitrim.data.draws import mix, ranked
 from vitrim.errors import BudgetError, ConfigError, DataError, TrainingError
 from vitrim.freezing import frozen
+from vitrim.methods.dcvit.config import DcvitConfig
 from vitrim.model import OPEN, Block, Stream, Vit
-from vitrim.objectives import Plain
+from vitrim.progress import Progress
 from vitrim.result import Compressed
 from vitrim.spec import BlockSpec, ModelSpec, Preprocess, SelectionStep, spec_hash, token_walk
 from vitrim.surgery import Keep
 from vitrim.training import Batch, Step, TrainConfig, fit
+from vitrim.training.objectives import Plain
 
-Progress = Callable[..., None]
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 FOLDS = 4
 """Parts of the images of which one is left out at a time."""
-IGNORED = {
-    "closed": ("k", "preset", "steps", "metric_images", "metric_steps"),
-    "finetune": ("align", "ridge", "weighted", "probe_images", "hand_over", "finetune_steps"),
-}
-"""Fields of one variant that the other does not look at, and refuses."""
 _ORDER, _SUBSET, _NOISE = 0x6463_6F72, 0x6463_7375, 0x6463_6E6F
-
-
-@checked(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
-class DcvitConfig:
-    """What to reach and how."""
-
-    budget: Budget | None = None
-    """Bounds on the result; None only where `compress_family` is given several."""
-    variant: Literal["closed", "finetune"] = "closed"
-    """`closed`: ours, by regressions, in seconds. `finetune`: the paper's, by gradient steps."""
-    images: int = 256
-    """Unlabelled images to use, drawn by seed. The paper has 50 to 1000."""
-    batch_size: int = 16
-    """Images at a time in statistics and scores; sets the memory."""
-    seed: int = 0
-    freeze: tuple[str, ...] = ()
-    """Parts to leave as they are: `blocks.0-2`, `blocks.11.attention`."""
-    device: str | None = None
-    """Where to compute, such as cuda; None: where the model is."""
-    align: int = 8
-    """closed: hidden widths are multiples of it, of less in narrow MLPs."""
-    ridge: float | None = None
-    """closed: strength of the pull towards inherited weights, as a share of the mean variance of the hidden units;
-    None: chosen for each block by leaving images out."""
-    weighted: bool = True
-    """closed: tokens and channels count by how much the outputs depend on them (two backward passes, no labels)."""
-    probe_images: int = 64
-    """closed: images, left out of the trial fits (of fewer than four there are none to leave out), on which each candidate's effect on
-    the output is measured; as many serve the backward passes of `weighted`."""
-    hand_over: bool = False
-    """closed: the halves before a lost attention are refitted to carry what they can foretell of it. On the built-in model
-    it cost five points with 50 images and gave a third of one with 256."""
-    finetune_steps: int = 0
-    """closed: gradient steps on the teacher's features after the closed form."""
-    preset: Literal["clean", "paper"] = "clean"
-    """finetune: `paper` follows the authors' code in its quirks too."""
-    k: int | None = None
-    """finetune: how many blocks lose their attention; None: as few as the budget allows."""
-    steps: int = 2000
-    """finetune: optimiser steps of each trial and of each progressive stage; `paper` takes them as epochs."""
-    lr: float = 3e-5
-    """Top of the learning rate of every fine-tuning here."""
-    metric_images: int = 50
-    """finetune: synthetic images on which trials are compared."""
-    metric_steps: int = 2000
-    """finetune: steps of their synthesis."""
-    augment: Augment = Augment(randaugment="rand-m9-mstd0.5-inc1")
-    """How the images are varied in every fine-tuning here."""
-
-    def __post_init__(self) -> None:
-        least = {"images": 1, "batch_size": 1, "align": 1, "probe_images": 1, "steps": 1, "metric_images": 1}
-        least |= {"metric_steps": 1, "finetune_steps": 0, "seed": 0}
-        for name, low in least.items():
-            if getattr(self, name) < low:
-                raise ConfigError(f"dcvit: {name}={getattr(self, name)!r}; expected {low} or more.")
-        if self.ridge is not None and not 0 < self.ridge < float("inf"):
-            raise ConfigError(f"dcvit: ridge={self.ridge!r}; expected a finite number above 0, such as 0.01, or none.")
-        if not 0 < self.lr < float("inf"):
-            raise ConfigError(f"dcvit: lr={self.lr!r}; expected a finite number above 0, such as 3e-5.")
-        if self.k is not None and self.k < 1:
-            raise ConfigError(
-                f"dcvit: k={self.k!r}; expected 1 block or more, or none to take as few as the budget allows."
-            )
-        for name in IGNORED[self.variant]:
-            if getattr(self, name) != self.__dataclass_fields__[name].default:
-                raise ConfigError(
-                    f"dcvit: {name}={getattr(self, name)!r} has no meaning in variant {self.variant!r}; leave it out, or "
-                    f"choose variant={'finetune' if self.variant == 'closed' else 'closed'!r}."
-                )
 
 
 # -------------------------------------------------------------------------------------------------------- what is possible

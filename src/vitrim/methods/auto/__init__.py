@@ -1,0 +1,29 @@
+"""`auto`: one plan over all axes under one budget, by closed forms. `run` says how."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vitrim import lazy
+from vitrim.lazy import later
+from vitrim.methods.auto.config import AXES, AutoConfig
+from vitrim.methods.method import Method
+
+if TYPE_CHECKING:
+    from vitrim.methods.auto.run import compress, compress_family, floor, plan, predict, step
+
+__all__ = ["AXES", "METHOD", "AutoConfig", "compress", "compress_family", "floor", "plan", "predict", "step"]
+
+METHOD = Method(
+    name="auto",
+    cuts="every axis at once: ranks, MLP units, attentions, blocks, the width of the stream, tokens",
+    config=AutoConfig,
+    compress=later("vitrim.methods.auto.run:compress"),
+    plan=later("vitrim.methods.auto.run:plan"),
+    family=later("vitrim.methods.auto.run:compress_family"),
+    predict=later("vitrim.methods.auto.run:predict"),
+)
+
+__getattr__, __dir__ = lazy.names(
+    __name__, dict.fromkeys(("compress", "compress_family", "floor", "plan", "predict", "step"), "run")
+)

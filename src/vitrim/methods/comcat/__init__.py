@@ -1,0 +1,55 @@
+"""`comcat`: low-rank products of attention and factorised MLPs. `run` says how."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vitrim import lazy
+from vitrim.lazy import later
+from vitrim.methods.comcat.config import ComcatConfig
+from vitrim.methods.method import Method
+
+if TYPE_CHECKING:
+    from vitrim.methods.comcat.run import (
+        Group,
+        Key,
+        allocate,
+        compress,
+        factorise,
+        floor,
+        groups,
+        plan,
+        step,
+        with_ranks,
+    )
+
+__all__ = [
+    "METHOD",
+    "ComcatConfig",
+    "Group",
+    "Key",
+    "allocate",
+    "compress",
+    "factorise",
+    "floor",
+    "groups",
+    "plan",
+    "step",
+    "with_ranks",
+]
+
+METHOD = Method(
+    name="comcat",
+    cuts="ranks of each head's query-key and value-output products, and of the MLP's linears",
+    config=ComcatConfig,
+    compress=later("vitrim.methods.comcat.run:compress"),
+    plan=later("vitrim.methods.comcat.run:plan"),
+    variants=("whitened", "svd"),
+)
+
+__getattr__, __dir__ = lazy.names(
+    __name__,
+    dict.fromkeys(
+        ("Group", "Key", "allocate", "compress", "factorise", "floor", "groups", "plan", "step", "with_ranks"), "run"
+    ),
+)

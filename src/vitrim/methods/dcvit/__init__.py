@@ -1,0 +1,68 @@
+"""`dcvit`: whole attentions, MLP units and whole blocks, from a few unlabelled images. `run` says how."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vitrim import lazy
+from vitrim.lazy import later
+from vitrim.methods.dcvit.config import DcvitConfig
+from vitrim.methods.method import Method
+
+if TYPE_CHECKING:
+    from vitrim.methods.dcvit.run import (
+        Option,
+        allocate,
+        block_options,
+        compress,
+        compress_family,
+        floor,
+        plan,
+        solve,
+        step,
+        tables,
+    )
+
+__all__ = [
+    "METHOD",
+    "DcvitConfig",
+    "Option",
+    "allocate",
+    "block_options",
+    "compress",
+    "compress_family",
+    "floor",
+    "plan",
+    "solve",
+    "step",
+    "tables",
+]
+
+METHOD = Method(
+    name="dcvit",
+    cuts="whole attentions, MLP units, whole blocks",
+    config=DcvitConfig,
+    compress=later("vitrim.methods.dcvit.run:compress"),
+    plan=later("vitrim.methods.dcvit.run:plan"),
+    variants=("closed", "finetune"),
+    family=later("vitrim.methods.dcvit.run:compress_family"),
+)
+
+__getattr__, __dir__ = lazy.names(
+    __name__,
+    dict.fromkeys(
+        (
+            "Option",
+            "allocate",
+            "block_options",
+            "compress",
+            "compress_family",
+            "floor",
+            "plan",
+            "solve",
+            "step",
+            "tables",
+        ),
+        "run",
+    ),
+)

@@ -1,0 +1,93 @@
+"""How a network is trained, as values. No torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from vitrim.config import Augment, checked, read
+from vitrim.errors import ConfigError
+
+
+@checked
+class TrainConfig:
+    """How a network is trained. `batch_size` counts the images of all processes."""
+
+    epochs: float = Field(default=30.0, gt=0)
+    """Passes over the training images; of no account where `steps` is given."""
+    steps: int | None = Field(default=None, ge=1)
+    """Optimiser steps of the whole run; None: as many as `epochs` makes."""
+    batch_size: int = Field(default=128, ge=1)
+    """Images that one optimiser step sees, over all processes and micro-batches."""
+    accumulate: int = Field(default=1, ge=1)
+    """Micro-batches of one step: more need less memory and give the same gradients."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: float = Field(default=1e-3, gt=0)
+    """Learning rate at the top of the schedule."""
+    min_lr: float = Field(default=1e-5, ge=0)
+    """Learning rate at the end of the cosine."""
+    warmup: float = Field(default=0.05, ge=0, lt=1)
+    """Share of the run in which the learning rate rises from zero."""
+    weight_decay: float = Field(default=0.05, ge=0)
+    """Of matrices and kernels; vectors, tokens and position tables have none."""
+    clip: float | None = Field(default=1.0, gt=0)
+    """Largest norm of the gradient; None: as it comes."""
+    ema_decay: float | None = Field(default=None, gt=0, lt=1)
+    """Keep a running mean of the weights, and validate and return that; None: the weights themselves."""
+    amp: Literal["no", "bf16", "fp16"] = "no"
+    """Precision of the products; weights stay float32. fp16 needs a GPU."""
+    smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """Share of each target that is spread over all classes."""
+    mixup: float = Field(default=0.0, ge=0)
+    """Alpha of mixup; 0: none."""
+    cutmix: float = Field(default=0.0, ge=0)
+    """Alpha of cutmix; 0: none. With both, each batch takes one of them."""
+    mix_share: float = Field(default=1.0, ge=0, le=1)
+    """Share of the batches that are mixed at all."""
+    augment: Augment = Augment()
+    """What happens to a single image."""
+    seed: int = Field(default=0, ge=0)
+    workers: int = Field(default=0, ge=0)
+    """Processes that decode images; 0: this one. Changes no result."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    world_size: int = Field(default=1, ge=1)
+    """Processes that torchrun must have started."""
+    grad_checkpoint: bool = False
+    """Recompute the blocks in the backward pass: less memory, a third more time."""
+    eval_every: int | None = Field(default=None, ge=1)
+    """Steps between validations; None: one at the end of each epoch, but at least 50 steps apart: an epoch of few images is
+    shorter than a validation. There is always one at the end."""
+    log_every: int = Field(default=20, ge=1)
+    """Steps between lines of metrics.jsonl."""
+    checkpoint_seconds: float = Field(default=180.0, ge=0)
+    """Time between checkpoints; 0: one at each step."""
+    tracker: str | None = None
+    """Another place for the metrics, by its name in accelerate: "tensorboard", "wandb", ..."""
+
+    def __post_init__(self) -> None:
+        parts = self.accumulate * self.world_size
+        if self.batch_size % parts:
+            raise ConfigError(
+                f"batch_size={self.batch_size} does not divide into accumulate={self.accumulate} micro-batches on "
+                f"world_size={self.world_size} processes; expected a multiple of {parts}."
+            )
+        if (self.mixup or self.cutmix) and self.micro_batch % 2:
+            raise ConfigError(
+                f"mixup and cutmix pair the images of a micro-batch, which has {self.micro_batch}; expected an even "
+                f"number. Change batch_size or accumulate, or set mixup=0 and cutmix=0."
+            )
+        if self.min_lr > self.lr:
+            raise ConfigError(f"min_lr={self.min_lr!r} above lr={self.lr!r}; expected at most that.")
+
+    @property
+    def micro_batch(self) -> int:
+        """Images that one process takes at a time."""
+        return self.batch_size // (self.accumulate * self.world_size)
+
+    def total_steps(self, images: int) -> int:
+        """Optimiser steps of the run on so many images."""
+        return self.steps or max(1, round(self.epochs * (images // self.batch_size)))
+
+
+read_config = read  # its name here until 0.2

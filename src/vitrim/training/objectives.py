@@ -1,0 +1,439 @@
+"""What a network is trained for: labels, a teacher's answers, a teacher's features. And `train`, on labels."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vitrim import artifact
+from vitrim import data as data_module
+from vitrim.codec import plain
+from vitrim.data import Images
+from vitrim.data.draws import seeded
+from vitrim.errors import ConfigError, DataError, TrainingError
+from vitrim.model import Vit, build
+from vitrim.progress import Progress
+from vitrim.spec import Config, ModelSpec, Output, Preprocess
+from vitrim.training.config import TrainConfig
+from vitrim.training.loop import AMP_DTYPES, FitResult, fit, mapped
+from vitrim.training.objective import Batch, Step
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""(logits B classes, labels) -> a scalar, a mean over the images."""
+
+_INITIAL = 0x696E_6974  # keeps these draws apart from others with the same seed
+NO_DECAY = ("prefix", "position", "latent")
+
+
+def decay_groups(named: Iterable[tuple[str, nn.Parameter]]) -> list[dict[str, Any]]:
+    """Two optimiser groups: matrices and kernels decay; vectors, tokens and position tables do not."""
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
+    for name, parameter in named:
+        if parameter.requires_grad:
+            plain = parameter.dim() < 2 or name.rsplit(".", 1)[-1] in NO_DECAY
+            (free if plain else decayed).append(parameter)
+    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": free, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+class Plain:
+    """What the objectives here share: they train the model's own weights, in one phase, and have no state."""
+
+    def __init__(self) -> None:
+        self.parts: dict[str, Tensor] = {}
+
+    def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        return decay_groups(model.named_parameters())
+
+    def after_backward(self, step: Step) -> None:
+        """Nothing to do."""
+
+    def after_step(self, step: Step) -> None:
+        """Nothing to do."""
+
+    def phase(self, step: Step) -> str:
+        return "train"
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to restore."""
+
+    def metrics(self) -> dict[str, float]:
+        """The parts of the loss, as the latest micro-batch of this process had them."""
+        return {name: float(part) for name, part in self.parts.items()}
+
+
+class Supervised(Plain):
+    """Labels. `loss` replaces the default: cross entropy, or binary cross entropy where an image has several labels."""
+
+    def __init__(self, *, smoothing: float = 0.0, multi_label: bool = False, loss: Loss | None = None) -> None:
+        """smoothing: share of a target that is spread over all classes; of the two answers to each label, if multi-label."""
+        super().__init__()
+        self.smoothing, self.multi_label, self.custom = smoothing, multi_label, loss
+
+    def loss(self, model: nn.Module, batch: Batch, step: Step) -> Tensor:
+        return self.score(model(batch.images), batch.labels)
+
+    def score(self, logits: Tensor, labels: Tensor | None) -> Tensor:
+        """Loss of logits [B, classes] against the labels of their batch: int64 [B], or [B, classes]."""
+        if labels is None:
+            raise DataError(
+                "the images have no labels, which this training needs; give labelled ones or train label-free."
+            )
+        logits = _wide(logits)
+        if self.custom is not None:
+            return self.custom(logits, labels)
+        if self.multi_label:
+            targets = labels.to(logits.dtype) * (1 - self.smoothing) + 0.5 * self.smoothing
+            return F.binary_cross_entropy_with_logits(logits, targets)
+        return F.cross_entropy(logits, labels, label_smoothing=self.smoothing)
+
+
+class _Taught(Plain):
+    """An objective with a teacher, which is never changed: asked in eval mode, without gradients."""
+
+    def __init__(self, teacher: Vit) -> None:
+        super().__init__()
+        self.given = teacher
+        self.teacher = teacher
+        self.shift: tuple[Tensor, Tensor] | None = None
+
+    def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        first = next(model.parameters())
+        own = next(self.given.parameters())
+        apart = self.given.training or own.device != first.device or own.dtype != first.dtype
+        self.teacher = copy.deepcopy(self.given).to(first.device, first.dtype).eval() if apart else self.given
+        if isinstance(model, Vit):
+            self._check(model)
+        return super().param_groups(model)
+
+    def _check(self, model: Vit) -> None:
+        """Refuse a teacher that cannot teach this model."""
+        ours, theirs = model.config, self.teacher.config
+        if ours.spec.classes != theirs.spec.classes:
+            raise ConfigError(
+                f"the teacher has {theirs.spec.classes} classes, the model {ours.spec.classes}; expected the same. "
+                "Take the network that the model was cut from."
+            )
+        if ours.labels is not None and theirs.labels is not None and ours.labels != theirs.labels:
+            raise ConfigError(
+                f"the teacher's classes are not the model's: {theirs.labels[:3]}... against {ours.labels[:3]}...; expected "
+                "the same names in the same order. Take the network that the model was cut from."
+            )
+        if ours.preprocess is not None and theirs.preprocess is not None:
+            here, there = ours.preprocess, theirs.preprocess
+            if (here.mean, here.std) != (there.mean, there.std):  # the teacher sees images as it was trained on them
+                first = next(model.parameters())
+                mean, std, their_mean, their_std = (
+                    torch.tensor(v, device=first.device, dtype=first.dtype).view(-1, 1, 1)
+                    for v in (here.mean, here.std, there.mean, there.std)
+                )
+                self.shift = std / their_std, (mean - their_mean) / their_std
+
+    @torch.no_grad()
+    def ask(self, images: Tensor, want: tuple[str, ...]) -> dict[str, Any]:
+        """What the teacher says of the model's images [B, C, h, w]."""
+        if self.shift is not None:
+            images = images * self.shift[0] + self.shift[1]
+        found: dict[str, Any] = self.teacher(images, want=want)
+        return found
+
+    def matched(self, found: dict[str, Any], theirs: dict[str, Any], taps: tuple[str, ...]) -> Tensor:
+        """Mean over the taps of the squared distance of the streams, as a share of the teacher's mean square."""
+        prefix = len(self.teacher.spec.prefix)
+        total = []
+        for tap in taps:
+            ours, goal = _wide(found[tap]), _wide(theirs[tap])
+            if ours.shape[1] == prefix != goal.shape[1]:  # after an exact tail only the prefix tokens are left
+                goal = goal[:, :prefix]
+            if ours.shape != goal.shape:
+                raise ConfigError(
+                    f"{tap}: the model's stream is {tuple(ours.shape[1:])}, the teacher's {tuple(goal.shape[1:])}; expected "
+                    "equal tokens and widths. Match blocks before the first token step, or none."
+                )
+            total.append((ours - goal).square().mean() / goal.square().mean())
+        return torch.stack(total).mean()
+
+
+class Distilled(_Taught):
+    """Labels and a teacher's answers: (1 - alpha) * label loss + alpha * teacher loss [+ the streams' distance].
+
+    A model with a distillation token answers the labels by its other classifiers and the teacher by that one.
+    """
+
+    def __init__(
+        self,
+        teacher: Vit,
+        *,
+        kind: Literal["soft", "hard"] = "soft",
+        alpha: float = 0.5,
+        tau: float = 2.0,
+        features: Sequence[int] = (),
+        feature_weight: float = 1.0,
+        smoothing: float = 0.0,
+        multi_label: bool = False,
+        loss: Loss | None = None,
+    ) -> None:
+        """kind: "soft" is tau^2 * KL at temperature tau, "hard" cross entropy with the teacher's choice.
+
+        alpha: weight of the teacher in [0, 1]; at 1 no labels are needed. features: blocks whose outputs are matched too.
+        multi_label: the teacher's answers are one probability for each label. loss: in place of the label loss.
+        """
+        super().__init__(teacher)
+        if kind not in ("soft", "hard"):
+            raise ConfigError(f"kind={kind!r}; expected 'soft' or 'hard'.")
+        if not 0 <= alpha <= 1 or not tau > 0:
+            raise ConfigError(f"alpha={alpha!r}, tau={tau!r}; expected alpha in [0, 1] and tau above 0.")
+        if not teacher.spec.outputs:
+            raise ConfigError("the teacher has no classifier; train label-free on its features instead.")
+        self.kind, self.alpha, self.tau = kind, alpha, tau
+        self.taps = tuple(f"block:{i}" for i in features)
+        self.feature_weight, self.multi_label = feature_weight, multi_label
+        self.labels = Supervised(smoothing=smoothing, multi_label=multi_label, loss=loss)
+
+    def loss(self, model: nn.Module, batch: Batch, step: Step) -> Tensor:
+        found = model(batch.images, want=("logits", "outputs", *self.taps))
+        theirs = self.ask(batch.images, ("logits", *self.taps))
+        told = [name for name in found["outputs"] if "dist" in name]
+        by_label, by_teacher = found["logits"], found["logits"]
+        if told and len(told) < len(found["outputs"]):
+            by_teacher = torch.stack([found["outputs"][name] for name in told]).mean(0)
+            by_label = torch.stack([y for name, y in found["outputs"].items() if name not in told]).mean(0)
+        teacher = self._teacher_loss(_wide(by_teacher), _wide(theirs["logits"]))
+        total = self.alpha * teacher
+        self.parts = {"teacher_loss": teacher.detach()}
+        if self.alpha < 1:
+            label = self.labels.score(by_label, batch.labels)
+            total = total + (1 - self.alpha) * label
+            self.parts["label_loss"] = label.detach()
+        if self.taps:
+            distance = self.matched(found, theirs, self.taps)
+            total = total + self.feature_weight * distance
+            self.parts["feature_loss"] = distance.detach()
+        return total
+
+    def _teacher_loss(self, ours: Tensor, theirs: Tensor) -> Tensor:
+        if self.multi_label:
+            heat = self.tau if self.kind == "soft" else 1.0
+            goal = torch.sigmoid(theirs / heat) if self.kind == "soft" else (theirs > 0).to(ours.dtype)
+            return heat**2 * F.binary_cross_entropy_with_logits(ours / heat, goal)
+        if self.kind == "hard":
+            return F.cross_entropy(ours, theirs.argmax(-1))
+        return _divergence(ours, theirs, self.tau)
+
+
+class LabelFree(_Taught):
+    """A teacher's features and answers, without labels: the streams' distance at the taps, and the result's.
+
+    The result is the logits (KL divergence), or the pooled features of an encoder (relative distance).
+    """
+
+    def __init__(self, teacher: Vit, *, taps: Sequence[str] | None = None) -> None:
+        """taps: what to match, as `want` names it ("block:5", "mid:5"); None: the last block, () the result alone."""
+        super().__init__(teacher)
+        last = len(teacher.spec.blocks) - 1
+        self.taps = ((f"block:{last}",) if last >= 0 else ()) if taps is None else tuple(taps)
+
+    def loss(self, model: nn.Module, batch: Batch, step: Step) -> Tensor:
+        want = ("logits", *self.taps)
+        found, theirs = model(batch.images, want=want), self.ask(batch.images, want)
+        if self.teacher.spec.outputs:
+            total = _divergence(_wide(found["logits"]), _wide(theirs["logits"]), 1.0)
+        else:
+            goal = _wide(theirs["logits"])
+            total = (_wide(found["logits"]) - goal).square().mean() / goal.square().mean()
+        self.parts = {"result_loss": total.detach()}
+        if self.taps:
+            distance = self.matched(found, theirs, self.taps)
+            self.parts["feature_loss"] = distance.detach()
+            total = total + distance
+        return total
+
+
+def _wide(x: Tensor) -> Tensor:
+    """At least float32: losses are not taken in half precision."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _divergence(ours: Tensor, theirs: Tensor, tau: float) -> Tensor:
+    """tau^2 * KL(teacher || model) at temperature tau, a mean over the images.  Both B classes."""
+    ours, theirs = F.log_softmax(ours / tau, -1), F.log_softmax(theirs / tau, -1)
+    return F.kl_div(ours, theirs, reduction="batchmean", log_target=True) * tau**2
+
+
+# ------------------------------------------------------------------------------------------------- training on labels
+
+Metric = Callable[[Tensor, Tensor], Mapping[str, float]]
+"""(logits n classes, labels) of all validation images -> figures."""
+
+
+def train(
+    source: ModelSpec | Config | Vit,
+    data: Any,
+    config: TrainConfig | None = None,
+    *,
+    out: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    new_head: bool = False,
+    loss: Loss | None = None,
+    metric: Metric | None = None,
+    provenance: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> FitResult:
+    """Train on labels: from scratch (a spec or a config), or on from a model's weights. Gives a new model.
+
+    data: whatever `vitrim.data.open` takes; its train split is learned, its validation split scored.
+    out: folder that becomes the artifact, beside metrics.jsonl and checkpoints. resume: go on where a run there stopped.
+    new_head: fresh classifiers for the classes of the data. Without it, classes are matched by name.
+    loss, metric: in place of cross entropy (binary where an image has several labels) and of top-1.
+    Raises DataError on classes that do not match, and what `fit` raises.
+    """
+    config = config or TrainConfig()
+    images, held = (data_module.open(data, split=split, labelled=True) for split in ("train", "validation"))
+    with seeded(_INITIAL, config.seed):  # the same start on every process, and after every restart
+        model = _starting_model(source, images.classes, _classes(images), new_head=new_head)
+    mapping = _label_map(model, images)
+    labels = images.labels
+    multi_label = labels is not None and labels.dim() > 1
+    objective = Supervised(smoothing=config.smoothing, multi_label=multi_label, loss=loss)
+    _refuse_foreign_folder(out, resume=resume)
+    result = fit(
+        model,
+        objective,
+        images,
+        config,
+        out=out,
+        resume=resume,
+        label_map=mapping,
+        validate=_scorer(held, objective, config, mapping, metric),
+        progress=progress,
+    )
+    if out is not None and int(os.environ.get("RANK", "0")) == 0:
+        scores: dict[str, Any] = next((r for r in reversed(result.history) if r["kind"] == "validate"), {})
+        known = {
+            "method": "train",
+            "config": plain(config),
+            "data": images.fingerprint(),
+            "seed": config.seed,
+            "metrics": {"validation": {k: v for k, v in scores.items() if k not in ("kind", "step", "seconds")}},
+            "steps": result.steps,
+            "seconds": round(result.seconds, 1),
+            **(provenance or {}),
+        }
+        artifact.save(result.model, out, provenance=known, force=True)
+    return result
+
+
+def _classes(images: Images) -> int:
+    if images.classes is not None:
+        return len(images.classes)
+    labels = images.labels
+    assert labels is not None
+    return labels.shape[1] if labels.dim() > 1 else int(labels.max()) + 1
+
+
+def _starting_model(
+    source: ModelSpec | Config | Vit, names: tuple[str, ...] | None, classes: int, *, new_head: bool
+) -> Vit:
+    """A new model; the caller's is only read."""
+    if isinstance(source, Vit):
+        model = with_new_head(source, classes, names) if new_head else copy.deepcopy(source)
+    else:
+        config = source if isinstance(source, Config) else Config(spec=source)
+        if new_head:
+            config = _config_with_head(config, classes, names)
+        if config.labels is None and config.spec.classes == classes:
+            config = dataclasses.replace(config, labels=names)
+        model = build(config)
+    if model.config.preprocess is None:
+        size = model.spec.image_px
+        middle = (0.5,) * model.spec.channels
+        model.config = dataclasses.replace(
+            model.config, preprocess=Preprocess(mean=middle, std=middle, size_px=size, crop=1.0)
+        )
+    if not model.spec.outputs:
+        raise ConfigError("the model has no classifier to train; pass new_head=True (--new-head) for one.")
+    if model.config.labels is None and model.spec.classes is not None and classes > model.spec.classes:
+        raise DataError(
+            f"the data has {classes} classes, the model {model.spec.classes}; pass new_head=True (--new-head) for a "
+            "classifier that fits."
+        )
+    return model
+
+
+def with_new_head(model: Vit, classes: int, labels: tuple[str, ...] | None) -> Vit:
+    """A copy with fresh classifiers for other classes; everything else keeps its weights. Draws from the global generator."""
+    fresh = build(_config_with_head(model.config, classes, labels))
+    state = {name: t for name, t in model.state_dict().items() if not name.startswith("heads.")}
+    fresh.load_state_dict(state, strict=False)
+    fresh.selection, fresh.provenance = model.selection, dict(model.provenance)
+    return fresh.to(next(model.parameters()).dtype)
+
+
+def _config_with_head(config: Config, classes: int, labels: tuple[str, ...] | None) -> Config:
+    old = config.spec.outputs or (Output(classes=classes),)
+    outputs = tuple(dataclasses.replace(output, classes=classes, rank=None) for output in old)
+    spec = dataclasses.replace(config.spec, outputs=outputs)
+    return dataclasses.replace(config, spec=spec, labels=labels, task="classification")
+
+
+def _label_map(model: Vit, images: Images) -> Tensor | None:
+    if model.config.labels is None or images.classes is None:
+        return None
+    return data_module.match_labels(model.config.labels, images.classes)
+
+
+def _refuse_foreign_folder(out: str | os.PathLike[str] | None, *, resume: bool) -> None:
+    if out is None or not Path(out).exists():
+        return
+    if not Path(out).is_dir():
+        raise TrainingError(f"{Path(out).name}: is a file; expected a folder to write. Give another name.")
+    names = sorted(path.name for path in Path(out).iterdir())
+    if names and not resume:
+        raise TrainingError(
+            f"{Path(out).name}/ exists and holds {names[0]!r}; nothing is overwritten unasked. "
+            "Pass resume=True (--resume) to go on with a run there, or choose another folder."
+        )
+    if names and "metrics.jsonl" not in names:
+        raise TrainingError(
+            f"{Path(out).name}/ holds {names[0]!r} and no metrics.jsonl, so there is no training to resume; "
+            "choose another folder."
+        )
+
+
+def _scorer(
+    images: Images, objective: Supervised, config: TrainConfig, label_map: Tensor | None, metric: Metric | None
+) -> Callable[[Vit], dict[str, float]]:
+    """Score a model on all images of a split."""
+
+    @torch.no_grad()
+    def score(model: Vit) -> dict[str, float]:
+        assert model.config.preprocess is not None
+        parameter = next(model.parameters())
+        transform = data_module.evaluation(model.config.preprocess)
+        answers, truths = [], []
+        for x, y in data_module.batches(images, transform, 256, workers=config.workers, device=parameter.device):
+            assert y is not None
+            with torch.autocast(parameter.device.type, enabled=config.amp != "no", dtype=AMP_DTYPES.get(config.amp)):
+                answers.append(model(x.to(parameter.dtype)).to(parameter.dtype).cpu())
+            truths.append(y.cpu())
+        logits, labels = torch.cat(answers), mapped(torch.cat(truths), label_map, model.spec.classes)
+        found = {"loss": float(objective.score(logits, labels)), "count": float(len(labels))}
+        if metric is not None:
+            return {**found, **metric(logits, labels)}
+        if labels.dim() > 1:
+            return {**found, "label_accuracy": float(((logits > 0) == (labels > 0.5)).double().mean())}
+        return {**found, "top1": float((logits.argmax(1) == labels).double().mean())}
+
+    return score
