@@ -464,15 +464,32 @@ def test_a_search_behind_another_method_learns_from_the_dense_network_and_counts
     made = job(tmp_path / "a", model=model, config=config, init="auto", recover=None, measure=None)
     assert [step.method for step in made.model.selection.steps] == ["exact_tail", "auto", "uvc"]
     assert seen[0].spec == model.spec
-    found = made.summary["search"]
     dense, small = counting.cost(model.spec).macs, counting.cost(made.spec).macs
-    assert found["finaliser"]["macs"]["final"] == pytest.approx(small / dense)
-    assert found["history"][-1]["budget"]["macs"] == pytest.approx(0.35, abs=1e-3)
-    saving = found["saving"]["macs"]
-    assert saving["share"] == pytest.approx(1 - small / dense)
-    assert saving["before"] + saving["widths"] + saving["skipping"] == pytest.approx(1)
-    assert saving["before"] > 0.2
-    assert "before the search began" in made.report.read_text(encoding="utf-8")
+    (lines,) = (part["series"] for part in made.summary["sections"] if part["caption"] == "MACs against the budget")
+    assert lines[1]["name"] == "budget"
+    assert lines[1]["points"][-1][1] == pytest.approx(0.35, abs=1e-3)
+    (saved,) = (part["rows"] for part in made.summary["sections"] if part["kind"] == "table")
+    share, before, widths, skipping, _ = (row[1] for row in saved)
+    assert share == pytest.approx(1 - small / dense)
+    assert before + widths + skipping == pytest.approx(1)
+    assert before > 0.2
+    assert "before the search" in made.report.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("config", "title"),
+    [
+        (COMCAT, "Energy lost"),
+        (AutoConfig(budget=Budget(keep_macs=0.6), images=16, builds=1), "Predicted and reached"),
+        (DcvitConfig(budget=Budget(keep_macs=0.6), images=16, probe_images=4, batch_size=4), "Predicted loss by block"),
+    ],
+)
+def test_what_a_method_shows_of_its_choice_is_on_the_page(tmp_path: Path, config: Any, title: str) -> None:
+    made = job(tmp_path / "a", config=config, recover=None, measure=None, data=pictures(80))
+    assert [part["title"] for part in made.summary["sections"]] == [title]
+    page = made.report.read_text(encoding="utf-8")
+    assert f"<h2>{title}</h2>" in page
+    assert 'data-path="sections/0/rows/0/1"' in page
 
 
 def test_few_photos_are_recovered_on_in_smaller_batches_and_it_is_said(tmp_path: Path) -> None:

@@ -1,15 +1,116 @@
-"""What a compression or a recovery gives: the smaller network with its history, ready to save."""
+"""What a compression or a recovery gives: the smaller network with its history, and what a report shows of it.
+
+Torch is needed where a network is saved, not to describe a table.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from . import artifact
-from .model import Vit
-from .spec import ModelSpec, Selection
+from vitrim.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vitrim.model import Vit
+    from vitrim.spec import ModelSpec, Selection
+
+Format = Literal["plain", "whole", "count", "percent", "signed", "seconds", "ms", "times", "megabytes"]
+"""How a number is shown: 0.0312, 1 024, 83.6 M, 12.5 % of a share, +1.5, 3 min 20 s, 1.25 ms, 1.87×, 4.8 MB of bytes."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Column:
+    heading: str
+    format: Format = "plain"
+    """Of the column's numbers; words are shown as they are."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Table:
+    """Figures of a method, for the report of its run."""
+
+    title: str
+    """The heading. Neighbours of one title stand under one heading."""
+    caption: str = ""
+    """What this one shows, where several share a title."""
+    lead: str = ""
+    """A sentence or two below the heading."""
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[float | str | None, ...], ...]
+    """A cell for each column, the first of which names the row; None: no figure."""
+
+    def __post_init__(self) -> None:
+        for index, row in enumerate(self.rows):
+            if len(row) != len(self.columns):
+                raise ConfigError(
+                    f"table {self.title!r}: row {index} has {len(row)} cells; expected {len(self.columns)}, one for each column."
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {"kind": "table", **_plain(self)}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Axis:
+    label: str = ""
+    format: Format = "plain"
+    bounds: tuple[float, float] | None = None
+    """Where it begins and ends; None: across from 0 to the last point, up around the values."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Series:
+    """One line. A single point is drawn as a dot."""
+
+    name: str
+    points: tuple[tuple[float, float], ...]
+    style: Literal["line", "marked", "dashed"] = "line"
+    """marked: a dot at each point.  dashed: what is aimed at or compared with."""
+    named: bool = False
+    """Whether its name stands beside it; else it shows when pointed at, and to screen readers."""
+
+    def __post_init__(self) -> None:
+        if not self.points:
+            raise ConfigError(f"series {self.name!r} has no points; expected one or more. Leave it out.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Curve:
+    """One chart of a method, for the report of its run. title, caption, lead: as a table's."""
+
+    title: str
+    caption: str = ""
+    lead: str = ""
+    x: Axis
+    y: Axis
+    series: tuple[Series, ...]
+
+    def __post_init__(self) -> None:
+        if not self.series:
+            raise ConfigError(
+                f"curve {self.caption or self.title!r} has no series; expected one or more. Leave it out."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {"kind": "curve", **_plain(self)}
+
+
+Section = Table | Curve
+
+
+def _plain(section: Section) -> dict[str, Any]:
+    return {name: _lists(value) for name, value in asdict(section).items()}
+
+
+def _lists(value: Any) -> Any:
+    """Tuples as JSON has them."""
+    if isinstance(value, Mapping):
+        return {name: _lists(inner) for name, inner in value.items()}
+    return [_lists(inner) for inner in value] if isinstance(value, Iterable) and not isinstance(value, str) else value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,4 +133,6 @@ class Compressed:
 
     def save(self, folder: str | Path, *, provenance: Mapping[str, Any] | None = None, force: bool = False) -> Path:
         """Write the artifact folder. Raises ArtifactError when it exists and `force` is not set."""
+        from vitrim import artifact
+
         return artifact.save(self, folder, provenance=provenance, force=force)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -47,8 +46,13 @@ LEAST_GAIN = 1.05
 STEPS_PER_SPEED_ROUND = 50
 """A recovery of so many steps is followed by one round that times its step against the dense model's; at most three rounds."""
 
-PLOTTED = 150
-"""Rows of a search that its plots show."""
+SECTIONS: dict[str, Callable[[Mapping[str, Any]], tuple[Section, ...]]] = {
+    "auto": auto_sections.sections,
+    "comcat": comcat_sections.sections,
+    "dcvit": dcvit_sections.sections,
+    "uvc": uvc_sections.sections,
+}
+"""Tables and curves for the report, by the method that supplies them."""
 
 log = logging.getLogger("vitrim.pipeline")
 
@@ -534,8 +538,7 @@ class _Work:
                 "seconds": recovery["train_seconds"],
                 "images_per_s": recovery["images_per_s"],
             },
-            "search": _search(compressed, dense),
-            "prediction": _prediction(compressed["report"]),
+            "sections": _sections(compressed, dense),
             "warnings": [*found["plan"]["warnings"], *compressed["warnings"], *found["evaluate"]["warnings"]],
             "seconds": {stage: found[stage]["seconds"] for stage in STAGES if stage in found},
             "provenance": {
@@ -559,42 +562,11 @@ class _Work:
         return text
 
 
-def _search(compressed: Mapping[str, Any], dense: Cost) -> dict[str, Any] | None:
-    """What a searching method did on its way, thinned to what a plot shows; None for the others.
-
-    A method's shares refer to the network that it was given, behind an exact tail or another method; here to the dense one.
-    """
-    rows = [row for row in compressed["history"] if "cost" in row and "budget" in row]
-    if not rows:
-        return None
-    every = math.ceil(len(rows) / PLOTTED)
-    told = compressed["report"]
-    of_dense = {name: compressed["start"][name] / getattr(dense, name) for name in ("macs", "params")}
-    drawn = []
-    for row in [*rows[:-1:every], rows[-1]]:
-        shares = {key: {name: value * of_dense[name] for name, value in row[key].items()} for key in ("cost", "budget")}
-        drawn.append({**row, **shares})
-    kept: dict[str, Any] = {}
-    if "saving" in told:
-        kept["saving"] = {}
-        for name, saving in told["saving"].items():
-            before, own = 1 - of_dense[name], saving["share"] * of_dense[name]
-            parts = {"before": before, **{key: saving[key] * own for key in ("widths", "skipping")}}
-            total = max(before + own, 1e-12)
-            kept["saving"][name] = {"share": before + own, **{key: value / total for key, value in parts.items()}}
-    if "finaliser" in told:
-        kept["finaliser"] = {
-            name: {key: value * of_dense[name] for key, value in row.items()} for name, row in told["finaliser"].items()
-        }
-    ended = {key: told["search"][key] for key in ("ended", "judged")} if "search" in told else {}
-    return {"history": drawn, **ended, **kept}
-
-
-def _prediction(told: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What a planning method expected of its candidates beside what they reached; None for the others."""
-    if "predicted_kl" not in told or "reached_kl" not in told:
-        return None
-    return {key: told[key] for key in ("metric", "predicted_kl", "reached_kl", "candidates") if key in told}
+def _sections(compressed: Mapping[str, Any], dense: Cost) -> list[dict[str, Any]]:
+    """What the method shows of its own choice, for the report."""
+    facts = {"dense": dense.to_dict(), **{key: compressed[key] for key in ("report", "history", "start")}}
+    told = SECTIONS.get(compressed["method"])
+    return [] if told is None else [section.to_dict() for section in told(facts)]
 
 
 def reference_of(dense: Vit, relative_to: str) -> Cost:

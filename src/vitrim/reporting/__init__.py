@@ -18,9 +18,8 @@
     timing    {rows, speedups, notes}: of `vitrim.timing`, models named "dense" and "compressed"; None if not measured
     recovery  {objective, steps, seconds, curve: [{step, loss}], validation: [{step, top1}], images_per_s: {dense, compressed}: of a
               training step, timed in turns; None after a short one}; None without one
-    search    {history: [{step, cost, budget, z, removed, gates}], ended, judged, saving, finaliser}, of a method that searches; else None
-    prediction {metric, predicted_kl, reached_kl, candidates: [{width, steps, macs, params, predicted_kl, reached_kl}]}, of a method that
-              plans; else None
+    sections  [what the method shows of its own choice: `vitrim.result.Table.to_dict()` or `Curve.to_dict()`]; the page knows these two
+              and no method. Absent from results of before they were there
     samples   [{image: data URI, name, label, predictions: {dense, compressed, recovered: {label, probability}}}]
     samples_note  how they were chosen
     warnings  [sentence]

@@ -1,24 +1,63 @@
-"""Charts as inline SVG, written by hand: a few kB, and their colours follow the page's light or dark scheme.
+"""Charts as inline SVG: a few kB, and their colours follow the page's light or dark scheme.
 
 All are drawn for a width of 360 units, about a phone's, so that their text stays readable there.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from html import escape
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from vitrim.reporting.figures import count, percent, three
+from markupsafe import Markup
+
+from vitrim.reporting.figures import FORMS, count, percent
 
 WIDTH, LEFT, RIGHT = 360, 44, 10
+ACROSS = WIDTH - LEFT - RIGHT
 
 
-def svg(body: str, *, height: float, title: str, description: str, name: str) -> str:
-    """The frame, with a title and a description for those who do not see it. name: unique on the page."""
-    return (
-        f'<svg class="chart" viewBox="0 0 {WIDTH} {height:g}" role="img" aria-labelledby="{name}-title {name}-desc">'
-        f'<title id="{name}-title">{escape(title)}</title><desc id="{name}-desc">{escape(description)}</desc>{body}</svg>'
+def tag(name: str, *inside: str, **attributes: str | float) -> Markup:
+    """An element. Strings are escaped, floats have a tenth of a unit; `kind` is its class, and _ in a name a hyphen."""
+    said = Markup("").join(
+        Markup(' {}="{}"').format(
+            "class" if key == "kind" else key.replace("_", "-"), f"{value:.1f}" if isinstance(value, float) else value
+        )
+        for key, value in attributes.items()
     )
+    return Markup("<{0}{1}>{2}</{0}>").format(name, said, Markup("").join(inside))
+
+
+def _svg(parts: Iterable[Markup], *, height: float, title: str, described: str, name: str) -> Markup:
+    """The frame, with a title and a description for those who do not see it. name: unique on the page."""
+    return tag(
+        "svg",
+        tag("title", title, id=f"{name}-title"),
+        tag("desc", described, id=f"{name}-desc"),
+        *parts,
+        kind="chart",
+        viewBox=f"0 0 {WIDTH} {height:g}",
+        role="img",
+        aria_labelledby=f"{name}-title {name}-desc",
+    )
+
+
+def _text(x: float, y: float, text: str, anchor: str, kind: str = "label") -> Markup:
+    return tag("text", text, kind=kind, x=float(x), y=float(y), text_anchor=anchor)
+
+
+def _line(kind: str, x1: float, y1: float, x2: float, y2: float) -> Markup:
+    return tag("line", kind=kind, x1=float(x1), y1=float(y1), x2=float(x2), y2=float(y2))
+
+
+def _levels(ticks: Sequence[float], at: Callable[[float], float], shown: Callable[[float], str]) -> list[Markup]:
+    """The grid's horizontal lines with their numbers."""
+    return [
+        part
+        for tick in ticks
+        for part in (
+            _line("grid", LEFT, at(tick), WIDTH - RIGHT, at(tick)),
+            _text(LEFT - 6, at(tick) + 4, shown(tick), "end"),
+        )
+    ]
 
 
 PARTS = {
@@ -27,201 +66,129 @@ PARTS = {
 }
 
 
-def block_costs(dense: Sequence[Any], compressed: Sequence[Any], *, what: str) -> str:
+def block_costs(dense: Sequence[Any], compressed: Sequence[Any], what: str) -> Markup:
     """Columns for each block: the dense model as an outline, the compressed one filled, attention under MLP.
 
     dense, compressed: the `blocks` of two costs.  what: "macs" or "params".
     """
     ticks = nice_ticks(0, max([block[what] for block in (*dense, *compressed)] + [1]))
-    high, base = 26, 200
-    scale = (base - high) / ticks[-1]
+    base = 200
+    scale = (base - 26) / ticks[-1]
     word = {"macs": "MACs", "params": "parameters"}[what]
-    parts = [_text(0, 11, word, "start")] + [_level(base - tick * scale, short(tick)) for tick in ticks]
-    slot = (WIDTH - LEFT - RIGHT) / max(1, len(dense))
+    parts = [_text(0, 11, word, "start"), *_levels(ticks, lambda tick: base - tick * scale, short)]
+    slot = ACROSS / max(1, len(dense))
     bar = min(34.0, slot * 0.72)
     every = math.ceil(len(dense) / 16)
     for index, before in enumerate(dense):
-        x = LEFT + slot * index + (slot - bar) / 2
-        tip = [f"block {index}: dense {count(before[what])}"]
-        shapes = _column(x, base, bar, before[what] * scale, "ghost")
+        x, y = LEFT + slot * index + (slot - bar) / 2, float(base)
+        tip = f"block {index}: dense {count(before[what])}"
+        shapes = [(before[what] * scale, y, "ghost")]
         if index < len(compressed):
-            after, y = compressed[index], float(base)
+            after = compressed[index]
+            tip += f", now {count(after[what])}"
             for part, kind in PARTS[what]:
-                shapes += _column(x, y, bar, after[part] * scale, kind)
+                shapes.append((after[part] * scale, y, kind))
                 y -= after[part] * scale
-            tip.append(f"now {count(after[what])}")
-        parts.append(f"<g><title>{escape(', '.join(tip))}</title>{shapes}</g>")
+        drawn = [
+            tag("rect", kind=kind, x=x, y=foot - tall, width=bar, height=tall)
+            for tall, foot, kind in shapes
+            if tall > 0
+        ]
+        parts.append(tag("g", tag("title", tip), *drawn))
         if index % every == 0:
             parts.append(_text(x + bar / 2, base + 15, str(index), "middle"))
-    parts.append(_text(LEFT + (WIDTH - LEFT - RIGHT) / 2, base + 31, "block", "middle"))
+    parts.append(_text(LEFT + ACROSS / 2, base + 31, "block", "middle"))
     total = sum(block[what] for block in compressed) / max(1, sum(block[what] for block in dense))
-    return svg(
-        "".join(parts),
-        height=236,
-        title=f"{word} of each block".capitalize() if what == "params" else f"{word} of each block",
-        description=f"Columns for {len(dense)} blocks; in all the blocks keep {percent(total)} of the dense model's {word}. "
+    return _svg(
+        parts,
+        height=base + 36,
+        title=f"{word[0].upper()}{word[1:]} of each block",
+        described=f"Columns for {len(dense)} blocks; in all the blocks keep {percent(total)} of the dense model's {word}. "
         "The figures are in the table below the charts.",
         name=f"block-{what}",
     )
 
 
-def _column(x: float, base: float, width: float, tall: float, kind: str) -> str:
-    if tall <= 0:
-        return ""
-    return f'<rect class="{kind}" x="{x:.1f}" y="{base - tall:.1f}" width="{width:.1f}" height="{tall:.1f}"/>'
-
-
-def speed(gains: Sequence[Any]) -> str:
+def speed(gains: Sequence[Any]) -> Markup:
     """Measured speed-ups as bars with their quartiles, the ideal one as a mark."""
-    ticks = nice_ticks(0, max([gain["ideal"] for gain in gains] + [gain["high"] for gain in gains] + [1.0]))
-    scale = (WIDTH - 20) / ticks[-1]
-    parts, row, left = [], 44, 10
+    ticks = nice_ticks(0, max([gain[key] for gain in gains for key in ("ideal", "high")] + [1.0]))
+    left, row = 10, 44
+    scale = (WIDTH - 2 * left) / ticks[-1]
     base = 8 + row * len(gains)
+    parts, said = [], []
     for tick in ticks:
         x = left + tick * scale
-        parts.append(f'<line class="{"one" if tick == 1 else "grid"}" x1="{x:.1f}" y1="4" x2="{x:.1f}" y2="{base}"/>')
         anchor = "end" if tick == ticks[-1] else "start" if tick == 0 else "middle"
-        parts.append(_text(x, base + 15, f"{tick:g}×", anchor))
+        parts += [_line("one" if tick == 1 else "grid", x, 4, x, base), _text(x, base + 15, f"{tick:g}×", anchor)]
     for index, gain in enumerate(gains):
         y = 8 + row * index
-        label = f"{runtime_name(gain['runtime'])}, batch {gain['batch']}"
         low, high, ideal = (left + gain[key] * scale for key in ("low", "high", "ideal"))
-        length = gain["measured"] * scale
-        tip = f"{label}: measured {gain['measured']:.2f} times, ideal {gain['ideal']:.2f} times"
+        label = f"{runtime_name(gain['runtime'])}, batch {gain['batch']}"
+        said.append(f"{label}: measured {gain['measured']:.2f} times, ideal {gain['ideal']:.2f} times")
         parts.append(
-            f"<g><title>{escape(tip)}</title>{_text(left, y + 11, label, 'start')}"
-            f'<rect class="attention" x="{left}" y="{y + 17}" width="{length:.1f}" height="16"/>'
-            f'<line class="whisker" x1="{low:.1f}" y1="{y + 25}" x2="{high:.1f}" y2="{y + 25}"/>'
-            f'<line class="whisker" x1="{low:.1f}" y1="{y + 21}" x2="{low:.1f}" y2="{y + 29}"/>'
-            f'<line class="whisker" x1="{high:.1f}" y1="{y + 21}" x2="{high:.1f}" y2="{y + 29}"/>'
-            f'<line class="ideal" x1="{ideal:.1f}" y1="{y + 13}" x2="{ideal:.1f}" y2="{y + 37}"/></g>'
-        )
-    described = "; ".join(
-        f"{runtime_name(gain['runtime'])} at batch {gain['batch']}: measured {gain['measured']:.2f} of ideal {gain['ideal']:.2f}"
-        for gain in gains
-    )
-    return svg(
-        "".join(parts),
-        height=base + 24,
-        title="Ideal and measured speed-up",
-        description=described + ".",
-        name="speed",
-    )
-
-
-def curve(
-    points: Sequence[tuple[float, float]],
-    *,
-    name: str,
-    title: str,
-    share: bool = False,
-    marks: bool = False,
-    references: Sequence[tuple[str, float]] = (),
-) -> str:
-    """A line over training steps. share: values in [0, 1], printed as percent. references: named horizontal lines."""
-    values = [value for _, value in points] + [value for _, value in references]
-    ticks = nice_ticks(min(values), max(values))
-    high, base = 12, 166
-    span = ticks[-1] - ticks[0]
-    last = max(step for step, _ in points) or 1
-
-    def at(step: float, value: float) -> tuple[float, float]:
-        across = LEFT + (WIDTH - LEFT - RIGHT) * step / last
-        return across, base - (value - ticks[0]) / span * (base - high)
-
-    shown = (percent_tick if share else number_tick)(ticks)
-    parts = [_level(at(0, tick)[1], shown(tick)) for tick in ticks]
-    for place, (label, value) in enumerate(references):
-        y = at(0, value)[1]
-        parts.append(f'<line class="reference" x1="{LEFT}" y1="{y:.1f}" x2="{WIDTH - RIGHT}" y2="{y:.1f}"/>')
-        anchor, x = ("end", WIDTH - RIGHT) if place % 2 == 0 else ("start", LEFT + 4)
-        parts.append(_text(x, y - 4 if y > high + 14 else y + 13, label, anchor, "reference-name"))
-    if len(points) > 1:
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (at(*point) for point in points))
-        parts.append(f'<polyline class="line" points="{path}"/>')
-    if marks or len(points) == 1:
-        parts += [
-            f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="3.5"/>' for x, y in (at(*point) for point in points)
-        ]
-    parts.append(_text(LEFT, base + 16, "0", "middle"))
-    parts.append(_text(WIDTH - RIGHT, base + 16, f"step {last:g}", "end"))
-    first, end = points[0][1], points[-1][1]
-    form = percent if share else three
-    described = f"From {form(first)} at step {points[0][0]:g} to {form(end)} at step {points[-1][0]:g}."
-    return svg("".join(parts), height=190, title=title, description=described, name=name)
-
-
-def lines(
-    series: Sequence[tuple[str, Sequence[tuple[float, float]]]],
-    *,
-    name: str,
-    title: str,
-    share: bool = False,
-    dashed: Sequence[tuple[str, Sequence[tuple[float, float]]]] = (),
-    bounds: tuple[float, float] | None = None,
-) -> str:
-    """Several lines over training steps on one scale, each with its name as a tip.  share: values in [0, 1], as percent.
-
-    dashed: lines that are aimed at. The names stand in the description too.  bounds: of the scale; None: of the values.
-    """
-    every = [point for _, points in (*series, *dashed) for point in points]
-    ticks = nice_ticks(*(bounds or (min(value for _, value in every), max(value for _, value in every))))
-    high, base, last = 12, 166, max(step for step, _ in every) or 1
-    span = ticks[-1] - ticks[0]
-
-    def path(points: Sequence[tuple[float, float]]) -> str:
-        at = (
-            (LEFT + (WIDTH - LEFT - RIGHT) * step / last, base - (value - ticks[0]) / span * (base - high))
-            for step, value in points
-        )
-        return " ".join(f"{x:.1f},{y:.1f}" for x, y in at)
-
-    shown = (percent_tick if share else number_tick)(ticks)
-    parts = [_level(base - (tick - ticks[0]) / span * (base - high), shown(tick)) for tick in ticks]
-    for kind, group in (("reference", dashed), ("line", series)):
-        for label, points in group:
-            parts.append(
-                f'<g><title>{escape(label)}</title><polyline class="{kind}" fill="none" points="{path(points)}"/></g>'
+            tag(
+                "g",
+                tag("title", said[-1]),
+                _text(left, y + 11, label, "start"),
+                tag("rect", kind="attention", x=left, y=y + 17, width=gain["measured"] * scale, height=16),
+                _line("whisker", low, y + 25, high, y + 25),
+                _line("whisker", low, y + 21, low, y + 29),
+                _line("whisker", high, y + 21, high, y + 29),
+                _line("ideal", ideal, y + 13, ideal, y + 37),
             )
-    parts.append(_text(LEFT, base + 16, "0", "middle"))
-    parts.append(_text(WIDTH - RIGHT, base + 16, f"step {last:g}", "end"))
-    value = percent if share else three
-    described = "; ".join(f"{label} ends at {value(points[-1][1])}" for label, points in (*series, *dashed))
-    return svg("".join(parts), height=190, title=title, description=f"{described}.", name=name)
+        )
+    described = f"{'; '.join(said)}."
+    return _svg(parts, height=base + 24, title="Ideal and measured speed-up", described=described, name="speed")
 
 
-def scatter(points: Sequence[tuple[float, float, str]], *, name: str, title: str, across: str) -> str:
-    """Points (share, quality, label) in percent on both axes; a line joins those that no other beats.
+def curve(found: Mapping[str, Any], *, name: str) -> Markup:
+    """Lines and dots on one scale, each with its name as a tip.
 
-    A point beats another when it lies no further right and no lower.
+    found: as `vitrim.result.Curve.to_dict` gives it.  name: unique on the page.
     """
-    ticks = nice_ticks(min(value for _, value, _ in points), max(value for _, value, _ in points))
-    steps = nice_ticks(0, max(share for share, _, _ in points))
-    high, base = 12, 176
+    across, up, series = found["x"], found["y"], found["series"]
+    every = [point for line in series for point in line["points"]]
+    xs, ys = ([point[side] for point in every] for side in (0, 1))
+    left, right = across["bounds"] or (min(0, *xs), max(xs))
+    ticks = nice_ticks(*(up["bounds"] or (min(ys), max(ys))))
+    high, base = 26 if up["label"] else 12, 170
 
-    def at(share: float, value: float) -> tuple[float, float]:
-        x = LEFT + (WIDTH - LEFT - RIGHT) * share / steps[-1]
-        return x, base - (value - ticks[0]) / (ticks[-1] - ticks[0]) * (base - high)
+    def at(x: float, y: float = ticks[0]) -> tuple[float, float]:
+        share = (x - left) / ((right - left) or 1)
+        return LEFT + ACROSS * share, base - (y - ticks[0]) / (ticks[-1] - ticks[0]) * (base - high)
 
-    vertical, horizontal = percent_tick(ticks), percent_tick(steps)
-    parts = [_level(at(0, tick)[1], vertical(tick)) for tick in ticks]
-    for step in steps:
-        parts.append(_text(at(step, ticks[0])[0], base + 16, horizontal(step), "middle"))
-    parts.append(_text(LEFT + (WIDTH - LEFT - RIGHT) / 2, base + 33, across, "middle"))
-    best: list[tuple[float, float]] = []
-    for share, value, _ in sorted(points, key=lambda point: (point[0], -point[1])):
-        if not best or value > best[-1][1]:
-            best.append((share, value))
-    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in (at(*point) for point in best))
-    parts.append(f'<polyline class="line" points="{line}"/>')
-    for share, value, label in points:
-        x, y = at(share, value)
-        tip = f"{label}: {percent(value)} at {percent(share)}"
-        parts.append(f'<g><title>{escape(tip)}</title><circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="4"/></g>')
-        if label == "dense":
-            parts.append(_text(x + 4, y - 8 if y > high + 12 else y + 17, label, "end"))
-    described = "; ".join(f"{label} {percent(value)} at {percent(share)}" for share, value, label in points)
-    return svg("".join(parts), height=base + 40, title=title, description=f"{described}.", name=name)
+    parts = _levels(ticks, lambda tick: at(0, tick)[1], tick_words(ticks, up["format"]))
+    steps = [tick for tick in nice_ticks(left, right) if left <= tick <= right]
+    words = tick_words(steps, across["format"])
+    parts += [_text(at(step)[0], base + 16, words(step), "middle") for step in steps]
+    parts.append(_text(LEFT + ACROSS / 2, base + 33, across["label"], "middle"))
+    parts.append(_text(0, 11, up["label"], "start"))
+    x_word, y_word = FORMS[across["format"]], FORMS[up["format"]]
+    said = []
+    for line in series:
+        first, last = line["points"][0], line["points"][-1]
+        if len(line["points"]) == 1:
+            told = tip = f"{line['name']}: {y_word(last[1])} at {x_word(last[0])}"
+        else:
+            told, tip = f"{line['name']} from {y_word(first[1])} to {y_word(last[1])}", line["name"]
+        said.append(told)
+        parts.append(tag("g", tag("title", tip), *_drawn([at(*point) for point in line["points"]], line["style"])))
+    for place, line in enumerate(line for line in series if line["named"]):
+        end, anchor, aside = (-1, "end", 0) if place % 2 == 0 else (0, "start", 4)
+        x, y = at(*line["points"][end])
+        drop = 17 if len(line["points"]) == 1 else 13
+        kind = "named aimed" if line["style"] == "dashed" else "named"
+        parts.append(_text(x + aside, y - 5 if y > high + 14 else y + drop, line["name"], anchor, kind))
+    title = found["caption"] or found["title"]
+    return _svg(parts, height=base + 40, title=title, described=f"{'; '.join(said)}.", name=name)
+
+
+def _drawn(points: Sequence[tuple[float, float]], style: str) -> Iterable[Markup]:
+    if len(points) > 1:
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+        yield tag("polyline", kind="reference" if style == "dashed" else "line", points=path)
+    if style == "marked" or len(points) == 1:
+        yield from (tag("circle", kind="dot", cx=x, cy=y, r=4) for x, y in points)
 
 
 def short(value: float) -> str:
@@ -254,27 +221,25 @@ def nice_ticks(low: float, high: float, aim: int = 4) -> list[float]:
     return [round(index * step, 12) for index in range(first, last + 1)]
 
 
-def number_tick(ticks: Sequence[float], scale: float = 1.0, unit: str = "") -> Callable[[float], str]:
-    """Numbers times a scale, with as many digits as the ticks have."""
+UNITS = {
+    "percent": (100.0, " %"),
+    "seconds": (1.0, " s"),
+    "ms": (1.0, " ms"),
+    "times": (1.0, "×"),
+    "megabytes": (1e-6, " MB"),
+}
+
+
+def tick_words(ticks: Sequence[float], form: str) -> Callable[[float], str]:
+    """The words of an axis's numbers in a form of `vitrim.result.Format`, with as many digits as the ticks have."""
+    if form == "count":
+        return short
+    scale, unit = UNITS.get(form, (1.0, ""))
     shown = [scale * tick for tick in ticks]
     exact = 1e-6 * (max(shown) - min(shown))
     digits = next((d for d in range(12) if all(abs(tick - round(tick, d)) <= exact for tick in shown)), 12)
     return lambda value: f"{scale * value:,.{digits}f}{unit}"
 
 
-def percent_tick(ticks: Sequence[float]) -> Callable[[float], str]:
-    """Percent with as many digits as the ticks have."""
-    return number_tick(ticks, 100.0, " %")
-
-
 def runtime_name(runtime: str) -> str:
     return {"eager": "PyTorch", "compile": "PyTorch compiled"}.get(runtime, runtime)
-
-
-def _level(y: float, label: str) -> str:
-    line = f'<line class="grid" x1="{LEFT}" y1="{y:.1f}" x2="{WIDTH - RIGHT}" y2="{y:.1f}"/>'
-    return line + _text(LEFT - 6, y + 4, label, "end")
-
-
-def _text(x: float, y: float, text: str, anchor: str, kind: str = "label") -> str:
-    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'

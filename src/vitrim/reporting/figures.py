@@ -1,12 +1,12 @@
 """Numbers for people: each a `<data>` element that carries the exact value and where in the result it stands."""
 
 from collections.abc import Callable, Mapping
-from html import escape
 from typing import Any
 
+from markupsafe import Markup
+
 Result = Mapping[str, Any]
-Format = Callable[[float], str]
-NONE = '<span class="none">–</span>'
+NONE = Markup('<span class="none">–</span>')
 
 
 def lookup(result: Result, path: str) -> Any:
@@ -22,12 +22,12 @@ def lookup(result: Result, path: str) -> Any:
     return value
 
 
-def figure(result: Result, path: str, form: Format) -> str:
-    """The figure at a path, formatted; a dash where there is none."""
-    value = lookup(result, path)
+def figure(result: Result, path: str | None, form: str) -> Markup:
+    """The figure at a path, in a form of FORMS; a dash where there is none."""
+    value = None if path is None else lookup(result, path)
     if value is None:
         return NONE
-    return f'<data value="{escape(repr(value))}" data-path="{escape(path)}">{escape(form(value))}</data>'
+    return Markup('<data value="{}" data-path="{}">{}</data>').format(repr(value), path, FORMS[form](value))
 
 
 def count(value: float) -> str:
@@ -49,22 +49,6 @@ def percent(value: float) -> str:
     return f"{100 * value:.1f} %"
 
 
-def percent_whole(value: float) -> str:
-    return f"{100 * value:.0f} %"
-
-
-def ms(value: float) -> str:
-    return f"{three(value)} ms"
-
-
-def times(value: float) -> str:
-    return f"{value:.2f}×"
-
-
-def megabytes(value: float) -> str:
-    return f"{three(value / 1e6)} MB"
-
-
 def seconds(value: float) -> str:
     """For people: "48 s", "3 min 20 s"."""
     if value < 90:
@@ -76,10 +60,22 @@ def whole(value: float) -> str:
     return f"{value:,.0f}".replace(",", "\u202f")
 
 
-def plain(value: float) -> str:
-    return f"{value:.3g}"
-
-
 def signed(value: float) -> str:
     """Points with their sign and a true minus."""
     return f"{value:+.1f}".replace("-", "\u2212")
+
+
+FORMS: dict[str, Callable[[float], str]] = {
+    "count": count,
+    "giga": lambda value: f"{value / 1e9:.4g}",
+    "megabytes": lambda value: f"{three(value / 1e6)} MB",
+    "ms": lambda value: f"{three(value)} ms",
+    "percent": percent,
+    "percent_whole": lambda value: f"{100 * value:.0f} %",
+    "plain": lambda value: f"{value:.3g}",
+    "seconds": seconds,
+    "signed": signed,
+    "times": lambda value: f"{value:.2f}×",
+    "whole": whole,
+}
+"""Ways to show a number, by name: those of `vitrim.result.Format`, and the page's own."""

@@ -1,0 +1,198 @@
+"""The report: one page that loads nothing, is well formed, and whose every figure is the result's own."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.reporting.reading import Page
+from vitrim import reporting
+from vitrim.errors import ArtifactError
+from vitrim.reporting import figures, page
+
+
+def test_the_page_is_balanced_and_has_every_section(result: dict[str, Any]) -> None:
+    seen = Page(page.render(result))
+    headings = "".join(seen.text)
+    for heading in (
+        "Before and after",
+        "What was cut",
+        "How it <went>",
+        "Another",
+        "Cost by block",
+        "Speed",
+        "Recovery",
+        "Predictions",
+        "To go on",
+    ):
+        assert heading in headings
+
+
+def test_a_narrower_stream_and_a_faster_step_are_said(result: dict[str, Any]) -> None:
+    said = "".join(Page(page.render(result)).text)
+    assert "1.50 times as fast" in said
+    assert "keeps 24 of 32 channels" not in said  # the specs have one width
+    result["specs"]["compressed"]["width"] = 24
+    assert "keeps 24 of 32 channels" in "".join(Page(page.render(result)).text)
+
+
+def test_the_page_loads_nothing(result: dict[str, Any]) -> None:
+    text = page.render(result)
+    seen = Page(text)
+    assert not re.search(r"https?://|//[a-z]", re.sub(r'xmlns="[^"]*"', "", text))
+    assert "@import" not in text
+    assert "url(" not in text
+    assert not seen.of("script")
+    sources = [
+        value for _, attributes in seen.tags for key, value in attributes.items() if key in ("src", "href", "srcset")
+    ]
+    assert sources
+    assert all(source and source.startswith("data:") for source in sources)
+
+
+def test_every_figure_is_the_results_own(result: dict[str, Any]) -> None:
+    shown = Page(page.render(result)).of("data")
+    assert len(shown) > 60
+    for attributes in shown:
+        path = attributes["data-path"]
+        assert path is not None
+        value = figures.lookup(result, path)
+        assert value is not None, path
+        assert attributes["value"] == repr(value), path
+
+
+def test_the_figures_that_matter_are_there(result: dict[str, Any]) -> None:
+    paths = {attributes["data-path"] for attributes in Page(page.render(result)).of("data")}
+    for state in ("dense", "compressed", "recovered"):
+        assert f"metrics/{state}/top1" in paths
+    for name in ("dense", "compressed"):
+        assert {f"costs/{name}/macs", f"costs/{name}/params", f"file_bytes/{name}"} <= paths
+    assert {"timing/speedups/0/ideal", "timing/speedups/0/measured", "timing/speedups/0/realised"} <= paths
+    assert {"specs/compressed/blocks/0/attention/qk_dim", "specs/compressed/blocks/0/mlp/fc1_rank"} <= paths
+
+
+def test_labels_paths_and_warnings_are_escaped(result: dict[str, Any]) -> None:
+    seen = Page(page.render(result))
+    assert not {"cat", "teacher", "b", "x", "it", "small", "at"} & {tag for tag, _ in seen.tags}
+    assert not re.search(r"&amp;(lt|gt|amp|#)", page.render(result)), "escaped twice"
+    text = "".join(seen.text)
+    for said in ("<cat>", "runs/<teacher> & co", "It may <b>not</b> pay.", "timm:<x>", 'vitrim.load("<small>")'):
+        assert said in text
+
+
+def test_every_image_has_words_for_it_and_every_table_its_heads(result: dict[str, Any]) -> None:
+    seen = Page(page.render(result))
+    assert all(attributes.get("alt") for attributes in seen.of("img"))
+    ids = {attributes.get("id") for _, attributes in seen.tags}
+    for attributes in seen.of("svg"):
+        assert attributes["role"] == "img"
+        assert set((attributes["aria-labelledby"] or "").split()) <= ids
+    assert all(attributes.get("scope") for attributes in seen.of("th"))
+
+
+def test_ids_are_unique(result: dict[str, Any]) -> None:
+    ids = [attributes["id"] for _, attributes in Page(page.render(result)).tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+
+
+def test_a_changed_answer_is_marked_in_words(result: dict[str, Any]) -> None:
+    text = page.render(result)
+    assert text.count('class="badge">differs') == 1
+
+
+def test_samples_need_no_label_no_name_and_no_recovery(result: dict[str, Any]) -> None:
+    (bare, _) = result["samples"]
+    del bare["label"], bare["name"], bare["predictions"]["recovered"]
+    seen = Page(page.render({**result, "samples": [bare]}))
+    assert [image["alt"] for image in seen.of("img")] == ["sample 1"]
+
+
+@pytest.mark.parametrize(
+    ("gap", "said"),
+    [
+        ({"points": -1.5, "low": -2.5, "high": -0.5}, "1.5 points of accuracy lost"),
+        ({"points": 1.5, "low": 0.5, "high": 2.5}, "1.5 points of accuracy gained"),
+        ({"points": -0.2, "low": -0.9, "high": 0.4}, "no difference in accuracy seen"),
+    ],
+)
+def test_the_headline_claims_no_more_than_the_interval_shows(
+    result: dict[str, Any], gap: dict[str, float], said: str
+) -> None:
+    assert said in page.headline({**result, "difference": {**gap, "count": 1200}})
+
+
+def test_a_model_that_is_not_faster_is_not_called_faster(result: dict[str, Any]) -> None:
+    gain = {**result["timing"]["speedups"][0], "low": 0.97, "measured": 1.02}
+    said = page.headline({**result, "timing": {**result["timing"], "speedups": [gain]}})
+    assert "no speed-up seen at batch 1" in said
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        "timing",
+        "recovery",
+        "difference",
+        "samples",
+        "warnings",
+        "seconds",
+        "commands",
+        "provenance",
+        "sections",
+    ],
+)
+def test_a_part_that_was_left_out_leaves_a_whole_page(result: dict[str, Any], part: str) -> None:
+    metrics = {**result["metrics"], "recovered": None} if part == "recovery" else result["metrics"]
+    headings = {  # what goes with the part; the other parts have none of their own
+        "timing": "Speed: ideal and measured",
+        "recovery": "training steps",
+        "samples": "Drawn <at random>",
+        "commands": "To go on",
+        "sections": "How it <went>",
+    }
+    whole, less = (Page(page.render({**result, **change})) for change in ({}, {part: None, "metrics": metrics}))
+    said = ["".join(seen.text) for seen in (whole, less)]
+    absent = {key: value for key, value in {**result, "metrics": metrics}.items() if key != part}
+    assert Page(page.render(absent)).text == less.text
+    assert said[0] != said[1]
+    assert "What was cut" in said[1]
+    if part in headings:
+        assert [headings[part] in text for text in said] == [True, False]
+
+
+def test_without_labels_the_page_speaks_of_agreement(result: dict[str, Any]) -> None:
+    metrics = {"dense": {"top1": None, "count": 9}, "compressed": {"top1": None, "agreement": 0.87}, "recovered": None}
+    text = page.render({**result, "metrics": metrics, "difference": None, "recovery": None, "samples": []})
+    Page(text)
+    assert "87.0 % of the predictions as before" in text
+    assert "Accuracy" not in text
+
+
+def test_writing_leaves_one_whole_file(result: dict[str, Any], tmp_path: Path) -> None:
+    place = reporting.write(result, tmp_path / "deep" / "report.html")
+    assert [path.name for path in place.parent.iterdir()] == ["report.html"]
+    Page(place.read_text(encoding="utf-8"))
+
+
+def test_a_folder_gives_the_same_page_as_its_result(result: dict[str, Any], tmp_path: Path) -> None:
+    shown = {key: result.pop(key) for key in ("samples", "samples_note")}
+    (tmp_path / "stages").mkdir()
+    (tmp_path / "summary.json").write_text(reporting.as_text(result), encoding="utf-8")
+    (tmp_path / "stages" / "samples.json").write_text(reporting.as_text(shown), encoding="utf-8")
+    from_folder = reporting.write(tmp_path, tmp_path / "a.html").read_text(encoding="utf-8")
+    whole = json.loads(json.dumps({**result, **shown}, sort_keys=True))  # JSON sorts the stages by name
+    assert from_folder == reporting.write(whole, tmp_path / "b.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(None, "no summary.json"), ("{", "damaged"), ("[]", "no JSON object"), ('{"schema": 9}', "schema 9")],
+)
+def test_a_folder_without_a_whole_run_is_refused(tmp_path: Path, content: str | None, said: str) -> None:
+    if content is not None:
+        (tmp_path / "summary.json").write_text(content, encoding="utf-8")
+    with pytest.raises(ArtifactError, match=said):
+        reporting.write(tmp_path, tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()
