@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,11 @@ def test_the_page_loads_nothing(result: dict[str, Any]) -> None:
     ]
     assert sources
     assert all(source and source.startswith("data:") for source in sources)
+
+
+def test_reports_are_imported_without_torch_and_without_templates() -> None:
+    code = "import vitrim.reporting, sys; print({'torch', 'jinja2'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
 
 
 def test_every_figure_is_the_results_own(result: dict[str, Any]) -> None:

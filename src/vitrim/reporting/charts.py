@@ -157,22 +157,19 @@ def curve(found: Mapping[str, Any], *, name: str) -> Markup:
         share = (x - left) / ((right - left) or 1)
         return LEFT + ACROSS * share, base - (y - ticks[0]) / (ticks[-1] - ticks[0]) * (base - high)
 
-    parts = _levels(ticks, lambda tick: at(0, tick)[1], tick_words(ticks, up["format"]))
     steps = [tick for tick in nice_ticks(left, right) if left <= tick <= right]
     words = tick_words(steps, across["format"])
-    parts += [_text(at(step)[0], base + 16, words(step), "middle") for step in steps]
-    parts.append(_text(LEFT + ACROSS / 2, base + 33, across["label"], "middle"))
-    parts.append(_text(0, 11, up["label"], "start"))
-    x_word, y_word = FORMS[across["format"]], FORMS[up["format"]]
-    said = []
-    for line in series:
-        first, last = line["points"][0], line["points"][-1]
-        if len(line["points"]) == 1:
-            told = tip = f"{line['name']}: {y_word(last[1])} at {x_word(last[0])}"
-        else:
-            told, tip = f"{line['name']} from {y_word(first[1])} to {y_word(last[1])}", line["name"]
-        said.append(told)
-        parts.append(tag("g", tag("title", tip), *_drawn([at(*point) for point in line["points"]], line["style"])))
+    parts = [
+        *_levels(ticks, lambda tick: at(0, tick)[1], tick_words(ticks, up["format"])),
+        *(_text(at(step)[0], base + 16, words(step), "middle") for step in steps),
+        _text(LEFT + ACROSS / 2, base + 33, across["label"], "middle"),
+        _text(0, 11, up["label"], "start"),
+    ]
+    said = [_told(line, across["format"], up["format"]) for line in series]
+    for line, told in zip(series, said, strict=True):
+        points = [at(*point) for point in line["points"]]
+        tip = told if len(points) == 1 else line["name"]
+        parts.append(tag("g", tag("title", tip), *_drawn(points, line["style"])))
     for place, line in enumerate(line for line in series if line["named"]):
         end, anchor, aside = (-1, "end", 0) if place % 2 == 0 else (0, "start", 4)
         x, y = at(*line["points"][end])
@@ -181,6 +178,14 @@ def curve(found: Mapping[str, Any], *, name: str) -> Markup:
         parts.append(_text(x + aside, y - 5 if y > high + 14 else y + drop, line["name"], anchor, kind))
     title = found["caption"] or found["title"]
     return _svg(parts, height=base + 40, title=title, described=f"{'; '.join(said)}.", name=name)
+
+
+def _told(line: Mapping[str, Any], across: str, up: str) -> str:
+    """A line in words: where it begins and ends, or where its one point lies."""
+    (_, begin), (last, end) = line["points"][0], line["points"][-1]
+    if len(line["points"]) == 1:
+        return f"{line['name']}: {FORMS[up](end)} at {FORMS[across](last)}"
+    return f"{line['name']} from {FORMS[up](begin)} to {FORMS[up](end)}"
 
 
 def _drawn(points: Sequence[tuple[float, float]], style: str) -> Iterable[Markup]:
