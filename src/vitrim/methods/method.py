@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from vitrim.data import Images
     from vitrim.model import Vit
     from vitrim.progress import Progress
-    from vitrim.result import Compressed
+    from vitrim.result import Compressed, Section
     from vitrim.spec import ModelSpec
 
 
@@ -112,11 +112,12 @@ class Predict(Protocol):
 Check = Callable[["ModelSpec", Any, "Images"], None]
 """Refuses, from the images at hand and before any work, what would not do."""
 
-Sections = Callable[[Mapping[str, Any]], tuple[Any, ...]]
-"""Sections of the report page, from a run's summary."""
+Sections = Callable[[Mapping[str, Any]], "tuple[Section, ...]"]
+"""Tables and curves for the report page. Of {report, history}: the method's own, and {start, dense}: costs of the network that it
+was given, and of the dense one."""
 
 
-def no_sections(summary: Mapping[str, Any]) -> tuple[Any, ...]:
+def no_sections(facts: Mapping[str, Any]) -> tuple[Section, ...]:
     """Of a method with nothing of its own to show."""
     return ()
 

@@ -46,14 +46,6 @@ LEAST_GAIN = 1.05
 STEPS_PER_SPEED_ROUND = 50
 """A recovery of so many steps is followed by one round that times its step against the dense model's; at most three rounds."""
 
-SECTIONS: dict[str, Callable[[Mapping[str, Any]], tuple[Section, ...]]] = {
-    "auto": auto_sections.sections,
-    "comcat": comcat_sections.sections,
-    "dcvit": dcvit_sections.sections,
-    "uvc": uvc_sections.sections,
-}
-"""Tables and curves for the report, by the method that supplies them."""
-
 log = logging.getLogger("vitrim.pipeline")
 
 
@@ -565,8 +557,7 @@ class _Work:
 def _sections(compressed: Mapping[str, Any], dense: Cost) -> list[dict[str, Any]]:
     """What the method shows of its own choice, for the report."""
     facts = {"dense": dense.to_dict(), **{key: compressed[key] for key in ("report", "history", "start")}}
-    told = SECTIONS.get(compressed["method"])
-    return [] if told is None else [section.to_dict() for section in told(facts)]
+    return [section.to_dict() for section in METHODS[compressed["method"]].sections(facts)]
 
 
 def reference_of(dense: Vit, relative_to: str) -> Cost:

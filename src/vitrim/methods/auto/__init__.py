@@ -22,6 +22,7 @@ METHOD = Method(
     plan=later("vitrim.methods.auto.run:plan"),
     family=later("vitrim.methods.auto.run:compress_family"),
     predict=later("vitrim.methods.auto.run:predict"),
+    sections=later("vitrim.methods.auto.sections:sections"),
 )
 
 __getattr__, __dir__ = lazy.names(

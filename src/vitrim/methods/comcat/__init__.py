@@ -45,6 +45,7 @@ METHOD = Method(
     compress=later("vitrim.methods.comcat.run:compress"),
     plan=later("vitrim.methods.comcat.run:plan"),
     variants=("whitened", "svd"),
+    sections=later("vitrim.methods.comcat.sections:sections"),
 )
 
 __getattr__, __dir__ = lazy.names(

@@ -46,6 +46,7 @@ METHOD = Method(
     plan=later("vitrim.methods.dcvit.run:plan"),
     variants=("closed", "finetune"),
     family=later("vitrim.methods.dcvit.run:compress_family"),
+    sections=later("vitrim.methods.dcvit.sections:sections"),
 )
 
 __getattr__, __dir__ = lazy.names(

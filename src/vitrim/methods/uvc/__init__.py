@@ -22,6 +22,7 @@ METHOD = Method(
     plan=later("vitrim.methods.uvc.run:plan"),
     check=later("vitrim.methods.uvc.run:check"),
     takes_teacher=True,
+    sections=later("vitrim.methods.uvc.sections:sections"),
 )
 
 __getattr__, __dir__ = lazy.names(__name__, dict.fromkeys(("check", "compress", "floor", "plan", "step"), "run"))

@@ -1,6 +1,6 @@
 """What COMCAT's report shows of its ranks."""
 
-from vitrim.methods.comcat_sections import sections
+from vitrim.methods.comcat.sections import sections
 from vitrim.result import Table
 
 

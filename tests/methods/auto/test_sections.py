@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from vitrim.methods.auto_sections import sections
+from vitrim.methods.auto.sections import sections
 from vitrim.result import Table
 
 

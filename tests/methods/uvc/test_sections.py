@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from vitrim.methods.uvc_sections import PLOTTED, sections
+from vitrim.methods.uvc.sections import PLOTTED, sections
 from vitrim.result import Curve, Section, Table
 
 

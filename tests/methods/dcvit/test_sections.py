@@ -1,6 +1,6 @@
 """What DC-ViT's report shows of its blocks."""
 
-from vitrim.methods.dcvit_sections import sections
+from vitrim.methods.dcvit.sections import sections
 from vitrim.result import Table
 
 
