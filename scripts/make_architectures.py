@@ -17,9 +17,8 @@ import torch
 import torchvision
 from timm.models import model_entrypoint
 
-from vitrim.architectures import DEFAULTS, FAMILIES, expand
+from vitrim.architectures import DEFAULTS, FAMILIES, expand, t2t
 from vitrim.errors import SourceError
-from vitrim.sources import t2t_names
 from vitrim.sources import timm as timm_source
 from vitrim.sources import torchvision as torchvision_source
 from vitrim.spec import ConvStem, ModelSpec, T2TPerformer
@@ -75,7 +74,7 @@ MAKERS = {
         torchvision_tags,
         torchvision_built,
     ),
-    "t2t": Family("", lambda: iter(t2t_names.names()), lambda _: [], t2t_names.spec),
+    "t2t": Family("", lambda: iter(t2t.names()), lambda _: [], t2t.spec),
 }
 assert tuple(MAKERS) == FAMILIES
 

@@ -12,11 +12,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.specs import close, images, make, vit
 from vitrim import recipes
+from vitrim.architectures import t2t
 from vitrim.config import read
 from vitrim.counting import cost
 from vitrim.errors import SpecError
 from vitrim.model import Vit, build, initialise
-from vitrim.sources import t2t_names
 from vitrim.spec import Config, ModelSpec, Position, T2TPerformer, T2TTransformer, from_json, to_json
 from vitrim.stems import TokenPerformer, TokenTransformer, padding, soft_split
 from vitrim.training import TrainConfig
@@ -73,7 +73,7 @@ def test_every_layer_norm_has_the_specs_eps(stem: T2TPerformer | T2TTransformer)
 
 def test_the_transformer_scales_by_the_width_of_its_input() -> None:
     with torch.device("meta"):
-        model = Vit(Config(spec=t2t_names.spec("t2t_vit_t_14")))
+        model = Vit(Config(spec=t2t.spec("t2t_vit_t_14")))
     assert [stage.scale for stage in model.stem.stages] == [147**-0.5, 576**-0.5]
     stage = make(small(STEMS[1])).stem.stages[1]
     assert isinstance(stage, TokenTransformer)
@@ -159,7 +159,7 @@ def test_the_fixed_table_is_interleaved_sines_and_cosines_in_raster_order() -> N
 @pytest.mark.parametrize("name", ["t2t_vit_14", "t2t_vit_t_14"])
 def test_other_resolutions_give_their_own_number_of_tokens(name: str) -> None:
     with torch.device("meta"):
-        model = Vit(Config(spec=t2t_names.spec(name)))
+        model = Vit(Config(spec=t2t.spec(name)))
         found = [model.embed(torch.empty(1, 3, px, px)).x.shape[1] for px in (224, 256, 384)]
     assert found == [197, 257, 577]
 

@@ -14,19 +14,22 @@ from typing import Any
 
 import pytest
 import torch
-from tests import t2t_reference
-from tests.methods.test_contract import SMALL as QUICK
-from tests.methods.test_contract import data_for
-from tests.sources import test_huggingface, test_timm, test_torchvision
 from torch import Tensor, nn
 
 import vitrim
+from tests import t2t_reference
+from tests.methods.test_contract import SMALL as QUICK
+from tests.methods.test_contract import data_for
+from tests.sources.huggingface import kit as huggingface_kit
+from tests.sources.timm import kit as timm_kit
+from tests.sources.torchvision import kit as torchvision_kit
 from vitrim import methods, sources, surgery
 from vitrim.budget import Budget
 from vitrim.counting import cost
 from vitrim.errors import SourceError
 from vitrim.model import Vit
 from vitrim.sources import huggingface, t2t
+from vitrim.sources.huggingface.read import encoder_of, parts_of
 from vitrim.spec import AttentionSpec, MlpSpec, ModelSpec, Preprocess
 
 
@@ -55,11 +58,11 @@ def _t2t_back(model: Vit, name: str) -> Any:
 
 
 def _hugging_answer(module: Any, x: Tensor, spec: ModelSpec) -> Tensor:
-    return huggingface.answer(huggingface.encoder_of(module)[0], x, spec)
+    return huggingface.answer(encoder_of(module)[0], x, spec)
 
 
 def _hugging_blocks(module: Any) -> Sequence[nn.Module]:
-    return list(huggingface.parts_of(huggingface.encoder_of(module)[0]).block_modules)
+    return list(parts_of(encoder_of(module)[0]).block_modules)
 
 
 def _t2t(name: str) -> Any:
@@ -89,21 +92,21 @@ TIMM = (
 )
 FAMILIES = {
     "timm": Family(
-        make=test_timm.small,
+        make=timm_kit.small,
         answer=lambda m, x, _: m(x),
         blocks=lambda m: list(m.blocks),
         back=_module("timm"),
         format="timm",
     ),
     "transformers": Family(
-        make=test_huggingface.small,
+        make=huggingface_kit.small,
         answer=_hugging_answer,
         blocks=_hugging_blocks,
         back=_module("huggingface"),
         format="hf",
     ),
     "torchvision": Family(
-        make=lambda name: test_torchvision.small(**TORCHVISION[name]),
+        make=lambda name: torchvision_kit.small(**TORCHVISION[name]),
         answer=lambda m, x, _: m(x),
         blocks=lambda m: list(m.encoder.layers),
         back=_module("torchvision"),
@@ -115,7 +118,7 @@ FAMILIES = {
 }
 VARIANTS = {
     "timm": TIMM,
-    "transformers": tuple(test_huggingface.VARIANTS),
+    "transformers": tuple(huggingface_kit.VARIANTS),
     "torchvision": tuple(TORCHVISION),
     "T2T-ViT": tuple(T2T),
 }
@@ -147,14 +150,6 @@ def images(spec: ModelSpec, count: int = 2) -> Tensor:
 def same(ours: Tensor, theirs: Tensor) -> bool:
     assert ours.shape == theirs.shape
     return float((ours - theirs).abs().max()) <= 1e-10 * max(1.0, float(theirs.abs().max()))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_there_are_as_many_variants_as_promised() -> None:

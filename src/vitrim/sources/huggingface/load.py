@@ -15,7 +15,6 @@ provenance tell. ViT-MAE is taken with no patch masked and none moved. Of a pret
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -31,12 +30,13 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.configuration_utils import PreTrainedConfig
 
-from ..errors import SourceError
-from ..model import Vit
-from ..spec import Config, ModelSpec, Preprocess
-from . import checkpoints, parity
-from .huggingface_back import quiet, to_module, write
-from .huggingface_structure import (
+from ...errors import SourceError
+from ...model import Vit
+from ...spec import ModelSpec, Preprocess
+from .. import files, parity
+from ..places import filled
+from .processor import preprocess_of
+from .read import (
     ADVICE,
     BASE_MODELS,
     DESIGNS,
@@ -51,12 +51,9 @@ from .huggingface_structure import (
     spec_of,
     weights_of,
 )
+from .write import quiet
 
 LOG = logging.getLogger("vitrim.sources")
-INTERPOLATIONS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
-"""Pillow's numbers, which image processors store."""
-NETWORK = ("huggingface_hub", "httpx", "httpcore", "requests", "urllib3")
-"""Packages whose errors mean that a download failed or broke off."""
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 MEND = (
     "Pass a folder that save_pretrained wrote (hf:FOLDER), or a Hub name with a local file of weights (--checkpoint PATH, "
@@ -91,20 +88,15 @@ def from_module(
             whole,
             getattr(encoder.config, "pooler_act", "an activation"),
         )
-    task = "classification" if any(output.name != "projection" for output in spec.outputs) else "features"
-    config = Config(
-        spec=spec,
-        task=task,  # type: ignore[arg-type]
+    classifies = any(output.name != "projection" for output in spec.outputs)
+    model = filled(
+        spec,
+        weights_of(encoder, spec),
         preprocess=preprocess,
-        labels=labels or (_labels(encoder, spec) if task == "classification" else None),
+        labels=labels or (_labels(encoder, spec) if classifies else None),
+        provenance={**provenance, "architecture": class_name(encoder), **({"left_out": list(left)} if left else {})},
+        task="classification" if classifies else "features",
     )
-    told = {**provenance, "architecture": class_name(encoder), **({"left_out": list(left)} if left else {})}
-    with torch.device("meta"):  # no memory and no random numbers for values that are replaced at once
-        model = Vit(config, provenance=told)
-    model.load_state_dict(weights_of(encoder, spec), strict=True, assign=True)
-    if model.position is not None:
-        model.position.requires_grad_(spec.position.kind == "learned")
-    model.eval()
     if verify:
         parity.verify(
             encoder,
@@ -179,10 +171,7 @@ def load(
     elif pretrained:
         found = _classes(kind, config)
         if classes is not None and classes not in (0, found):
-            raise SourceError(
-                f"classes={classes}: the weights of {name!r} have {found} classes. Leave classes out and give the model a new head "
-                "(`vitrim train --new-head`), or pass pretrained=False."
-            )
+            raise files.other_classes(classes, f"the weights of {name!r} have {found}")
         module = _pretrained(kind, config, name, extra=bool(left))
         if classes == 0:
             for head in design.classifiers:
@@ -229,7 +218,7 @@ def _described(name: str) -> tuple[Any, Any, tuple[str, ...]]:
         raise SourceError(f"the folder {name!r} has no config.json; expected a folder that save_pretrained wrote.")
     if not path.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1 or path.is_file()):
         raise SourceError(f"there is no folder {name!r}; expected a folder that save_pretrained wrote, or a Hub name.")
-    with quiet(), _fetching(name, "configuration"):
+    with quiet(), fetching(name, "configuration"):
         data, _ = PreTrainedConfig.get_config_dict(name)
     model_type, named = str(data.get("model_type", "")), list(data.get("architectures") or ())
     if any(key.startswith(("AutoModel", "AutoConfig")) for key in data.get("auto_map") or {}):
@@ -279,7 +268,7 @@ def _pretrained(kind: Any, config: Any, name: str, *, extra: bool) -> Any:
 
     extra: they are of a larger model.
     """
-    with quiet(), _fetching(name, "weights"), torch.random.fork_rng(devices=[]):
+    with quiet(), fetching(name, "weights"), torch.random.fork_rng(devices=[]):
         module, info = kind.from_pretrained(
             name, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
         )
@@ -294,7 +283,7 @@ def _with_checkpoint(
 
     told: is given the classes, where the file's differ from the configuration's.  extra: as in `_pretrained`.
     """
-    state = checkpoints.read(path)
+    state = files.read(path)
     heads = DESIGNS[kind.__name__].classifiers
     for head in heads:
         key = next((key for key in state if key == f"{head}.weight" or key.endswith(f".{head}.weight")), None)
@@ -303,10 +292,7 @@ def _with_checkpoint(
             state = {key: value for key, value in state.items() if f".{head}." not in f".{key}"}
             found = 0
         elif classes is not None and classes != found:
-            raise SourceError(
-                f"classes={classes}: the classifier in {path.name} has {found} classes. Leave classes out to keep it, or give the "
-                "model a new head (`vitrim train --new-head`)."
-            )
+            raise files.other_classes(classes, f"the classifier in {path.name} has {found}")
         if found != config.num_labels and classes != 0:
             said = f"{found} classes of {path.name}; the configuration says {config.num_labels}"
             LOG.info("%s: kept the classifier as the file has it: %s.", path.name, said)
@@ -316,7 +302,7 @@ def _with_checkpoint(
         raise SourceError(f"classes={classes}: {kind.__name__} is an encoder without classifier. Leave classes out.")
     with torch.device("meta"):
         expected = kind(config).state_dict()
-    state = checkpoints.reconciled(state, expected, file=path.name)
+    state = files.reconciled(state, expected, file=path.name)
     with quiet(), torch.random.fork_rng(devices=[]):
         module, info = kind.from_pretrained(
             None,
@@ -339,24 +325,14 @@ def _check_loaded(module: Any, info: Mapping[str, Any], what: str, name: str, *,
     if getattr(module, "pooler", None) is not None and any(key.startswith("pooler.") for key in missing):
         module.pooler = None
     missing = {key for key in missing if "mask_token" not in key and not key.startswith("pooler.")}
-    shapes = [
-        f"{key} {tuple(found)} (expected {tuple(wanted)})" for key, found, wanted in sorted(info["mismatched_keys"])
-    ]
-    faults = [
-        f"{label}: {checkpoints.listed(sorted(keys))}"
-        for label, keys in (
-            ("missing", missing),
-            ("unexpected", () if extra else info["unexpected_keys"]),
-            ("of another shape", shapes),
-        )
-        if keys
-    ]
+    unexpected = () if extra else info["unexpected_keys"]
+    faults = files.misfits(sorted(missing), sorted(unexpected), sorted(info["mismatched_keys"]))
     if faults:
-        raise SourceError(f"{what} do not fit {name}; {'; '.join(faults)}. Name the model that they were saved from.")
+        raise SourceError(f"{what} do not fit {name}; {faults}. Name the model that they were saved from.")
 
 
 @contextmanager
-def _fetching(name: str, what: str) -> Iterator[None]:
+def fetching(name: str, what: str) -> Iterator[None]:
     """Turn what transformers and the Hub raise into one sentence."""
     one = "is" if what == "configuration" else "are"
     try:
@@ -367,7 +343,7 @@ def _fetching(name: str, what: str) -> Iterator[None]:
         ) from error
     except Exception as error:
         home = type(error).__module__.partition(".")[0]
-        if not isinstance(error, (OSError, ValueError, EOFError, UnpicklingError)) and home not in NETWORK:
+        if not isinstance(error, (OSError, ValueError, EOFError, UnpicklingError)) and home not in files.NETWORK:
             raise
         reasons, cause = set(), error.__cause__ or error.__context__
         while cause is not None:
@@ -417,56 +393,4 @@ def _preprocess(name: str, image_px: tuple[int, int] | None, channels: int) -> P
     return preprocess_of(said, image_px, channels)
 
 
-def preprocess_of(
-    said: Mapping[str, Any], image_px: tuple[int, int] | None = None, channels: int = 3
-) -> Preprocess | None:
-    """An image processor's settings (its `to_dict()`) as ours; None where ours cannot say them.
-
-    Theirs resize both sides, or the shorter one, to `size`, and then crop the middle if `do_center_crop`.
-    image_px: the size that the model takes; None: any.  channels: that the model takes.
-    """
-    size, squash = _sides(said.get("size"))
-    final = _sides(said.get("crop_size"))[0] if said.get("do_center_crop") else size
-    if not said.get("do_resize", True) or not said.get("do_rescale", True) or size is None or final is None:
-        return None
-    if image_px is not None and final != image_px:
-        LOG.warning("its image processor makes %s x %s px, the model takes %s x %s: not taken.", *final, *image_px)
-        return None
-    shares = [_share(inner, outer) for inner, outer in zip(final, size, strict=True)]
-    if max(shares) > 1 or len(set(shares)) > 1 or (final[0] != final[1] and not squash):
-        return None
-    plain = not said.get("do_normalize", True)
-    mean, std = ((0.0,), (1.0,)) if plain else (said.get("image_mean") or (), said.get("image_std") or ())
-    mean, std = (tuple(float(value) for value in values) for values in (mean, std))
-    if len(mean) == len(std) == 1:
-        mean, std = mean * channels, std * channels
-    if len(mean) != channels or len(std) != channels:
-        return None
-    return Preprocess(
-        mean=mean,
-        std=std,
-        size_px=final,
-        crop=shares[0],
-        crop_mode="squash" if squash else "center",
-        interpolation=INTERPOLATIONS.get(int(said.get("resample", 2)), "bilinear"),
-    )
-
-
-def _sides(size: Any) -> tuple[tuple[int, int] | None, bool]:
-    """Height and width, and whether both are set (else the shorter side is, and the shape stays); None: neither."""
-    if isinstance(size, int):
-        return (size, size), False
-    said = dict(size or {})
-    if said.get("height") and said.get("width"):
-        return (int(said["height"]), int(said["width"])), True
-    edge = said.get("shortest_edge")
-    return (None if not edge or said.get("longest_edge") else (int(edge), int(edge))), False
-
-
-def _share(inner: int, outer: int) -> float:
-    """The crop from which `floor(inner / crop)` gives exactly `outer`, as the transforms take it."""
-    share = inner / outer
-    return share if share > 1 or math.floor(inner / share) == outer else inner / (outer + 0.5)
-
-
-__all__ = ["answer", "describe", "from_module", "load", "preprocess_of", "spec_of", "to_module", "weights_of", "write"]
+__all__ = ["answer", "describe", "fetching", "from_module", "load"]

@@ -15,14 +15,14 @@ import torch
 from safetensors.torch import save_file
 
 from vitrim.errors import SourceError
-from vitrim.sources import checkpoints
+from vitrim.sources import files
 
 STATE = {"a.weight": torch.arange(4.0), "b": torch.ones(2, 2)}
 
 
 def read(path: Path, content: Any) -> dict[str, torch.Tensor]:
     torch.save(content, path)
-    return checkpoints.read(path)
+    return files.read(path)
 
 
 def is_state(found: dict[str, torch.Tensor]) -> bool:
@@ -31,11 +31,11 @@ def is_state(found: dict[str, torch.Tensor]) -> bool:
 
 def test_safetensors_and_pickled_files_give_the_same_tensors(tmp_path: Path) -> None:
     save_file(STATE, tmp_path / "x.safetensors")
-    assert is_state(checkpoints.read(tmp_path / "x.safetensors"))
+    assert is_state(files.read(tmp_path / "x.safetensors"))
     assert is_state(read(tmp_path / "x.pth", STATE))
 
 
-@pytest.mark.parametrize("key", checkpoints.WRAPPED)
+@pytest.mark.parametrize("key", files.WRAPPED)
 def test_training_checkpoints_are_unwrapped(tmp_path: Path, key: str) -> None:
     arguments = argparse.Namespace(lr=0.1, name="deit")
     assert is_state(read(tmp_path / "x.pth", {key: STATE, "epoch": 3, "args": arguments}))
@@ -101,7 +101,7 @@ EXPECTED = {
 
 
 def reconciled(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return checkpoints.reconciled(state, EXPECTED, file="x.pth")
+    return files.reconciled(state, EXPECTED, file="x.pth")
 
 
 def test_a_prefix_goes_only_where_all_names_share_it_and_the_familys_come_out() -> None:
@@ -135,11 +135,11 @@ def test_whole_numbers_are_refused_where_weights_are_expected() -> None:
 
 
 def test_a_folder_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
-    out = checkpoints.write(tmp_path / "new" / "out", STATE, {"a": (1, 2)}, metadata={"more": "text"})
-    assert is_state(checkpoints.read(out / "model.safetensors"))
+    out = files.write(tmp_path / "new" / "out", STATE, {"a": (1, 2)}, metadata={"more": "text"})
+    assert is_state(files.read(out / "model.safetensors"))
     assert (out / "config.json").read_text() == '{\n  "a": [\n    1,\n    2\n  ]\n}\n'
     with pytest.raises(TypeError):
-        checkpoints.write(tmp_path / "half", STATE, {"a": object()})
+        files.write(tmp_path / "half", STATE, {"a": object()})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new"]
 
 
@@ -159,15 +159,15 @@ def test_truncated_files_give_one_sentence(tmp_path: Path, name: str, keep: int)
     save_file(STATE, path) if path.suffix == ".safetensors" else torch.save(STATE, path)
     path.write_bytes(path.read_bytes()[:keep] if keep < 200 else path.read_bytes()[:-20])
     with pytest.raises(SourceError, match=f"^{name} ") as caught:
-        checkpoints.read(path)
+        files.read(path)
     assert "\n" not in str(caught.value)
 
 
 def test_text_and_missing_files_and_folders_give_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "x.pth").write_text("not weights at all")
     with pytest.raises(SourceError, match=r"x\.pth"):
-        checkpoints.read(tmp_path / "x.pth")
+        files.read(tmp_path / "x.pth")
     with pytest.raises(SourceError, match="is not there"):
-        checkpoints.read(tmp_path / "none.pth")
+        files.read(tmp_path / "none.pth")
     with pytest.raises(SourceError, match="is a folder"):
-        checkpoints.read(tmp_path)
+        files.read(tmp_path)

@@ -31,12 +31,12 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 
-from ..errors import SourceError, did_you_mean
-from ..model import Vit
-from ..spec import Config, ModelSpec, Preprocess
-from . import checkpoints, parity
-from .torchvision_back import to_module, to_torchvision, write
-from .torchvision_structure import ADVICE, refused, spec_of, weights_of
+from ...errors import SourceError, did_you_mean
+from ...model import Vit
+from ...spec import ModelSpec, Preprocess
+from .. import files, parity
+from ..places import filled
+from .read import ADVICE, refused, spec_of, weights_of
 
 LOG = logging.getLogger("vitrim.sources")
 
@@ -84,13 +84,13 @@ def load(
     builder = partial(torchvision.models.get_model, base)
     if checkpoint is not None:
         path = Path(checkpoint)
-        module = _filled(builder, path, checkpoints.read(path), f"torchvision's {name!r}", classes)
+        module = _filled(builder, path, files.read(path), f"torchvision's {name!r}", classes)
         told["weights"], labels = path.name, None
     elif pretrained:
         module, labels = _published(name, weights), tuple(str(label) for label in weights.meta["categories"])
         if classes is not None and classes != len(labels):
             if classes:
-                raise _other_classes(classes, f"the weights of {name!r} have {len(labels)}")
+                raise files.other_classes(classes, f"the weights of {name!r} have {len(labels)}")
             module.heads, labels = nn.Identity(), None
         told.update(weights="pretrained", weights_name=str(weights))
         if "license" in weights.meta:
@@ -123,13 +123,7 @@ def from_module(
     verify: run both on one random image and compare; False trusts the classes of the module's parts.
     """
     spec = spec_of(module)
-    config = Config(
-        spec=spec, task="classification" if spec.outputs else "features", preprocess=preprocess, labels=labels
-    )
-    with torch.device("meta"):  # no memory and no random numbers for values that are replaced at once
-        model = Vit(config, provenance=provenance)
-    model.load_state_dict(weights_of(module, spec), strict=True, assign=True)
-    model.eval()
+    model = filled(spec, weights_of(module, spec), preprocess=preprocess, labels=labels, provenance=provenance)
     if verify:
         parity.verify(
             module,
@@ -171,10 +165,7 @@ def _published(name: str, weights: Any) -> Any:
         with contextlib.redirect_stdout(sys.stderr):  # where torch says what it downloads
             state = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
     except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        raise SourceError(
-            f"the weights of {name!r} are not on this machine and could not be fetched ({type(error).__name__}). Pass a local "
-            "file (--checkpoint PATH, checkpoint=), or take random weights (--no-pretrained, pretrained=False)."
-        ) from error
+        raise files.unfetched(name, type(error).__name__) from error
     with torch.device("meta"):
         module = module_named(name)
     module.load_state_dict(state, strict=True, assign=True)
@@ -186,22 +177,15 @@ def _filled(builder: Any, path: Path, state: dict[str, Tensor], model: str, clas
     with torch.device("meta"):
         plain = builder()
     state = {re.sub(r"\.mlp\.linear_([12])\.", _mlp_renamed, key): value for key, value in state.items()}
-    state = checkpoints.reconciled(state, plain.state_dict(), file=path.name)
-    found = state["heads.head.weight"].shape[0] if "heads.head.weight" in state else 0
-    if classes == 0:
-        state = checkpoints.without_heads(state, file=path.name)
-    elif classes is not None and classes != found:
-        raise _other_classes(classes, f"the classifier in {path.name} has {found}")
-    elif found not in (0, plain.num_classes):
+    state = files.reconciled(state, plain.state_dict(), file=path.name)
+    state, found = files.with_classifier(state, "heads.head.weight", classes, file=path.name)
+    if found not in (0, plain.num_classes):
         LOG.info("%s: its classifier of %d classes is kept.", path.name, found)
     with torch.device("meta"):
         module = builder(num_classes=found or 1, image_size=_image_px(plain, state, path))
-    if classes == 0 or not found:
+    if not found:
         module.heads = nn.Identity()
-    expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
-    checkpoints.check(path, {key: tuple(value.shape) for key, value in state.items()}, expected, model)
-    module.load_state_dict({key: value.float() for key, value in state.items()}, strict=True, assign=True)
-    return module.eval()
+    return files.fill(module, state, path, model)
 
 
 def _mlp_renamed(match: re.Match[str]) -> str:
@@ -225,13 +209,6 @@ def _image_px(module: Any, state: Mapping[str, Tensor], path: Path) -> int:
     return side * int(module.patch_size)
 
 
-def _other_classes(classes: int, found: str) -> SourceError:
-    return SourceError(
-        f"classes={classes}: {found} classes. Leave classes out to keep them, or give the model a new head "
-        "(`vitrim train --new-head`)."
-    )
-
-
 def _preprocess(weights: Any, spec: ModelSpec) -> Preprocess | None:
     """What the transforms of published weights do; None for a model of another size or other channels."""
     transforms = weights.transforms()
@@ -251,7 +228,7 @@ def _from_folder(
 ) -> Vit:
     """The model that `write` left in a folder."""
     try:
-        values = json.loads((folder / checkpoints.CONFIG).read_text(encoding="utf-8"))
+        values = json.loads((folder / files.CONFIG).read_text(encoding="utf-8"))
         builder = partial(VisionTransformer, **values["kwargs"])
         labels = None if values["labels"] is None else tuple(values["labels"])
         told: dict[str, Any] = values["preprocess"] or {}
@@ -262,10 +239,10 @@ def _from_folder(
             f"{folder.name!r} is no folder that `vitrim export --format torchvision` wrote ({error}). Name one of "
             f"{', '.join(names())}, with --checkpoint PATH for your own weights."
         ) from error
-    path = folder / checkpoints.WEIGHTS if checkpoint is None else Path(checkpoint)
+    path = folder / files.WEIGHTS if checkpoint is None else Path(checkpoint)
     if pretrained or checkpoint is not None:
         model = f"torchvision's VisionTransformer of {folder.name!r}"
-        module = _filled(builder, path, checkpoints.read(path), model, classes)
+        module = _filled(builder, path, files.read(path), model, classes)
     else:
         module = builder(**({} if not classes else {"num_classes": classes}))
         if classes == 0:
@@ -283,15 +260,4 @@ def _from_folder(
     )
 
 
-__all__ = [
-    "from_module",
-    "load",
-    "module_named",
-    "names",
-    "spec_of",
-    "to_module",
-    "to_torchvision",
-    "weights_named",
-    "weights_of",
-    "write",
-]
+__all__ = ["from_module", "load", "module_named", "names", "weights_named"]

@@ -21,15 +21,13 @@ from timm.models import VisionTransformer, model_entrypoint
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
-from ..errors import SourceError, did_you_mean
-from ..model import Vit
-from ..spec import Config, ModelSpec, Preprocess
-from . import checkpoints, parity
-from .timm_back import to_module, to_timm, write
-from .timm_structure import ADVICE, family, refused, spec_of, weights_of
+from ...errors import SourceError, did_you_mean
+from ...model import Vit
+from ...spec import ModelSpec, Preprocess
+from .. import files, parity
+from ..places import filled
+from .read import ADVICE, family, refused, spec_of, weights_of
 
-NETWORK = ("huggingface_hub", "httpx", "httpcore", "requests", "urllib3", "safetensors")
-"""Packages whose errors mean that a download failed or broke off."""
 LOG = logging.getLogger("vitrim.sources")
 
 
@@ -47,16 +45,13 @@ def from_module(
     verify: run both on one random image and compare; False trusts the classes of the module's parts.
     """
     spec = spec_of(module)
-    config = Config(
-        spec=spec,
-        task="classification" if spec.outputs else "features",
+    model = filled(
+        spec,
+        weights_of(module, spec),
         preprocess=preprocess or _preprocess(module, spec),
         labels=labels,
+        provenance=provenance,
     )
-    with torch.device("meta"):  # no memory and no random numbers for values that are replaced at once
-        model = Vit(config, provenance=provenance)
-    model.load_state_dict(weights_of(module, spec), strict=True, assign=True)
-    model.eval()
     if verify:
         parity.verify(
             module, model, blocks=lambda theirs: theirs.blocks, what="timm's VisionTransformer", advice=ADVICE
@@ -90,10 +85,7 @@ def load(
     module = _create(name, pretrained=True)
     if classes is not None and classes != getattr(module, "num_classes", None):
         if classes:
-            raise SourceError(
-                f"classes={classes}: the weights of {name!r} have {module.num_classes} classes. Leave classes out and give the "
-                "model a new head (`vitrim train --new-head`), or pass pretrained=False."
-            )
+            raise files.other_classes(classes, f"the weights of {name!r} have {module.num_classes}")
         module.reset_classifier(0)
     return from_module(
         module, labels=_labels(module), verify=verify, provenance=_provenance(name, module, "pretrained")
@@ -127,7 +119,7 @@ def _create(name: str, *, pretrained: bool = False, **options: Any) -> Any:
     try:
         return timm.create_model(name, pretrained=pretrained, **options)
     except Exception as error:
-        what, why = ("weights" if pretrained else "description"), type(error).__name__
+        why = type(error).__name__
         if name.startswith("local-dir:") and isinstance(error, (OSError, RuntimeError, KeyError, ValueError)):
             raise SourceError(
                 f"{_source(name)!r} is no folder that timm loads ({next(iter(str(error).splitlines()), why)}). Expected its config.json and model.safetensors, as "
@@ -135,25 +127,27 @@ def _create(name: str, *, pretrained: bool = False, **options: Any) -> Any:
             ) from error
         if pretrained and isinstance(error, RuntimeError) and "No pretrained weights" in str(error):
             why = "timm knows of none"
-        elif not isinstance(error, OSError) and type(error).__module__.split(".")[0] not in NETWORK:
+        elif not isinstance(error, OSError) and type(error).__module__.split(".")[0] not in (
+            *files.NETWORK,
+            "safetensors",
+        ):
             raise
+        if pretrained:
+            raise files.unfetched(name, why) from error
         raise SourceError(
-            f"the {what} of {name!r} are not on this machine and could not be fetched ({why}). Pass a local file "
-            "(--checkpoint PATH, checkpoint=), or take random weights (--no-pretrained, pretrained=False)."
-            if pretrained
-            else f"the {what} of {name!r} is not on this machine and could not be fetched ({why}). Check the name and the "
+            f"the description of {name!r} is not on this machine and could not be fetched ({why}). Check the name and the "
             "network, or take a timm:NAME, whose architecture needs none."
         ) from error
 
 
 def _with_checkpoint(name: str, path: Path, classes: int | None) -> nn.Module:
     """A timm module filled from a local file. Raises SourceError listing keys that are missing, too many or misshapen."""
-    state = checkpoints.read(path)
+    state = files.read(path)
     with torch.device("meta"):
         module = _create(name)
     if not isinstance(module, VisionTransformer):
         spec_of(module)  # says what it has that a plain one has not
-    state = checkpoints.reconciled(state, module.state_dict(), file=path.name)
+    state = files.reconciled(state, module.state_dict(), file=path.name)
     _check_tables(module, state, path)
     if classes != 0 and any(key.startswith("pre_logits.") for key in state):
         raise SourceError(
@@ -162,23 +156,13 @@ def _with_checkpoint(name: str, path: Path, classes: int | None) -> nn.Module:
         )
     if set(state) != set(module.state_dict()):
         state = _renamed(state, module)
-    found = state["head.weight"].shape[0] if "head.weight" in state else 0
-    if classes == 0:
-        state, found = checkpoints.without_heads(state, file=path.name), 0
-    elif classes is not None and classes != found:
-        raise SourceError(
-            f"classes={classes}: the classifier in {path.name} has {found} classes. Leave classes out to keep it, or give the "
-            "model a new head (`vitrim train --new-head`)."
-        )
+    state, found = files.with_classifier(state, "head.weight", classes, file=path.name)
     if found != module.num_classes:
         if found:
             LOG.info("%s: its classifier of %d classes is kept.", path.name, found)
         with torch.device("meta"):
             module.reset_classifier(found)
-    expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
-    checkpoints.check(path, {key: tuple(value.shape) for key, value in state.items()}, expected, f"timm's {name!r}")
-    module.load_state_dict({key: value.float() for key, value in state.items()}, strict=True, assign=True)
-    return module.eval()
+    return files.fill(module, state, path, f"timm's {name!r}")
 
 
 def _check_tables(module: VisionTransformer, state: Mapping[str, Tensor], path: Path) -> None:
@@ -250,4 +234,4 @@ def _provenance(name: str, module: nn.Module, weights: str | None) -> dict[str, 
     }
 
 
-__all__ = ["from_module", "load", "spec_of", "to_module", "to_timm", "weights_of", "write"]
+__all__ = ["from_module", "load"]

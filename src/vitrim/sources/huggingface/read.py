@@ -1,0 +1,508 @@
+"""The structure of transformers' plain Vision Transformers: module -> spec, and which of its tensors is which of ours.
+
+What a model reads is told by its class (or the first of its bases that is transformers' own); its parts are found by
+what they are within the module, never by the keys of a file, which transformers keeps in an older spelling. What the
+spec cannot say is refused by its name, and so is a tensor left over. Importing this file imports no transformers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import SourceError
+from ...spec import AttentionSpec, BlockSpec, MlpSpec, ModelSpec, Output, Pool, Position
+from ..parts import Reader, by_name, valid
+from ..places import Places, taken
+
+ADVICE = "vitrim reads transformers' plain Vision Transformers: ViT, DeiT, DINOv2, CLIP, SigLIP, ViT-MAE and MSN."
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Design:
+    """What one class of transformers reads from its tokens.
+
+    package: its folder in `transformers.models`.  heads: attribute -> (our name, what it reads).
+    norm: of all tokens, of the pooled vector, or never reached.  resize: of the position table at another resolution.
+    any_size: positions are resized unasked, so that the image processor decides the image size.
+    unused: parts that the encoder's features do not go through.
+    """
+
+    package: str
+    pool: Literal["cls", "mean", "map"] = "cls"
+    heads: Mapping[str, tuple[str, tuple[str, ...]]] = field(default_factory=dict)
+    norm: Literal["tokens", "pooled", "unused"] = "tokens"
+    resize: Literal["bicubic", "bicubic_antialias"] = "bicubic"
+    any_size: bool = False
+    unused: tuple[str, ...] = ("mask_token",)
+
+    @property
+    def classifiers(self) -> tuple[str, ...]:
+        """Attributes that hold classifiers; CLIP's projection is none."""
+        return tuple(head for head in self.heads if "classifier" in head)
+
+
+_HEAD = {"classifier": ("head", ("pool",))}
+_BOTH = {"classifier": ("head", ("pool", "mean"))}
+
+DESIGNS: dict[str, Design] = {
+    "ViTModel": Design(package="vit", unused=("mask_token", "pooler")),
+    "ViTForImageClassification": Design(package="vit", heads=_HEAD),
+    "DeiTModel": Design(package="deit", unused=("mask_token", "pooler")),
+    "DeiTForImageClassification": Design(package="deit", heads=_HEAD),
+    "DeiTForImageClassificationWithTeacher": Design(
+        package="deit",
+        heads={"cls_classifier": ("head", ("pool",)), "distillation_classifier": ("head_dist", ("dist",))},
+    ),
+    "Dinov2Model": Design(package="dinov2", any_size=True),
+    "Dinov2ForImageClassification": Design(package="dinov2", any_size=True, heads=_BOTH),
+    "Dinov2WithRegistersModel": Design(package="dinov2_with_registers", any_size=True, resize="bicubic_antialias"),
+    "Dinov2WithRegistersForImageClassification": Design(
+        package="dinov2_with_registers", any_size=True, resize="bicubic_antialias", heads=_BOTH
+    ),
+    "CLIPVisionModel": Design(package="clip", norm="pooled"),
+    "CLIPVisionModelWithProjection": Design(
+        package="clip", norm="pooled", heads={"visual_projection": ("projection", ("pool",))}
+    ),
+    "CLIPForImageClassification": Design(
+        package="clip", pool="mean", norm="unused", heads=_HEAD, unused=("post_layernorm",)
+    ),
+    "SiglipVisionModel": Design(package="siglip", pool="map"),
+    "SiglipForImageClassification": Design(package="siglip", pool="mean", heads=_HEAD, unused=("vision_model.head",)),
+    "ViTMAEModel": Design(package="vit_mae"),
+    "ViTMSNModel": Design(package="vit_msn"),
+    "ViTMSNForImageClassification": Design(package="vit_msn", heads=_HEAD),
+}
+
+ENCODERS = {
+    "ViTForMaskedImageModeling": ("ViTModel", "vit", "decoder"),
+    "DeiTForMaskedImageModeling": ("DeiTModel", "deit", "decoder"),
+    "ViTMAEForPreTraining": ("ViTMAEModel", "vit", "decoder"),
+    "CLIPModel": ("CLIPVisionModel", "vision_model", "text tower and both projections"),
+    "SiglipModel": ("SiglipVisionModel", "vision_model", "text tower"),
+}
+"""Classes taken for their encoder alone: its class, the attribute that holds it, what is left out."""
+
+BASE_MODELS = {
+    "vit": "ViTModel",
+    "deit": "DeiTModel",
+    "dinov2": "Dinov2Model",
+    "dinov2_with_registers": "Dinov2WithRegistersModel",
+    "clip": "CLIPModel",
+    "clip_vision_model": "CLIPVisionModel",
+    "siglip": "SiglipModel",
+    "siglip_vision_model": "SiglipVisionModel",
+    "vit_mae": "ViTMAEModel",
+    "vit_msn": "ViTMSNModel",
+}
+"""A configuration's `model_type` -> the class of a folder that names none."""
+
+OTHERS = by_name(
+    {
+        "a convolutional design": "resnet regnet convnext convnextv2 dinov3_convnext efficientnet mobilenet_v1 mobilenet_v2 bit "
+        "van",
+        "a hierarchy of windows": "swin swinv2 donut-swin maskformer-swin",
+        "a hierarchy of stages": "hiera pvt pvt_v2 segformer cvt focalnet levit efficientformer mobilevit mobilevitv2 "
+        "swiftformer",
+        "a hierarchy without attention": "poolformer",
+        "a hierarchy of neighbourhoods": "dinat",
+        "relative position bias": "beit data2vec-vision",
+        "rotary positions": "dinov3_vit",
+        "a convolutional (hybrid) stem": "vit-hybrid",
+        "windowed attention": "vitdet sam_vision_model",
+        "packed images of several sizes": "siglip2 siglip2_vision_model",
+        "video input": "videomae vivit timesformer",
+        "detection tokens": "yolos",
+        "a depth decoder": "dpt",
+        "timm's module inside (load it as timm:NAME or hf-hub:USER/NAME)": "timm_wrapper",
+    }
+)
+"""What sets a `model_type` apart from a plain Vision Transformer."""
+
+
+@dataclass(kw_only=True, slots=True)
+class BlockParts:
+    """The parts of one block. first: the MLP's first linear, or the gate's and the value's."""
+
+    norms: tuple[Any, Any]
+    attention: Any
+    q: Any
+    k: Any
+    v: Any
+    out: Any
+    first: tuple[Any, ...]
+    second: Any
+    act: Any
+    scales: tuple[Any, Any]
+
+
+@dataclass(kw_only=True, slots=True)
+class Parts:
+    """The parts of a module. names: dotted name of each part by identity; tokens: parameter names by kind of token."""
+
+    design: Design
+    names: dict[int, str]
+    embeddings: Any
+    conv: Any
+    tokens: dict[str, str]
+    position: str
+    pre_norm: Any
+    norm: Any
+    block_modules: tuple[nn.Module, ...]
+    blocks: list[BlockParts]
+    map_head: Any
+    heads: dict[str, Any]
+
+    def name(self, part: nn.Module, leaf: str = "") -> str:
+        """Dotted name of a part, or of a parameter of it."""
+        return ".".join(word for word in (self.names[id(part)], leaf) if word)
+
+
+def refused(what: str) -> SourceError:
+    """The error that names what the spec cannot say."""
+    return Reader(ADVICE).refused(what)
+
+
+def other(model_type: str, name: str) -> SourceError:
+    """The error for a model of another family."""
+    return refused(f"{OTHERS.get(model_type, 'another design')} ({name}, model_type {model_type!r})")
+
+
+def class_name(module: nn.Module) -> str:
+    """The class of transformers that the module is, or descends from. Raises SourceError for one of another family."""
+    for kind in type(module).__mro__:
+        if kind.__module__.startswith("transformers.models."):
+            if kind.__name__ in DESIGNS or kind.__name__ in ENCODERS:
+                return kind.__name__
+            break
+    raise other(getattr(getattr(module, "config", None), "model_type", ""), type(module).__name__)
+
+
+def encoder_of(module: nn.Module) -> tuple[Any, tuple[str, ...]]:
+    """The part that is taken in, and what that leaves out: the encoder of a pretraining or two-tower model, and of a
+    classifier of no classes; any other module itself.
+    """
+    name = class_name(module)
+    if name in ENCODERS:
+        _, attribute, left = ENCODERS[name]
+        return getattr(module, attribute), (left,)
+    design = DESIGNS[name]
+    without = [isinstance(getattr(module, head), nn.Identity) for head in design.heads]
+    if without and all(without) and design.pool == "cls":
+        return _tower(module), ()
+    return module, ()
+
+
+def left_out(module: Any) -> tuple[str, ...]:
+    """Parts that change the module's own pooled output and that the spec cannot say: a pooler that is no identity."""
+    pooler = getattr(module, "pooler", None)
+    return () if pooler is None or _is_identity(pooler) else ("pooler",)
+
+
+def _is_identity(pooler: Any) -> bool:
+    """Whether a pooler gives the class token as it is, which is how this package writes an encoder."""
+    dense = getattr(pooler, "dense", None)
+    if type(dense) is not nn.Linear or type(pooler.activation).__name__ != "LinearActivation" or dense.weight.is_meta:
+        return False
+    rows, columns = dense.weight.shape
+    return rows == columns and bool((dense.weight == torch.eye(rows).to(dense.weight)).all() and not dense.bias.any())
+
+
+def spec_of(module: nn.Module, image_px: tuple[int, int] | None = None) -> ModelSpec:
+    """The spec of a transformers module, read off its parts (so a fine-tuned one is as good as a named one).
+
+    image_px: where the image processor decides the size (DINOv2); None: the size that the position table is for.
+    Works on the meta device. Raises SourceError naming the part that the spec cannot say.
+    """
+    module, _ = encoder_of(module)
+    parts = parts_of(module)
+    design, conv, reader = parts.design, parts.conv, Reader(ADVICE)
+    patch_px = (int(conv.kernel_size[0]), int(conv.kernel_size[1]))
+    stem = reader.stem(conv, patch_px)
+    made_px = _pair(_first(parts.embeddings, "image_size", "patch_embeddings.image_size"))
+    grid = (made_px[0] // patch_px[0], made_px[1] // patch_px[1])
+    norms = {"norm before the blocks": parts.pre_norm, "last norm": parts.norm}
+    reader.norms({name: norm for name, norm in norms.items() if norm is not None}, "the network")
+    blocks = tuple(_block(block, f"block {i}", reader) for i, block in enumerate(parts.blocks))
+    pool = _pool(parts, reader)
+    eps = reader.one_eps(1e-6)
+    registers = _registers(module, parts)
+    prefix: tuple[Any, ...] = (*(token for token in ("cls", "dist") if token in parts.tokens), *["reg"] * registers)
+    table = module.get_parameter(parts.position)
+    reader.table_rows(table.shape[-2], math.prod(grid) + len(prefix) - registers)
+    with valid(module, "transformers"):
+        spec = ModelSpec(
+            image_px=image_px or made_px,
+            patch_px=patch_px,
+            channels=conv.in_channels,
+            stem=stem,
+            width=conv.out_channels,
+            prefix=prefix,
+            position=Position(
+                kind="fixed" if design.package == "vit_mae" else "learned",  # `from_pretrained` forgets requires_grad
+                grid=grid,
+                prefix_rows=bool(prefix) and not registers,  # beside registers, the class token's row is added to it
+                resize=design.resize,
+            ),
+            pre_norm=parts.pre_norm is not None,
+            final_norm=design.norm == "tokens",
+            pool_norm=design.norm == "pooled",
+            norm_eps=eps,
+            blocks=blocks,
+            pool=pool,
+            outputs=_outputs(parts, reader),
+        )
+    unused = {key for key in module.state_dict() if any(f".{part}." in f".{key}." for part in design.unused)}
+    reader.all_placed(module, unused | set(places_of(module, spec, parts)))
+    return spec
+
+
+def parts_of(module: nn.Module) -> Parts:
+    """The parts of a module that `encoder_of` gave. Raises SourceError where one is missing or of another kind."""
+    design, tower = DESIGNS[class_name(module)], _tower(module)
+    names = {id(part): name for name, part in module.named_modules()}
+    embeddings = tower.embeddings
+    convs = [part for part in embeddings.modules() if isinstance(part, nn.Conv2d)]
+    if len(convs) != 1:
+        raise refused(f"a stem of {len(convs)} convolutions ({type(embeddings).__name__})")
+    lists = [part for part in tower.modules() if isinstance(part, nn.ModuleList) and len(part)]
+    if len(lists) != 1:
+        raise refused(f"{len(lists)} lists of blocks ({type(tower).__name__})")
+    inside = names[id(embeddings)]
+    own = {name: f"{inside}.{name}" for name, _ in embeddings.named_parameters()}
+    tokens = {
+        token: own[name]
+        for token, options in (
+            ("cls", ("cls_token", "class_embedding")),
+            ("dist", ("distillation_token",)),
+            ("reg", ("register_tokens",)),
+        )
+        for name in options
+        if name in own
+    }
+    position = next((own[name] for name in ("position_embeddings", "position_embedding.weight") if name in own), None)
+    if position is None:
+        raise refused("no table of positions")
+    return Parts(
+        design=design,
+        names=names,
+        embeddings=embeddings,
+        conv=convs[0],
+        tokens=tokens,
+        position=position,
+        pre_norm=_first(tower, "pre_layrnorm", "pre_layernorm", default=None),
+        norm=None if design.norm == "unused" else _first(tower, "layernorm", "post_layernorm"),
+        block_modules=tuple(lists[0]),
+        blocks=[_block_parts(block, f"block {i}") for i, block in enumerate(lists[0])],
+        map_head=_first(tower, "head", default=None) if design.pool == "map" else None,
+        heads={head: getattr(module, head) for head in design.heads},
+    )
+
+
+def _tower(module: Any) -> Any:
+    """The part that holds the embeddings and the blocks."""
+    if isinstance(getattr(module, "embeddings", None), nn.Module):
+        return module
+    inside = [part for part in module.children() if isinstance(getattr(part, "embeddings", None), nn.Module)]
+    if len(inside) != 1:
+        raise refused(f"{len(inside)} encoders ({type(module).__name__})")
+    return inside[0]
+
+
+_MISSING = object()
+
+
+def _first(parent: Any, *paths: str, default: Any = _MISSING, where: str = "") -> Any:
+    """The first of the attributes that is there and not None. Raises SourceError where none is and no default."""
+    for path in paths:
+        found: Any = parent
+        for name in path.split("."):
+            found = getattr(found, name, None)
+        if found is not None:
+            return found
+    if default is not _MISSING:
+        return default
+    raise refused(f"no {paths[0]} in {type(parent).__name__}{where and f' ({where})'}")
+
+
+def _block_parts(block: Any, where: str) -> BlockParts:
+    attention, mlp = _first(block, "attention", "self_attn", where=where), _first(block, "mlp", where=where)
+    gate = _first(mlp, "gate_proj", default=None)
+    first = (_first(mlp, "fc1", where=where),) if gate is None else (gate, _first(mlp, "up_proj", where=where))
+    return BlockParts(
+        norms=(
+            _first(block, "layernorm_before", "norm1", "layer_norm1", where=where),
+            _first(block, "layernorm_after", "norm2", "layer_norm2", where=where),
+        ),
+        attention=attention,
+        q=_first(attention, "q_proj", where=where),
+        k=_first(attention, "k_proj", where=where),
+        v=_first(attention, "v_proj", where=where),
+        out=_first(attention, "o_proj", "out_proj", where=where),
+        first=first,
+        second=_first(mlp, "fc2", "down_proj", where=where),
+        act=_first(mlp, "activation_fn", "act_fn", where=where),
+        scales=(_first(block, "layer_scale1", default=None), _first(block, "layer_scale2", default=None)),
+    )
+
+
+def _block(parts: BlockParts, where: str, reader: Reader) -> BlockSpec:
+    reader.norms({"first norm": parts.norms[0], "second norm": parts.norms[1]}, where)
+    first = {f"first linear {i}": part for i, part in enumerate(parts.first)}
+    linears = {
+        "query": parts.q,
+        "key": parts.k,
+        "value": parts.v,
+        "output": parts.out,
+        **first,
+        "last linear": parts.second,
+    }
+    reader.linears(linears, where)
+    scaled = [scale is not None for scale in parts.scales]
+    head_dim = _first(parts.attention, "head_dim", where=where)
+    inner = parts.q.out_features
+    if inner % head_dim or {parts.k.out_features, parts.v.out_features, parts.out.in_features} != {inner}:
+        raise refused(f"attention whose linears do not fit heads of {head_dim} ({where})")
+    kind = reader.activation(parts.act, where)
+    if len(parts.first) == 2 and kind != "silu":
+        raise refused(f"an MLP gated by {kind} ({where})")
+    biases = {part.bias is not None for part in parts.first}
+    if len(biases) != 1:
+        raise refused(f"a bias on one of the gated MLP's two first linears ({where})")
+    return BlockSpec(
+        attention=AttentionSpec(
+            heads=inner // head_dim,
+            qk_dim=head_dim,
+            v_dim=head_dim,
+            scale=float(_first(parts.attention, "scaling", "scale", where=where)),
+            q_bias=parts.q.bias is not None,
+            k_bias=parts.k.bias is not None,
+            v_bias=parts.v.bias is not None,
+            out_bias=parts.out.bias is not None,
+            layer_scale=scaled[0],
+        ),
+        mlp=MlpSpec(
+            kind="swiglu" if len(parts.first) == 2 else kind,
+            hidden=parts.second.in_features,
+            fc1_bias=biases.pop(),
+            fc2_bias=parts.second.bias is not None,
+            layer_scale=scaled[1],
+        ),
+    )
+
+
+def _pool(parts: Parts, reader: Reader) -> Pool:
+    if parts.design.pool != "map":
+        return Pool(kind=parts.design.pool)
+    if parts.map_head is None:
+        return Pool(kind="none")
+    head, where = parts.map_head, "the pooling head"
+    attention, mlp = _first(head, "attention"), _first(head, "mlp")
+    if not isinstance(attention, nn.MultiheadAttention) or attention.in_proj_bias is None:
+        raise refused(f"a {type(attention).__name__} without bias or of another kind in its pooling head")
+    reader.norms({"norm": _first(head, "layernorm")}, where)
+    if (kind := reader.activation(mlp.activation_fn, where)) not in ("gelu", "gelu_tanh"):
+        raise refused(f"the activation {kind} in its pooling head")
+    reader.linears({"fc1": mlp.fc1}, where)
+    return Pool(kind="map", heads=attention.num_heads, hidden=mlp.fc1.out_features, act=kind)
+
+
+def _outputs(parts: Parts, reader: Reader) -> tuple[Output, ...]:
+    heads = parts.design.heads.items()
+    return tuple(
+        output for key, (name, reads) in heads for output in reader.outputs(parts.heads[key], key, name, reads)
+    )
+
+
+def _registers(module: nn.Module, parts: Parts) -> int:
+    return int(module.get_parameter(parts.tokens["reg"]).shape[-2]) if "reg" in parts.tokens else 0
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    sides = (value, value) if isinstance(value, int) else tuple(int(side) for side in value)
+    return sides[0], sides[1]
+
+
+def places_of(module: nn.Module, spec: ModelSpec, parts: Parts | None = None) -> Places:
+    """Their name -> ours, for every number that the spec has a place for.
+
+    Of attention pooling the joint queries, keys and values are called `pool.qkv`.
+    """
+    parts, places = parts or parts_of(module), Places()
+
+    def pair(part: Any, ours: str, order: int = 0) -> None:
+        places.pair(parts.name(part), ours, part.bias is not None, order)
+
+    pair(parts.conv, "stem.proj")
+    for order, token in enumerate(dict.fromkeys(spec.prefix)):
+        places.add(parts.tokens[token], "prefix", order)
+    places.add(parts.position, "position")
+    if parts.pre_norm is not None:
+        pair(parts.pre_norm, "pre_norm")
+    if parts.norm is not None:
+        pair(parts.norm, "norm" if parts.design.norm == "tokens" else "pool_norm")
+    for i, block in enumerate(parts.blocks):
+        ours = f"blocks.{i}"
+        for number, half in enumerate(("attention", "mlp")):
+            pair(block.norms[number], f"{ours}.norm{number + 1}")
+            if block.scales[number] is not None:
+                places.add(parts.name(block.scales[number], "lambda1"), f"{ours}.{half}.gamma")
+        for order, (letter, part) in enumerate((("q", block.q), ("k", block.k), ("v", block.v))):
+            places.add(parts.name(part, "weight"), f"{ours}.attention.qkv", order)
+            if part.bias is not None:
+                places.add(parts.name(part, "bias"), f"{ours}.attention.{letter}_bias")
+        pair(block.out, f"{ours}.attention.out")
+        for order, part in enumerate(block.first):
+            pair(part, f"{ours}.mlp.fc1", order)
+        pair(block.second, f"{ours}.mlp.fc2")
+    if (head := parts.map_head) is not None:
+        places.add(parts.name(head, "probe"), "pool.latent")
+        places.add(parts.name(head.attention, "in_proj_weight"), "pool.qkv.weight")
+        places.add(parts.name(head.attention, "in_proj_bias"), "pool.qkv.bias")
+        pair(head.attention.out_proj, "pool.out")
+        pair(head.layernorm, "pool.norm")
+        pair(head.mlp.fc1, "pool.fc1")
+        pair(head.mlp.fc2, "pool.fc2")
+    for attribute, (name, _) in parts.design.heads.items():
+        if not isinstance(parts.heads[attribute], nn.Identity):
+            pair(parts.heads[attribute], f"heads.{name}")
+    return places
+
+
+def weights_of(module: nn.Module, spec: ModelSpec) -> dict[str, Tensor]:
+    """The module's numbers under our names: float32 copies on the CPU."""
+    module, _ = encoder_of(module)
+    weights = taken(module.state_dict(), places_of(module, spec), spec.width)
+    if "reg" in spec.prefix:  # only the class token has a row in the table; the sum of both is what the model adds
+        weights["prefix"][0] += weights["position"][0]
+        weights["position"] = weights["position"][1:].clone()
+    for leaf in ("weight", "bias"):
+        if (joined := weights.pop(f"pool.qkv.{leaf}", None)) is not None:
+            weights[f"pool.q.{leaf}"] = joined[: spec.width].clone()
+            weights[f"pool.kv.{leaf}"] = joined[spec.width :].clone()
+    return weights
+
+
+__all__ = [
+    "ADVICE",
+    "BASE_MODELS",
+    "DESIGNS",
+    "ENCODERS",
+    "OTHERS",
+    "Design",
+    "Parts",
+    "class_name",
+    "encoder_of",
+    "left_out",
+    "other",
+    "parts_of",
+    "places_of",
+    "refused",
+    "spec_of",
+    "weights_of",
+]

@@ -1,0 +1,77 @@
+"""Our model -> a state dict that T2T-ViT's authors' class loads strictly, where that class can say it."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ...architectures.t2t import EPS
+from ...files import sync_file, sync_folder
+from ...model import Vit
+from ...spec import ConvStem, Prefix, T2TPerformer, T2TTransformer
+from ...surgery import with_spec, without_empty
+from ..expressible import Family, refusal, require
+from ..places import given, numbers_of
+from .read import places_of, shapes_of
+
+FAMILY = Family(
+    name="T2T-ViT",
+    stems=(T2TPerformer, T2TTransformer),
+    square=True,
+    positions=("fixed",),
+    prefix_rows=True,
+    kinds=("gelu",),
+    every_bias=True,
+    layer_scale=False,
+    eps=EPS,
+)
+
+
+def to_state(model: Vit) -> dict[str, Tensor]:
+    """A state dict that the authors' class loads strictly, made with the depth, heads and MLP ratio of the model.
+
+    Blocks with both halves gone are left out, and so is an exact tail: neither changes an output.
+    Raises SourceError naming the block (counted without those) or part that T2T-ViT cannot say.
+    """
+    blocks = (replace(b, steps=tuple(s for s in b.steps if not isinstance(s, Prefix))) for b in model.spec.blocks)
+    spec = replace(model.spec, blocks=tuple(blocks))
+    model = without_empty(with_spec(model, spec, model.state_dict(), share=True))
+    spec = model.spec
+    require(spec, FAMILY)
+    stem = spec.stem
+    assert not isinstance(stem, ConvStem)
+    if (stem.kernels, stem.strides) != ((7, 3, 3), (4, 2, 2)):
+        raise refusal(FAMILY.name, f"its soft splits have kernels {stem.kernels} and strides {stem.strides}")
+    if isinstance(stem, T2TPerformer) and stem.features != stem.token_dim // 2:
+        raise refusal(FAMILY.name, f"its stem has {stem.features} random features for tokens of {stem.token_dim}")
+    return given(numbers_of(model, spec), places_of(spec), shapes_of(spec))
+
+
+def write(model: Vit, out: Path) -> Path:
+    """The model as a file of T2T-ViT's own state dict: safetensors by that suffix, else as `torch.save` writes it.
+
+    Written whole or not at all. Raises SourceError as `to_state` does.
+    """
+    state = to_state(model)
+    out = Path(out)
+    partial = out.with_name(f".{secrets.token_hex(8)}.partial")
+    try:
+        if out.suffix == ".safetensors":
+            save_file({name: value.contiguous() for name, value in state.items()}, partial)
+        else:
+            torch.save(state, partial)
+        sync_file(partial)
+        os.replace(partial, out)
+    finally:
+        partial.unlink(missing_ok=True)
+    sync_folder(out.parent)
+    return out
+
+
+__all__ = ["to_state", "write"]

@@ -1,0 +1,259 @@
+"""timm's names, published weights and local checkpoints."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+import vitrim
+from tests.sources.timm.kit import assert_same, images, randomised
+from vitrim.errors import SourceError
+
+# ------------------------------------------------------------------------------------------------------ names and files
+
+
+def test_unknown_names_and_tags_give_the_near_miss() -> None:
+    with pytest.raises(SourceError, match="did you mean 'deit_small_patch16_224'"):
+        vitrim.load("timm:deit_smal_patch16_224", pretrained=False)
+    with pytest.raises(SourceError, match="did you mean 'fb_in1k'"):
+        vitrim.load("timm:deit_small_patch16_224.fb_in1", pretrained=False)
+
+
+def test_a_name_gives_timms_random_model_with_the_classes_asked_for() -> None:
+    model = vitrim.load("timm:deit_tiny_patch16_224", pretrained=False, classes=7)
+    assert model.spec.classes == 7
+    assert model.provenance["source"] == "timm:deit_tiny_patch16_224"
+    assert model.provenance["weights"] == "random"
+    assert not model.training
+
+
+def test_a_missing_network_names_the_two_ways_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def offline(*_: Any, **__: Any) -> None:
+        raise LocalEntryNotFoundError("no network")
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    with pytest.raises(SourceError, match=r"--checkpoint PATH.*--no-pretrained"):
+        vitrim.load("timm:deit_tiny_patch16_224")
+    with pytest.raises(SourceError, match="description of 'hf-hub:someone/thing'"):
+        vitrim.load("hf-hub:someone/thing", pretrained=False)
+
+
+def test_an_error_of_ours_is_not_taken_for_a_missing_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(timm, "create_model", broken)
+    with pytest.raises(KeyError):
+        vitrim.load("timm:deit_tiny_patch16_224")
+
+
+def published(monkeypatch: pytest.MonkeyPatch, **options: Any) -> Any:
+    """timm's `create_model` as if the weights had been fetched."""
+    real = timm.create_model
+    module = randomised(real("deit_tiny_patch16_224", depth=1, **options))
+    monkeypatch.setattr(timm, "create_model", lambda *_, **__: module)
+    return module
+
+
+def test_published_weights_bring_labels_and_their_origin(monkeypatch: pytest.MonkeyPatch) -> None:
+    published(monkeypatch)
+    model = vitrim.load("timm:deit_tiny_patch16_224")
+    assert model.config.labels is not None
+    assert model.config.labels[0] == "n01440764"
+    assert model.provenance["base_model"].startswith("timm/deit_tiny")
+    assert model.provenance["license"] == "apache-2.0"
+
+
+def test_other_classes_of_published_weights_are_refused_and_none_drops_the_classifier(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    published(monkeypatch)
+    with pytest.raises(SourceError, match=r"1000 classes.*--new-head"):
+        vitrim.load("timm:deit_tiny_patch16_224", classes=10)
+    model = vitrim.load("timm:deit_tiny_patch16_224", classes=0)
+    assert model.spec.outputs == ()
+    assert model.config.task == "features"
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A small deit_tiny under its full name, so that checkpoints in tests stay small."""
+    real = timm.create_model
+
+    def create(name: str, **options: Any) -> Any:
+        return real(name, **{"img_size": 32, "embed_dim": 24, "depth": 2, "num_heads": 3, **options})
+
+    monkeypatch.setattr(timm, "create_model", create)
+    return lambda **options: randomised(create("deit_tiny_patch16_224", **options))
+
+
+def test_a_local_checkpoint_gives_its_weights_and_its_own_classes(tiny: Any, tmp_path: Path) -> None:
+    module = tiny(num_classes=3)
+    torch.save({"model": module.state_dict(), "epoch": 3}, tmp_path / "mine.pth")
+    random = torch.get_rng_state()
+    model = vitrim.load("timm:deit_tiny_patch16_224", checkpoint=tmp_path / "mine.pth")
+    assert torch.equal(torch.get_rng_state(), random)
+    assert model.spec.classes == 3
+    assert model.provenance["weights"] == "mine.pth"
+    assert_same(module, model)
+
+
+def test_published_layouts_are_translated_by_timms_own_filter(tiny: Any, tmp_path: Path) -> None:
+    module = tiny(init_values=1e-5)
+    old = {
+        key.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2"): v for key, v in module.state_dict().items()
+    }
+    torch.save(old, tmp_path / "deit3.pth")
+    real = timm.create_model
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timm, "create_model", lambda name, **options: real(name, **{"init_values": 1e-5, **options}))
+        model = vitrim.load("timm:deit_tiny_patch16_224", checkpoint=tmp_path / "deit3.pth")
+    assert_same(module, model)
+
+
+def test_a_checkpoint_with_other_classes_than_asked_for_is_refused(tiny: Any, tmp_path: Path) -> None:
+    torch.save(tiny(num_classes=3).state_dict(), tmp_path / "mine.pth")
+    with pytest.raises(SourceError, match=r"classes=10: the classifier in mine\.pth has 3"):
+        vitrim.load("timm:deit_tiny_patch16_224", checkpoint=tmp_path / "mine.pth", classes=10)
+    assert vitrim.load("timm:deit_tiny_patch16_224", checkpoint=tmp_path / "mine.pth", classes=0).spec.outputs == ()
+
+
+def test_a_checkpoint_without_classifier_gives_an_encoder(tiny: Any, tmp_path: Path) -> None:
+    module = tiny(num_classes=0)
+    torch.save(module.state_dict(), tmp_path / "encoder.pth")
+    model = vitrim.load("timm:deit_tiny_patch16_224", checkpoint=tmp_path / "encoder.pth")
+    assert model.config.task == "features"
+    assert_same(module, model)
+
+
+def test_missing_and_unexpected_keys_are_listed_ten_at_most(tiny: Any, tmp_path: Path) -> None:
+    state = {f"encoder.{key}" if "blocks.1" in key else key: value for key, value in tiny().state_dict().items()}
+    torch.save(state, tmp_path / "foreign.pth")
+    with pytest.raises(
+        SourceError, match=r"missing: blocks\.1.* and 2 more; unexpected: encoder.* and 2 more"
+    ) as caught:
+        vitrim.load("timm:deit_tiny_patch16_224", checkpoint=tmp_path / "foreign.pth")
+    assert str(caught.value).count("encoder.blocks") == 10
+
+
+def test_a_checkpoint_of_another_image_size_is_refused(tiny: Any, tmp_path: Path) -> None:
+    torch.save(tiny(img_size=64).state_dict(), tmp_path / "large.pth")
+    with pytest.raises(SourceError, match=r"pos_embed has shape \(1, 17, 24\).*expects \(1, 5, 24\)"):
+        vitrim.load("timm:deit_tiny_patch16_224", checkpoint=tmp_path / "large.pth")
+
+
+def test_a_checkpoint_of_another_width_is_refused(tiny: Any, tmp_path: Path) -> None:
+    state = tiny().state_dict()
+    state["blocks.0.mlp.fc1.weight"] = torch.zeros(5, 24)
+    torch.save(state, tmp_path / "odd.pth")
+    with pytest.raises(
+        SourceError, match=r"of another shape: blocks\.0\.mlp\.fc1\.weight \(5, 24\) \(expected \(96, 24\)\)"
+    ):
+        vitrim.load("timm:deit_tiny_patch16_224", checkpoint=tmp_path / "odd.pth")
+
+
+@pytest.mark.parametrize("style", ["q k v", "q_proj k_proj v_proj", "to_q to_k to_v", "query key value"])
+def test_split_queries_keys_and_values_are_joined(tiny: Any, tmp_path: Path, style: str) -> None:
+    module, split = tiny(num_classes=3), {}
+    for key, value in module.state_dict().items():
+        if ".qkv." in key:
+            split.update({key.replace("qkv", part): v for part, v in zip(style.split(), value.chunk(3), strict=True)})
+        else:
+            split[key] = value
+    save_file({key: value.contiguous() for key, value in split.items()}, tmp_path / "split.safetensors")
+    assert_same(module, vitrim.load("timm:deit_tiny_patch16_224", checkpoint=tmp_path / "split.safetensors"))
+
+
+@pytest.mark.parametrize("prefix", ["model.", "net.vit.", "module.backbone."])
+def test_a_prefix_that_every_name_shares_is_left_out_and_said(
+    tiny: Any, tmp_path: Path, prefix: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    module = tiny(num_classes=3)
+    state = {f"{prefix}{key}": value for key, value in module.state_dict().items()}
+    torch.save({"state_dict": state, "epoch": 1, "hyper_parameters": {"lr": 0.1}}, tmp_path / "last.ckpt")
+    with caplog.at_level(logging.INFO, "vitrim.sources"):
+        model = vitrim.load("timm:deit_tiny_patch16_224", checkpoint=tmp_path / "last.ckpt")
+    assert f"every name begins with {prefix.removeprefix('module.')!r}" in caplog.text
+    assert "its classifier of 3 classes is kept" in caplog.text
+    assert_same(module, model)
+    torch.save({**state, "criterion.weight": torch.ones(3)}, tmp_path / "more.ckpt")
+    with pytest.raises(SourceError, match=r"unexpected: .*criterion\.weight|missing: cls_token"):
+        vitrim.load("timm:deit_tiny_patch16_224", checkpoint=tmp_path / "more.ckpt")
+
+
+def test_a_training_checkpoint_of_timm_gives_its_averaged_weights(tiny: Any, tmp_path: Path) -> None:
+    module, raw = tiny(num_classes=3), tiny(num_classes=3, init_values=None).state_dict()
+    optimizer = torch.optim.AdamW(module.parameters())
+    module.requires_grad_(True)
+    module(images(module)).sum().backward()
+    optimizer.step()
+    torch.save(
+        {
+            "epoch": 3,
+            "arch": "deit_tiny_patch16_224",
+            "state_dict": raw,
+            "state_dict_ema": module.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "version": 2,
+            "args": argparse.Namespace(lr=0.1, mean=(0.5, 0.5, 0.5), model="deit_tiny_patch16_224"),
+            "amp_scaler": {"scale": 65536.0, "growth_factor": 2.0},
+            "metric": 71.2,
+        },
+        tmp_path / "model_best.pth.tar",
+    )
+    assert_same(module, vitrim.load("timm:deit_tiny_patch16_224", checkpoint=tmp_path / "model_best.pth.tar"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_files_come_in_as_float32(tiny: Any, tmp_path: Path, dtype: torch.dtype) -> None:
+    module = tiny(num_classes=3).to(dtype)
+    save_file(module.state_dict(), tmp_path / "half.safetensors")
+    model = vitrim.load("timm:deit_tiny_patch16_224", checkpoint=tmp_path / "half.safetensors")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert_same(module.float(), model)
+
+
+def test_extra_classifiers_are_refused_by_name_or_left_out_with_the_classifier(
+    tiny: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    module = tiny()
+    extra = {
+        "head_dist.weight": torch.ones(1000, 24),
+        "head_dist.bias": torch.ones(1000),
+        "aux_head.fc.bias": torch.ones(2),
+    }
+    save_file({**module.state_dict(), **extra}, tmp_path / "extra.safetensors")
+    with pytest.raises(
+        SourceError, match=r"unexpected: aux_head\.fc\.bias, head_dist\.bias, head_dist\.weight.*classes=0"
+    ):
+        vitrim.load("timm:deit_tiny_patch16_224", checkpoint=tmp_path / "extra.safetensors")
+    with caplog.at_level(logging.INFO, "vitrim.sources"):
+        model = vitrim.load("timm:deit_tiny_patch16_224", checkpoint=tmp_path / "extra.safetensors", classes=0)
+    assert "without its classifier: aux_head.fc.bias, head.bias, head.weight, head_dist.bias" in caplog.text
+    module.reset_classifier(0)
+    assert_same(module, model)
+
+
+def test_a_layer_in_front_of_the_classifier_is_not_left_out_in_silence(tiny: Any, tmp_path: Path) -> None:
+    module = tiny()
+    torch.save({**module.state_dict(), "pre_logits.fc.weight": torch.ones(24, 24)}, tmp_path / "old.pth")
+    with pytest.raises(SourceError, match=r"pre_logits.*classes=0"):
+        vitrim.load("timm:deit_tiny_patch16_224", checkpoint=tmp_path / "old.pth")
+    assert vitrim.load("timm:deit_tiny_patch16_224", checkpoint=tmp_path / "old.pth", classes=0).spec.outputs == ()
+
+
+def test_a_quantised_file_is_refused(tiny: Any, tmp_path: Path) -> None:
+    state = tiny().state_dict()
+    state["blocks.0.attn.qkv.weight"] = torch.ones(72, 24, dtype=torch.int8)
+    save_file(state, tmp_path / "q.safetensors")
+    with pytest.raises(SourceError, match=r"blocks\.0\.attn\.qkv\.weight \(int8\).*quantised"):
+        vitrim.load("timm:deit_tiny_patch16_224", checkpoint=tmp_path / "q.safetensors")
