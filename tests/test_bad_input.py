@@ -199,6 +199,10 @@ CASES = [
     Bad("unknown method", f"{CUT} --method comkat --keep-macs 0.5", ("'comkat' is not known", "did you mean 'comcat'?"), 2),
     Bad("planned method", f"{CUT} --method cait --keep-macs 0.5", ("'cait' is planned", "expected one of auto"), 2),
     Bad("unknown variant", f"{CUT} --variant whitend --keep-macs 0.5", ("did you mean 'whitened'?",), 2),
+    Bad("unknown setting", f"{CUT} --keep-macs 0.5 --set imagse=3", ("comcat has no setting 'imagse'", "did you mean 'images'?", "Known: "), 2),
+    Bad("setting of another method", f"{CUT} --keep-macs 0.5 --axes qk", ("comcat has no setting 'axes'", "auto has it"), 2),
+    Bad("setting out of range", f"{CUT} --keep-macs 0.5 --set images=0", ("images=0", "expected 1 or more"), 2),
+    Bad("settings that contradict", f"{CUT} --keep-macs 0.5 --images 8 --set images=9", ("contradict each other",), 2),
     Bad("missing model", "compress --keep-macs 0.5 --data photos --out new", ("--model is missing",), 2),
     Bad("missing data", "compress --model model --keep-macs 0.5 --out new", ("--data is missing", "image folder"), 2),
     Bad("missing out", "compress --model model --keep-macs 0.5 --data photos", ("--out",), 2),
@@ -316,13 +320,6 @@ def test_bad_input_is_told_in_one_sentence_and_writes_nothing(
     assert {path: data for path, data in after.items() if path not in case.leaves} == before
 
 
-def test_the_methods_named_without_torch_are_those_that_there_are() -> None:
-    from vitrim.methods import METHODS, PLANNED
-
-    assert tuple(METHODS) == options.METHODS
-    assert not set(PLANNED) & set(METHODS)
-
-
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_read_only_place_is_refused_before_any_work(
     stage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -354,7 +351,7 @@ def test_a_full_disk_is_told_in_one_sentence(stage: Path, tmp_path: Path, monkey
 
     copied(stage, tmp_path)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("vitrim.cli.looking.spec_named", full)
+    monkeypatch.setattr("vitrim.cli.cost.spec_named", full)
     done = CliRunner().invoke(main, ["cost", "model"])
     assert done.exit_code == 1
     assert done.stderr.strip().startswith("Error: cannot read or write 'new': No space left on device.")

@@ -443,3 +443,15 @@ def test_aligned_ranks_lose_little_more_than_single_ones(keep):
         return sum(sum(energies[key][rank:]) for key, rank in ranks.items() if rank is not None)
 
     assert lost(8) <= 1.2 * lost(1) + 1e-12
+
+
+def test_another_device_gives_the_same_network_where_the_model_is() -> None:
+    spec = vit(blocks=2)
+    model, x = make(spec), images(spec, 8)
+    here, there = (
+        compress(model, settings_for(budget=Budget(keep_macs=0.6), images=8, device=device), data=x).model
+        for device in (None, "cpu:0")  # another name for the same place
+    )
+    assert next(there.parameters()).device == next(model.parameters()).device
+    assert here.spec == there.spec
+    assert all(torch.equal(a, b) for a, b in zip(here.parameters(), there.parameters(), strict=True))

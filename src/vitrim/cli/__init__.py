@@ -14,7 +14,22 @@ from typing import Any
 import click
 
 from vitrim import __version__
-from vitrim.cli import looking, whole, working
+from vitrim.cli import (
+    compress,
+    cost,
+    demo,
+    doctor,
+    evaluate,
+    export,
+    measure,
+    methods,
+    plan,
+    predict,
+    push,
+    recover,
+    report,
+    train,
+)
 from vitrim.cli.options import Failed
 from vitrim.errors import VitrimError, did_you_mean
 
@@ -79,18 +94,19 @@ def main() -> None:
 
 
 for _verb in (
-    looking.cost,
-    looking.plan,
-    whole.compress,
-    whole.recover,
-    working.train,
-    working.evaluate,
-    working.predict,
-    working.measure,
-    whole.report,
-    looking.export,
-    looking.push,
-    looking.doctor,
-    whole.demo,
+    cost.cost,
+    methods.methods,
+    plan.plan,
+    compress.compress,
+    recover.recover,
+    train.train,
+    evaluate.evaluate,
+    predict.predict,
+    measure.measure,
+    report.report,
+    export.export,
+    push.push,
+    doctor.doctor,
+    demo.demo,
 ):
     main.add_command(_verb)

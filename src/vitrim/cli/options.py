@@ -17,16 +17,6 @@ if TYPE_CHECKING:
     from vitrim.budget import Budget
     from vitrim.model import Vit
 
-VARIANTS: dict[str, tuple[str, ...]] = {
-    "auto": (),
-    "comcat": ("whitened", "svd"),
-    "dcvit": ("closed", "finetune"),
-    "uvc": (),
-}
-"""The methods that there are and their variants, the default first; known here without importing them, and a test compares."""
-METHODS = tuple(VARIANTS)
-PLANNED = ("usdc", "cait")
-
 Verb = TypeVar("Verb", bound=Callable[..., Any])
 
 
@@ -112,6 +102,7 @@ SOURCE = stack(
     click.option("--no-verify", is_flag=True, help="Do not compare with the source's own network on a random image."),
 )
 FORCE = click.option("--force", is_flag=True, help="Replace what is already at --out.")
+DATA = click.option("--data", metavar="DATA", help="Images; the built-in sample for built-in models.")
 BUDGET = stack(
     click.option("--keep-macs", type=SHARE, metavar="SHARE", help="Share of the MACs to keep, in (0, 1]."),
     click.option("--keep-params", type=SHARE, metavar="SHARE", help="Share of the parameters to keep, in (0, 1]."),
@@ -120,38 +111,23 @@ BUDGET = stack(
     click.option("--max-memory-mb", type=POSITIVE, help="At most so much resident weights plus activations."),
     click.option("--max-file-mb", type=POSITIVE, help="At most such a file."),
 )
-PLANNED_BY = stack(
-    click.option("--axes", metavar="NAMES", help="Of auto: what may be cut, as qk,vo,mlp; all that apply by default."),
-    click.option("--score", type=Named("fisher", "measured"), help="Of auto: fisher (default), or measured, slower."),
-)
-SPENT = stack(
-    PLANNED_BY,
-    click.option(
-        "--preset", type=Named("clean", "paper"), help="Of dcvit and uvc: clean (default), or the authors' values."
-    ),
-    click.option("--search-epochs", type=POSITIVE, help="Of uvc: length of the search."),
-    click.option("--search-steps", type=click.IntRange(min=1), help="The same in optimiser steps."),
-    click.option("--tie-qk", is_flag=True, help="Of uvc: queries and keys lose dims too; better far below half."),
-    click.option("--freeze", metavar="PARTS", help="Parts to keep as they are: blocks.0-2,blocks.11.attention."),
-    click.option("--images", type=click.IntRange(min=1), help="Unlabelled images that the method looks at."),
-)
-VARIANT = click.option(
-    "--variant",
-    metavar="NAME",
-    help="; ".join(f"of {method}: {' or '.join(names)}" for method, names in VARIANTS.items() if names) + ".",
-)
-METHOD = stack(
-    click.option("--method", metavar="NAME", help=f"How to cut: {' or '.join(METHODS)}; auto by default."),
-    VARIANT,
-)
-
-
 TRAINING = stack(
     click.option("--epochs", type=POSITIVE, help="Passes over the training images."),
     click.option("--steps", type=click.IntRange(min=1), help="Optimiser steps, instead of epochs."),
     click.option("--batch-size", type=click.IntRange(min=1), help="Images of one step."),
     click.option("--lr", type=POSITIVE, help="Learning rate at the top of the schedule."),
 )
+
+
+def data_for(data: str | None, model: str) -> str:
+    """The data that was named, or the sample where the model is built in."""
+    if data is not None:
+        return data
+    if model.startswith("builtin:"):
+        return "sample"
+    raise click.UsageError(
+        "--data is missing; pass an image folder, a Parquet file, hf:NAME, or sample (the built-in images)."
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -257,25 +233,6 @@ def check_place(folder: Path) -> None:
         )
 
 
-def check_method(name: str) -> None:
-    """Refuses an unknown method, before anything is loaded."""
-    if name in PLANNED:
-        raise click.UsageError(f"method {name!r} is planned and not there yet; expected one of {', '.join(METHODS)}.")
-    if name not in METHODS:
-        hint = did_you_mean(name, METHODS) or "."
-        raise click.UsageError(f"method {name!r} is not known; expected one of {', '.join(METHODS)}{hint}")
-
-
-def check_variant(name: str, method: str) -> None:
-    """Refuses a variant that the method has not, before anything is loaded."""
-    known = VARIANTS[method]
-    if not known:
-        raise click.UsageError(f"method {method!r} has no variants; leave --variant {name} out.")
-    if name not in known:
-        hint = did_you_mean(name, known) or "."
-        raise click.UsageError(f"--variant {name!r} is not known of {method}; expected one of {', '.join(known)}{hint}")
-
-
 def check_out(out: Path, *, force: bool, resume: bool = False) -> None:
     """Refuses an --out that cannot be used, before any work is done. Creates nothing."""
     if out.exists() and not out.is_dir():
@@ -321,12 +278,12 @@ def section(values: dict[str, Any], name: str) -> dict[str, Any]:
 def budget_in(settings: dict[str, Any]) -> Budget | None:
     """The budget of a config's settings; None where explicit ranks stand for it."""
     from vitrim.budget import Budget
+    from vitrim.config import read
 
     values = section(settings, "budget")
     if not values:
         return None if settings.get("ranks") else Limits().budget()
-    check_keys(values, [f.name for f in fields(Budget)], place="config: budget")
-    return Budget(**values)
+    return read(Budget, values, where="budget")
 
 
 def check_keys(values: dict[str, Any], known: Sequence[str], *, place: str) -> None:
@@ -335,11 +292,6 @@ def check_keys(values: dict[str, Any], known: Sequence[str], *, place: str) -> N
         if key not in known:
             hint = did_you_mean(key, known) or "."
             raise ConfigError(f"{place}: unknown key {key!r}; expected some of {', '.join(known)}{hint}")
-
-
-def parts(names: str | None) -> tuple[str, ...] | None:
-    """The names of a comma-separated list; None where none was given."""
-    return None if names is None else tuple(name.strip() for name in names.split(",") if name.strip())
 
 
 def given(flags: dict[str, Any]) -> dict[str, Any]:

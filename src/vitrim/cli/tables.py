@@ -10,6 +10,7 @@ import click
 
 if TYPE_CHECKING:
     from vitrim.counting import Cost
+    from vitrim.methods.method import Needs
     from vitrim.spec import ModelSpec
 
 PLAIN_WIDTH = 120
@@ -31,8 +32,8 @@ def show_json(value: Any) -> None:
     click.echo(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False))
 
 
-def show_table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table; the first column to the left, the others to the right. NO_COLOR is honoured by rich."""
+def show_table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]], *, text: bool = False) -> None:
+    """A table; the first column to the left, the others to the right unless they are text. NO_COLOR is honoured by rich."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
@@ -42,7 +43,7 @@ def show_table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) 
         console = Console(width=PLAIN_WIDTH)
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, title_style="bold")
     for index, head in enumerate(heads):
-        table.add_column(head, justify="left" if index == 0 else "right", overflow="fold")
+        table.add_column(head, justify="left" if text or index == 0 else "right", overflow="fold")
     for row in rows:
         table.add_row(*row)
     console.print(table)
@@ -91,6 +92,19 @@ def show_cost(name: str, spec: ModelSpec, cost: Cost, *, against: tuple[str, Cos
         say(
             f"against      {other}: {share_text(cost.macs, dense.macs)} of its MACs, {share_text(cost.params, dense.params)} of its parameters"
         )
+
+
+def needs_text(needs: Needs) -> str:
+    """What a method needs: "256 images, labels, training"."""
+    found = {f"{needs['images']} images": needs["images"], "labels": needs["labels"], "training": needs["training"]}
+    return ", ".join(word for word, needed in found.items() if needed) or "nothing"
+
+
+def value_text(value: Any) -> str:
+    """A default as one would type it."""
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def mlp_text(mlp: Any) -> str:

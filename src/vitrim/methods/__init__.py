@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("vitrim.methods")
 
 BUILT_IN = ("auto", "comcat", "dcvit", "uvc")
+DEFAULT = "auto"
 PLANNED = ("usdc", "cait")
 
 
@@ -183,4 +184,14 @@ def _said(made: Compressed) -> Compressed:
     return made
 
 
-__all__ = ["METHODS", "PLANNED", "compress", "compress_family", "configure", "method_named", "method_of", "plan"]
+__all__ = [
+    "DEFAULT",
+    "METHODS",
+    "PLANNED",
+    "compress",
+    "compress_family",
+    "configure",
+    "method_named",
+    "method_of",
+    "plan",
+]

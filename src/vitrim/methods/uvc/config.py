@@ -146,6 +146,7 @@ class UvcConfig(MethodConfig):
     batch_size: int | None = Field(default=None, ge=1)
     """Images that one step sees, over all processes and micro-batches."""
     accumulate: int = Field(default=1, ge=1)
+    """Micro-batches of one step."""
     lr: float = Field(default=1e-4, gt=0)
     """Of the weights, at the top of the cosine."""
     warmup: float | None = Field(default=None, ge=0, lt=1)
@@ -163,14 +164,21 @@ class UvcConfig(MethodConfig):
     align: int = Field(default=8, ge=1)
     """Dims and MLP units are multiples of it, where the budget can be met so."""
     augment: Augment = Augment()
+    """What happens to a single image."""
     amp: Literal["no", "bf16", "fp16"] = "no"
+    """Precision of the products; fp16 needs a GPU."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to compute; auto: the fastest that is there."""
     workers: int = Field(default=0, ge=0)
+    """Processes that decode images; 0: this one. Changes no result."""
     world_size: int = Field(default=1, ge=1)
     """Processes that torchrun must have started."""
     grad_checkpoint: bool = False
+    """Recompute the blocks in the backward pass: less memory, a third more time."""
     log_every: int = Field(default=20, ge=1)
+    """Steps between lines of the history."""
     checkpoint_seconds: float = Field(default=180.0, ge=0)
+    """Time between checkpoints; 0: one at each step."""
 
     def __post_init__(self) -> None:
         if self.budget is None:

@@ -1,0 +1,293 @@
+"""`vitrim compress`: the main job."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from vitrim.cli import options, settings, tables
+from vitrim.cli.progress import progress_on_stderr
+
+if TYPE_CHECKING:
+    from vitrim.budget import Budget
+    from vitrim.methods.method import MethodConfig
+
+
+SECTIONS = ("settings", "recover", "evaluate", "measure")
+"""Of a --config file: of the method, the recovery, the comparison and the timing."""
+RECORDED = ("schema", "vitrim", "weights", "data")
+"""What a run's own stages/config.json says beside them; it changes nothing here."""
+
+
+@click.command()
+@click.option("--model", metavar="MODEL", help="What to cut.")
+@click.option("--method", metavar="NAME", help="How to cut; auto by default. `vitrim methods` lists them.")
+@options.BUDGET
+@settings.SPENT
+@click.option(
+    "--relative-to",
+    type=options.Named("given", "original"),
+    help="Shares of MODEL (default), or of what it was first cut from.",
+)
+@click.option("--init", metavar="METHOD", help="First cut to twice the budget by this method, such as auto.")
+@click.option(
+    "--no-exact-tail", is_flag=True, help="Keep all tokens in the last block, though the classifier reads one."
+)
+@options.DATA
+@click.option("--out", type=click.Path(path_type=Path), required=True, metavar="FOLDER", help="What it becomes.")
+@click.option("--recover-epochs", type=options.POSITIVE, help="Length of the recovery; 10 by default.")
+@click.option("--recover-steps", type=click.IntRange(min=0), help="The same in optimiser steps; 0: no recovery.")
+@click.option("--no-measure", is_flag=True, help="Measure no latency.")
+@click.option(
+    "--config", type=click.Path(path_type=Path), metavar="FILE", help="JSON, as OUT/stages/config.json of a run."
+)
+@click.option("--resume", is_flag=True, help="Go on with the run at --out, at its first missing stage.")
+@options.FORCE
+@options.SOURCE
+@options.COMPUTE
+@options.AMP
+@options.WORKERS
+@options.SEED
+@options.OUTPUT
+def compress(
+    model: str | None,
+    method: str | None,
+    assigned: tuple[str, ...],
+    relative_to: str | None,
+    init: str | None,
+    no_exact_tail: bool,
+    data: str | None,
+    out: Path,
+    recover_epochs: float | None,
+    recover_steps: int | None,
+    no_measure: bool,
+    config: Path | None,
+    resume: bool,
+    force: bool,
+    checkpoint: Path | None,
+    no_pretrained: bool,
+    no_verify: bool,
+    as_json: bool,
+    quiet: bool,
+    **flags: Any,
+) -> None:
+    """Cut MODEL to a budget, recover it, and report: the whole job.
+
+    vitrim compress --model timm:deit_small_patch16_224 --keep-macs 0.5 --data photos/ --out small/
+    """
+    if recover_epochs is not None and recover_steps is not None:
+        raise click.UsageError("--recover-epochs and --recover-steps contradict each other; pass one of them.")
+    if resume and force:
+        raise click.UsageError("--resume and --force contradict each other: go on with the run, or replace it.")
+    values = options.read_json(config)
+    options.check_keys(
+        values,
+        (*SECTIONS, "model", "method", "relative_to", "exact_tail", "init", *RECORDED),
+        place=f"--config {str(config)!r}",
+    )
+    name = model or values.get("model")
+    if name is None:
+        raise click.UsageError("--model is missing; pass one, such as --model timm:deit_small_patch16_224.")
+    from vitrim.methods import DEFAULT, configure, method_named
+
+    chosen, init = method_named(method or values.get("method") or DEFAULT), init or values.get("init")
+    if init is not None:
+        method_named(init)
+    source = options.data_for(data, name)
+    machine = {key: flags.pop(key) for key in ("device", "threads", "amp", "workers", "seed")}
+    typed = settings.asked(assigned, {**machine, **{key: flags.pop(key) for key in settings.ALIASES if key in flags}})
+    limits = options.Limits(**flags)
+    budgets = limits.budgets() if limits else []
+    own = settings.applied(chosen, typed, options.section(values, "settings"))
+    if budgets and any(key.startswith("budget") for _, key, _ in typed):
+        raise click.UsageError("--set budget and the flags of a budget contradict each other; pass one of them.")
+    own["budget"] = budgets[0] if budgets else options.budget_in(own)
+    how = configure(chosen.name, own)
+    options.check_out(out, force=force, resume=resume)
+    options.use_threads(machine["threads"])
+    recovery = (
+        None
+        if recover_steps == 0 or values.get("recover", {}) is None
+        else {
+            **options.section(values, "recover"),
+            **options.given({"epochs": recover_epochs, "steps": recover_steps}),
+        }
+    )
+    if recovery is not None and recover_epochs is not None:
+        recovery.pop("steps", None)
+    timed = None if no_measure or values.get("measure", {}) is None else options.section(values, "measure")
+    result = run_with(
+        name
+        if checkpoint is None and not no_pretrained and not no_verify
+        else options.load_model(name, checkpoint=checkpoint, no_pretrained=no_pretrained, no_verify=no_verify),
+        how,
+        fixed=own,
+        data=source,
+        out=out,
+        recovery=recovery,
+        judging=options.section(values, "evaluate"),
+        timed=timed,
+        machine=machine,
+        quiet=quiet,
+        resume=resume,
+        force=force,
+        relative_to=relative_to or values.get("relative_to") or "given",
+        exact_tail=not no_exact_tail and values.get("exact_tail", True) is True,
+        init=init,
+        budgets=budgets,
+    )
+    if as_json:
+        tables.show_json(result.summary)
+        return
+    if len(budgets) > 1:
+        show_family(result.summary)
+        tables.say(f"made {result.folder} (a folder for each budget) and {result.report} (open it in a browser)")
+        tables.say(f"next: cp -r {out}/{result.summary['members'][0]['name']} small/")
+        return
+    show_run(result.summary)
+    tables.say(f"made {result.folder} (the model) and {result.report} (open it in a browser)")
+    tables.say(f"next: vitrim cost {out}")
+
+
+def run_with(
+    model: Any,
+    config: MethodConfig,
+    *,
+    fixed: Collection[str],
+    recovery: dict[str, Any] | None,
+    judging: dict[str, Any],
+    timed: dict[str, Any] | None,
+    machine: Mapping[str, Any],
+    quiet: bool,
+    budgets: Sequence[Budget] = (),
+    **rest: Any,
+) -> Any:
+    """The pipeline with configs made from plain values. machine: device, threads, amp, workers and seed, where given.
+
+    fixed: settings of the method's config that someone chose; the others take what the machine's flags say of them.
+    budgets: two or more make a family. Gives a RunResult, or a FamilyResult.
+    """
+    from vitrim.config import keys, read
+    from vitrim.pipeline import EvaluateConfig, MeasureConfig, RecoverConfig, run, run_family
+
+    place = options.device_named(machine["device"])
+    how = options.given({"workers": machine["workers"], "amp": machine["amp"], "device": place})
+    learn = None
+    if recovery is not None:
+        seed = options.given({"seed": machine["seed"]})
+        learn = read(RecoverConfig, {**recovery, **how, **seed, **kind_of(place)}, where="recover")
+    target = None
+    if timed is not None:
+        aim = options.given({"threads": machine["threads"], "device": place})
+        target = read(MeasureConfig, {**timed, **aim}, where="measure")
+    rest |= {
+        "recover": learn,
+        "measure": target,
+        "evaluate": read(EvaluateConfig, {**judging, **how}, where="evaluate"),
+    }
+    loose = {*keys(type(config))} - {*fixed}
+    config = replace(config, **{key: value for key, value in {**how, **kind_of(place)}.items() if key in loose})
+    with progress_on_stderr(quiet) as progress:
+        if len(budgets) > 1:
+            return run_family(model, config, budgets, progress=progress, **rest)
+        return run(model, config, progress=progress, **rest)
+
+
+def kind_of(device: str) -> dict[str, str]:
+    """The device as the training loop takes it: the first of its kind."""
+    return {"device": device.split(":")[0]}
+
+
+def show_run(result: Mapping[str, Any]) -> None:
+    """The one table of a run: what it was, what it is, and what that cost and gained."""
+    costs, metrics = result["costs"], result["metrics"]
+    dense, small = costs["dense"], costs["compressed"]
+    rows = [
+        [
+            "MACs (the papers' FLOPs)",
+            tables.count_text(dense["macs"]),
+            tables.count_text(small["macs"]),
+            tables.share_text(small["macs"], dense["macs"]),
+        ],
+        [
+            "parameters",
+            tables.count_text(dense["params"]),
+            tables.count_text(small["params"]),
+            tables.share_text(small["params"], dense["params"]),
+        ],
+        [
+            "memory MB (estimated)",
+            f"{dense['memory_bytes'] / 1e6:.1f}",
+            f"{small['memory_bytes'] / 1e6:.1f}",
+            tables.share_text(small["memory_bytes"], dense["memory_bytes"]),
+        ],
+    ]
+    rows += accuracy_rows(metrics, result.get("difference"))
+    for gain in (result.get("timing") or {}).get("speedups", ()):
+        rows.append(speed_row(gain, result["timing"]["rows"]))
+    method = result["method"]
+    name = f"{method['name']} ({method['variant']})" if method.get("variant") else method["name"]
+    tables.show_table(f"{result['model']} cut by {name}", ["", "before", "after", "kept or gained"], rows)
+
+
+def show_family(found: Mapping[str, Any]) -> None:
+    """The members of a family in one table."""
+    word = {"top1": "top-1", "agreement": "agreement", "cosine": "cosine"}.get(found["quality"] or "", "quality")
+    rows = [
+        [
+            "dense",
+            tables.count_text(found["dense"]["macs"]),
+            "100 %",
+            "",
+            tables.percent_text(found["dense"]["quality"]),
+            "",
+        ]
+    ]
+    for row in found["members"]:
+        speed = row["speed"][0] if row["speed"] else None
+        rows.append(
+            [
+                row["name"],
+                tables.count_text(row["macs"]),
+                tables.percent_text(row["kept_macs"]),
+                tables.percent_text(row["before_recovery"]),
+                tables.percent_text(row["quality"]),
+                "" if speed is None else f"{speed['measured']:.2f} x of ideal {speed['ideal']:.2f} x",
+            ]
+        )
+    heads = ["folder", "MACs", "kept", f"{word}, cut", f"{word}, final", "measured speed"]
+    tables.show_table(f"{found['model']}: a family", heads, rows)
+
+
+def accuracy_rows(metrics: Mapping[str, Any], difference: Mapping[str, Any] | None) -> list[list[str]]:
+    """Top-1 before, after the cut, and after the recovery, where there are labels; else the agreement."""
+    dense, cut, recovered = (metrics.get(state) or {} for state in ("dense", "compressed", "recovered"))
+    rows = []
+    for key, title in (("top1", "top-1"), ("agreement", "agreement with dense"), ("cosine", "cosine with dense")):
+        if cut.get(key) is None:
+            continue
+        before = tables.percent_text(dense.get(key))
+        rows.append([f"{title}, before recovery", before, tables.percent_text(cut[key]), ""])
+        if recovered.get(key) is not None:
+            rows.append([f"{title}, recovered", before, tables.percent_text(recovered[key]), ""])
+    if difference and rows:
+        low, high = difference["low"], difference["high"]
+        seen = "no difference seen" if low <= 0 <= high else f"{difference['points']:+.2f} points"
+        rows[0 if not recovered else 1][3] = f"{seen} ({low:+.2f} to {high:+.2f})"
+    return rows
+
+
+def speed_row(gain: Mapping[str, Any], timed: list[dict[str, Any]]) -> list[str]:
+    """Measured time of one runtime and batch size, with the speed-up beside the ideal one."""
+    alike = [row for row in timed if all(row[key] == gain[key] for key in ("runtime", "batch"))]
+    times = {row["model"]: row["median_ms"] for row in alike}
+    return [
+        f"ms, {gain['runtime']}, batch {gain['batch']}",
+        f"{times[gain['reference']]:.2f}",
+        f"{times[gain['model']]:.2f}",
+        f"{gain['measured']:.2f} x of ideal {gain['ideal']:.2f} x",
+    ]

@@ -1,0 +1,82 @@
+"""`vitrim cost`: what a model costs, without its weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from vitrim.cli import options, tables
+from vitrim.errors import ArtifactError
+
+if TYPE_CHECKING:
+    from vitrim.spec import ModelSpec
+
+
+TABLES = ("timm", "torchvision", "t2t")
+"""Families whose named models stand in tables, so that nothing else is imported for them."""
+BUILT_IN = Path(__file__).parents[1] / "assets" / "models"
+
+
+@click.command()
+@click.argument("model")
+@click.option("--against", metavar="MODEL", help="Give shares of this model's cost too.")
+@options.OUTPUT
+def cost(model: str, against: str | None, as_json: bool, quiet: bool) -> None:
+    """Count MODEL's operations and parameters, per block.
+
+    Needs no weights: vitrim cost timm:deit_small_patch16_224
+    """
+    from vitrim.counting import cost as count
+
+    spec = spec_named(model)
+    counted = count(spec)
+    dense = None if against is None else (against, count(spec_named(against)))
+    if as_json:
+        values = {"model": model, **counted.to_dict()}
+        if dense is not None:
+            values["against"] = {"model": dense[0], "macs": dense[1].macs, "params": dense[1].params}
+        tables.show_json(values)
+    else:
+        tables.show_cost(model, spec, counted, against=dense)
+
+
+def spec_named(name: str) -> ModelSpec:
+    """The spec of a model by name or folder; torch is imported only where no table and no file says it."""
+    family, _, rest = name.partition(":")
+    if family in TABLES:
+        from vitrim import architectures
+
+        known = architectures.spec(rest, family=family)
+        if known is not None:
+            return known
+    if family == "hf":
+        from vitrim.sources import describe
+
+        return describe(rest)
+    folder = BUILT_IN / rest if family == "builtin" else Path(name)
+    if (folder / "config.json").is_file():
+        return spec_in(folder / "config.json")
+    from vitrim.sources import load
+
+    return load(name, pretrained=False).spec
+
+
+def spec_in(file: Path) -> ModelSpec:
+    """The spec in an artifact's config.json."""
+    from vitrim.spec import Config
+
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ArtifactError(
+            f"{str(file)!r} is not JSON ({error}). Expected the config.json of a folder that vitrim saved."
+        ) from error
+    if not isinstance(values, dict) or "spec" not in values:
+        raise ArtifactError(
+            f"{str(file)!r} holds no spec, so {file.parent.name!r} was not saved by vitrim. "
+            "Expected such a folder; a checkpoint of timm is read with timm:NAME and --checkpoint PATH."
+        )
+    return Config.from_dict(values).spec

@@ -1,0 +1,99 @@
+"""`vitrim evaluate`: scores on images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from vitrim.cli import options, tables
+from vitrim.cli.progress import progress_on_stderr
+from vitrim.errors import ConfigError
+
+SPLITS = ("train", "validation", "val", "test", "all")
+
+
+@click.command()
+@click.argument("model")
+@click.option("--against", metavar="MODEL", help="Also how much it agrees with this one; the score of an encoder.")
+@options.DATA
+@click.option("--split", type=options.Named(*SPLITS), default="validation", show_default=True, help="Part of the data.")
+@click.option("--batch", type=click.IntRange(min=1), default=64, show_default=True, help="Images at a time.")
+@click.option("--limit", type=click.IntRange(min=1), help="Only so many images, balanced over the classes.")
+@click.option("--skip-broken", is_flag=True, help="Leave out images that cannot be read, and say which.")
+@options.SOURCE
+@options.COMPUTE
+@options.AMP
+@options.WORKERS
+@options.SEED
+@options.OUTPUT
+def evaluate(
+    model: str,
+    against: str | None,
+    data: str | None,
+    split: str,
+    batch: int,
+    limit: int | None,
+    skip_broken: bool,
+    checkpoint: Path | None,
+    no_pretrained: bool,
+    no_verify: bool,
+    device: str | None,
+    threads: int | None,
+    amp: str | None,
+    workers: int | None,
+    seed: int | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Score MODEL on labelled images: top-1, top-5, loss. An encoder is scored against another model, without labels.
+
+    vitrim evaluate small/ --data photos/ --split test
+    """
+    source = options.data_for(data, model)
+    options.use_threads(threads)
+    where = options.device_named(device)
+    network = options.load_model(model, checkpoint=checkpoint, no_pretrained=no_pretrained, no_verify=no_verify)
+    reference = None if against is None else options.load_model(against)
+    if not network.spec.outputs and reference is None:
+        raise ConfigError(
+            f"{model} has no classifier to score. Pass --against DENSE to compare its features with a model's."
+        )
+    from vitrim import data as rooms
+    from vitrim.tasks.classification import evaluate as score
+
+    # The seed draws `limit`; the validation tenth of the data is the same whatever the seed.
+    images = rooms.open(
+        source, split=split, labelled=None if against else True, on_broken="skip" if skip_broken else "raise"
+    )
+    if limit is not None:
+        images = images.take(limit, seed or 0)
+    with progress_on_stderr(quiet) as progress:
+        metrics = score(
+            network,
+            images,
+            batch_size=batch,
+            device=where,
+            amp=amp or "no",
+            workers=workers or 0,
+            reference=reference,
+            progress=progress,
+        )
+    for key, reason in images.broken.items():
+        tables.note(f"skipped {key}: {reason}")
+    names = ("top1", "top5", "loss", "map", "agreement", "cosine", "knn_agreement", "count")
+    kept = {name: metrics[name] for name in names if metrics.get(name) is not None}
+    if as_json:
+        tables.show_json({"model": model, "data": images.fingerprint(), "split": split, **kept})
+    else:
+        tables.say(f"{model} on {kept['count']} images of {images.name} ({split})")
+        titles = {
+            "top1": "top-1",
+            "top5": "top-5",
+            "map": "mean average precision",
+            "knn_agreement": "neighbours agree",
+        }
+        for name in names[:-1]:
+            if name in kept:
+                value = f"{kept[name]:.4f}" if name in ("loss", "cosine") else tables.percent_text(kept[name])
+                tables.say(f"{titles.get(name, name)}  {value}")

@@ -1,0 +1,55 @@
+"""`vitrim export`: another library's own checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from vitrim.cli import options, tables
+from vitrim.errors import ConfigError
+
+
+@click.command()
+@click.argument("model")
+@click.option(
+    "--format",
+    "kind",
+    type=options.Named("timm", "hf", "torchvision", "t2t"),
+    required=True,
+    help="Whose checkpoint: timm (local-dir:), hf (from_pretrained), torchvision or t2t (a state dict).",
+)
+@click.option("--out", type=click.Path(path_type=Path), required=True, metavar="PLACE", help="Folder or file to make.")
+@options.FORCE
+@options.SOURCE
+@options.OUTPUT
+def export(
+    model: str,
+    kind: str,
+    out: Path,
+    force: bool,
+    checkpoint: Path | None,
+    no_pretrained: bool,
+    no_verify: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Write MODEL as another library's own checkpoint, with the same answers.
+
+    Where that library cannot say the model, the block in the way is named. vitrim export small/ --format timm --out for-timm/
+    """
+    from vitrim.sources import write
+
+    if out.exists() and not force:
+        raise ConfigError(f"--out {str(out)!r} is there already. Pass --force to replace it, or choose another name.")
+    options.check_place(out)
+    place = write(
+        options.load_model(model, checkpoint=checkpoint, no_pretrained=no_pretrained, no_verify=no_verify),
+        kind,
+        out,
+        force=force,
+    )
+    if as_json:
+        tables.show_json({"format": kind, "out": str(place)})
+    else:
+        tables.say(f"wrote {place} for {kind}")

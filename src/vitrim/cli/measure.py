@@ -1,0 +1,100 @@
+"""`vitrim measure`: the time of a forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from vitrim.cli import options, tables
+from vitrim.cli.progress import progress_on_stderr
+
+if TYPE_CHECKING:
+    from vitrim.model import Vit
+
+
+@click.command()
+@click.argument("model")
+@click.option("--against", metavar="MODEL", help="Interleave with this one, and give the speed-up.")
+@click.option("--batch", type=options.COUNTS, default="1,8", show_default=True, help="Batch sizes, comma-separated.")
+@click.option(
+    "--runtime", type=options.Named("eager", "compile"), default="eager", show_default=True, help="What runs it."
+)
+@click.option("--runs", type=click.IntRange(min=1), default=20, show_default=True, help="Samples of each model.")
+@click.option("--dtype", type=options.Named("float32", "bfloat16", "float16"), default="float32", show_default=True)
+@options.COMPUTE
+@options.OUTPUT
+def measure(
+    model: str,
+    against: str | None,
+    batch: tuple[int, ...],
+    runtime: str,
+    runs: int,
+    dtype: str,
+    device: str | None,
+    threads: int | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Time MODEL's forward pass: median and spread, here and now.
+
+    vitrim measure small/ --against timm:deit_small_patch16_224 --batch 1,8
+    """
+    if against == model:
+        raise click.UsageError("--against names the model itself; pass another one, such as the dense model.")
+    where = options.device_named(device)
+    from vitrim.counting import cost as count
+    from vitrim.timing import measure as time_models
+    from vitrim.timing import speedups
+
+    names = [model] if against is None else [against, model]
+    networks = {name: for_timing(name) for name in names}
+    with progress_on_stderr(quiet) as progress:
+        rows = time_models(
+            networks,
+            batch_sizes=batch,
+            threads=threads,
+            runs=runs,
+            runtime=runtime,
+            device=where,
+            dtype=dtype,
+            progress=progress,
+        )
+    macs = {name: count(network).macs for name, network in networks.items()}
+    gains = [] if against is None else speedups(rows, against, macs)
+    if as_json:
+        tables.show_json({"rows": rows, "speedups": gains, "macs": macs})
+    else:
+        show_times(rows, gains)
+
+
+def for_timing(name: str) -> Vit:
+    """A model to time; a named one needs no published weights, since they change no time."""
+    from vitrim.sources import FOREIGN, load
+
+    return load(name, pretrained=name.partition(":")[0] not in FOREIGN)
+
+
+def show_times(rows: Sequence[dict[str, Any]], gains: Sequence[dict[str, Any]]) -> None:
+    """Times, the speed-up beside the ideal one, and the setting they hold for."""
+    gained = {(gain["model"], gain["batch"]): gain for gain in gains}
+    body = []
+    for row in rows:
+        gain = gained.get((row["model"], row["batch"]))
+        speed = (
+            [f"{gain['ideal']:.2f}", f"{gain['measured']:.2f}", tables.share_text(gain["realised"], 1)]
+            if gain
+            else ["", "", ""]
+        )
+        spread = f"{row['low_ms']:.2f} to {row['high_ms']:.2f}"
+        body.append([row["model"], str(row["batch"]), f"{row['median_ms']:.2f}", spread, *speed])
+    heads = ["model", "batch", "median ms", "quartiles", "ideal x", "measured x", "realised"]
+    tables.show_table(
+        "time of one forward pass", heads if gains else heads[:4], body if gains else [line[:4] for line in body]
+    )
+    first = rows[0]
+    tables.say(
+        f"{first['runtime']}, {first['dtype']}, {first['device_name']}, {first['threads']} threads, "
+        f"{first['runs']} samples each, load {first['load']}"
+    )

@@ -1,0 +1,79 @@
+"""`vitrim predict`: names for pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from vitrim.cli import options, tables
+from vitrim.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from vitrim.model import Vit
+
+
+@click.command()
+@click.argument("model")
+@click.argument("files", nargs=-1, required=True, metavar="IMAGE...", type=click.Path(path_type=Path))
+@click.option("--top", type=click.IntRange(min=1), default=5, show_default=True, help="Names for each image.")
+@options.SOURCE
+@options.COMPUTE
+@options.OUTPUT
+def predict(
+    model: str,
+    files: tuple[Path, ...],
+    top: int,
+    checkpoint: Path | None,
+    no_pretrained: bool,
+    no_verify: bool,
+    device: str | None,
+    threads: int | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Name what MODEL sees on each IMAGE.
+
+    vitrim predict small/ cat.jpg
+    """
+    for file in files:
+        if not file.is_file():
+            what = "is a folder" if file.is_dir() else "is not there"
+            raise DataError(f"{str(file)!r} {what}; expected an image file, such as cat.jpg.")
+    options.use_threads(threads)
+    where = options.device_named(device)
+    network = options.load_model(model, checkpoint=checkpoint, no_pretrained=no_pretrained, no_verify=no_verify)
+    answers = {str(file): names_on(network, file, top=top, device=where) for file in files}
+    if as_json:
+        tables.show_json({"model": model, "predictions": answers})
+        return
+    for name, found in answers.items():
+        tables.show_table(
+            name, ["class", "probability"], [[a["label"], tables.percent_text(a["probability"])] for a in found]
+        )
+
+
+def names_on(network: Vit, file: Path, *, top: int, device: str) -> list[dict[str, Any]]:
+    """The likeliest classes of one image file: label (its number where the model has no names) and probability."""
+    import torch
+
+    from vitrim.data import readable
+    from vitrim.data.images import decode
+    from vitrim.data.transforms import evaluation
+
+    if not network.spec.outputs:
+        raise ConfigError(
+            "this model has no classifier, so it names nothing. Give it one with `vitrim train --new-head`."
+        )
+    if network.config.preprocess is None:
+        raise ConfigError("this model says no preprocessing (mean, std, size). Save it again from a source that does.")
+    image = evaluation(network.config.preprocess)(decode(file, key=str(file)))  # C h w
+    with torch.inference_mode():
+        shares = network.to(device)(image.unsqueeze(0).to(device)).float().softmax(-1)[0]  # classes
+    values, indices = shares.topk(min(top, len(shares)))
+    labels = readable(network.config.labels or ())
+    return [
+        {"label": labels[i] if labels else f"class {i}", "index": i, "probability": value}
+        for value, i in zip(values.tolist(), indices.tolist(), strict=True)
+    ]

@@ -1,0 +1,28 @@
+"""`vitrim push`: a saved folder to the Hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from vitrim.cli import options, tables
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("repo", metavar="USER/NAME")
+@click.option("--include-report", is_flag=True, help="Send report.html too.")
+@options.OUTPUT
+def push(folder: Path, repo: str, include_report: bool, as_json: bool, quiet: bool) -> None:
+    """Send a saved FOLDER to the Hugging Face Hub.
+
+    Uses the login of `hf auth login`. vitrim push small/ me/deit-small-half
+    """
+    from vitrim.hub import push as send
+
+    url = send(folder, repo, include_report=include_report)
+    if as_json:
+        tables.show_json({"repo": repo, "url": str(url)})
+    else:
+        tables.say(f"pushed {folder} to {url}")

@@ -1,0 +1,84 @@
+"""`vitrim recover`: a compressed model trained to answer as the dense one did."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from vitrim.cli import options, tables
+from vitrim.cli.progress import duration_text, progress_on_stderr
+
+
+@click.command()
+@click.argument("model")
+@click.option("--teacher", metavar="MODEL", help="The dense model, whose answers it learns.")
+@options.DATA
+@click.option("--out", type=click.Path(path_type=Path), required=True, metavar="FOLDER", help="What it becomes.")
+@click.option(
+    "--objective",
+    type=options.Named("auto", "distilled", "supervised", "label_free"),
+    help="What to learn from; auto: labels and teacher where there are labels, else the teacher's tokens.",
+)
+@options.TRAINING
+@click.option("--config", type=click.Path(path_type=Path), metavar="FILE", help="JSON with keys of RecoverConfig.")
+@click.option("--resume", is_flag=True, help="Go on with the run at --out.")
+@options.COMPUTE
+@options.AMP
+@options.WORKERS
+@options.SEED
+@options.OUTPUT
+def recover(
+    model: str,
+    teacher: str | None,
+    data: str | None,
+    out: Path,
+    config: Path | None,
+    resume: bool,
+    threads: int | None,
+    as_json: bool,
+    quiet: bool,
+    **settings: Any,
+) -> None:
+    """Train a compressed MODEL to answer as the dense one did.
+
+    vitrim recover small/ --teacher timm:deit_small_patch16_224 --data imagenet/ --epochs 30 --out better/
+    """
+    source = options.data_for(data, teacher or model)
+    if teacher is None and settings["objective"] != "supervised":
+        raise click.UsageError(
+            "--teacher is missing; pass the dense model, or --objective supervised to learn from labels alone."
+        )
+    options.check_out(out, force=False, resume=resume)
+    values = {**options.read_json(config), **options.given(settings)}
+    if settings["epochs"] is not None and settings["steps"] is None:
+        values.pop("steps", None)
+    options.use_threads(threads)
+    options.device_named(values.get("device"))
+    from vitrim.codec import plain
+    from vitrim.config import read
+    from vitrim.pipeline import RecoverConfig
+    from vitrim.pipeline import recover as train_again
+
+    how = read(RecoverConfig, values, where="recover")
+    small = options.load_model(model)
+    dense = None if teacher is None else options.load_model(teacher)
+    with progress_on_stderr(quiet) as progress:
+        result = train_again(small, teacher=dense, data=source, config=how, out=out, resume=resume, progress=progress)
+    scores = [line for line in result.history if line["kind"] == "validate"]
+    last = {
+        key: value for key, value in (scores[-1] if scores else {}).items() if key not in ("kind", "step", "seconds")
+    }
+    told = {"recovery": plain(how), "metrics": {**small.provenance.get("metrics", {}), "after": last}}
+    result.save(out, provenance=told, force=True)
+    facts = {"out": str(out), "validation": last, **result.report["recovery"]}
+    if as_json:
+        tables.show_json(facts)
+        return
+    spent = result.report["recovery"]
+    tables.say(
+        f"recovered in {spent['steps']} steps, {duration_text(spent['seconds'])} ({spent['objective']}); saved to {out}"
+    )
+    for key, value in last.items():
+        tables.say(f"{key:<10} {value:.4f}")

@@ -1,0 +1,31 @@
+"""`vitrim report`: the page about a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from vitrim.cli import options, tables
+from vitrim.errors import ConfigError
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="Instead of report.html in FOLDER.")
+@options.OUTPUT
+def report(folder: Path, out: Path | None, as_json: bool, quiet: bool) -> None:
+    """Write the page about a finished run: one file, no network.
+
+    vitrim report small/
+    """
+    place = out or folder / "report.html"
+    if place.is_dir():
+        raise ConfigError(f"--out {str(place)!r} is a folder; expected a file, such as report.html.")
+    from vitrim.reporting import write
+
+    written = write(folder, place)
+    if as_json:
+        tables.show_json({"report": str(written)})
+    else:
+        tables.say(f"wrote {written}; open it in a browser")

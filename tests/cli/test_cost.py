@@ -1,0 +1,37 @@
+"""`vitrim cost`: fast without torch, and the same numbers in the table and the JSON."""
+
+import json
+
+import pytest
+
+from tests.cli.kit import DEIT_S, RUN_AND_TELL, fresh, run
+
+
+def test_cost_of_a_timm_name_takes_under_two_seconds_and_no_torch() -> None:
+    out, seconds = fresh(RUN_AND_TELL.format(words=["cost", DEIT_S]))
+    assert "4,598,882,304" in out
+    assert "heavy: []" in out
+    assert seconds < 2
+
+
+@pytest.mark.parametrize(
+    ("name", "macs", "params"),
+    [
+        ("tiny", 1_253_683_200, 5_717_416),
+        ("small", 4_598_882_304, 22_050_664),
+        ("base", 17_563_828_224, 86_567_656),
+    ],
+)
+def test_cost_as_json_has_the_exact_counts_at_the_top(name: str, macs: int, params: int) -> None:
+    done = run("cost", f"timm:deit_{name}_patch16_224", "--json")
+    values = json.loads(done.stdout)
+    assert (values["macs"], values["params"]) == (macs, params)
+    assert values["flops"] == 2 * macs
+    assert sum(block["macs"] for block in values["blocks"]) + values["stem_macs"] + values["head_macs"] == macs
+
+
+def test_cost_prints_a_row_for_each_block_and_the_share_of_another_model() -> None:
+    done = run("cost", "timm:deit_tiny_patch16_224", "--against", DEIT_S)
+    assert done.exit_code == 0
+    assert sum(line.split()[:2] == [str(i), "197"] for i in range(12) for line in done.stdout.splitlines()) == 12
+    assert "27.3 % of its MACs" in done.stdout

@@ -1,0 +1,28 @@
+"""The flags of every verb, frozen: a new setting of a method is a key of its config, and no flag."""
+
+from vitrim.cli import main
+
+FLAGS = {
+    "cost": "--against --json --quiet",
+    "methods": "--json --quiet",
+    "plan": "--axes --checkpoint --data --device --freeze --images --json --keep-macs --keep-params --max-file-mb --max-macs --max-memory-mb --max-params --method --model --no-pretrained --no-verify --quiet --score --seed --set --variant",
+    "compress": "--amp --axes --checkpoint --config --data --device --force --freeze --images --init --json --keep-macs --keep-params --max-file-mb --max-macs --max-memory-mb --max-params --method --model --no-exact-tail --no-measure --no-pretrained --no-verify --out --preset --quiet --recover-epochs --recover-steps --relative-to --resume --score --search-epochs --search-steps --seed --set --threads --tie-qk --variant --workers",
+    "recover": "--amp --batch-size --config --data --device --epochs --json --lr --objective --out --quiet --resume --seed --steps --teacher --threads --workers",
+    "train": "--amp --batch-size --checkpoint --config --data --device --epochs --json --lr --model --new-head --no-pretrained --no-verify --out --quiet --recipe --resume --seed --steps --threads --workers",
+    "evaluate": "--against --amp --batch --checkpoint --data --device --json --limit --no-pretrained --no-verify --quiet --seed --skip-broken --split --threads --workers",
+    "predict": "--checkpoint --device --json --no-pretrained --no-verify --quiet --threads --top",
+    "measure": "--against --batch --device --dtype --json --quiet --runs --runtime --threads",
+    "report": "--json --out --quiet",
+    "export": "--checkpoint --force --format --json --no-pretrained --no-verify --out --quiet",
+    "push": "--include-report --json --quiet",
+    "doctor": "--json --quiet",
+    "demo": "--force --json --out --quiet --threads",
+}  # fmt: skip
+
+
+def test_the_flags_are_those_that_were_agreed_on() -> None:
+    found = {
+        name: sorted(flag for option in verb.params for flag in option.opts if flag.startswith("-"))
+        for name, verb in main.commands.items()
+    }
+    assert found == {name: flags.split() for name, flags in FLAGS.items()}
