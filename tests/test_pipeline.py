@@ -22,9 +22,10 @@ from vitrim.methods.dcvit import DcvitConfig
 from vitrim.methods.uvc import UvcConfig
 from vitrim.methods.uvc import run as uvc
 from vitrim.model import Vit, build
-from vitrim.pipeline import EvaluateConfig, MeasureConfig, RecoverConfig, judging
+from vitrim.pipeline import EvaluateConfig, MeasureConfig, RecoverConfig, comparison
 from vitrim.pipeline.folder import STAGES
 from vitrim.spec import AttentionSpec, BlockSpec, Config, MlpSpec, ModelSpec, Output, Position, Prefix, Preprocess
+from vitrim.tasks.classification import Classification
 
 COMCAT = ComcatConfig(budget=Budget(keep_macs=0.6), images=16, probe_images=4, align=2)
 RECOVER = RecoverConfig(steps=3, batch_size=8, eval_every=2, log_every=1)
@@ -359,12 +360,12 @@ def test_a_recovery_that_did_harm_is_said(tmp_path: Path, caplog: pytest.LogCapt
 def test_the_difference_is_in_points_with_an_interval_around_it() -> None:
     before = [True] * 80 + [False] * 20
     after = [True] * 70 + [False] * 10 + [True] * 5 + [False] * 15
-    found = judging.difference(before, after)
+    found = comparison.difference(before, after)
     assert found is not None
     assert found["points"] == pytest.approx(-5)
     assert found["low"] < -5 < found["high"]
-    assert judging.difference(before, before) == {"points": 0, "low": 0, "high": 0, "count": 100}
-    assert judging.difference(None, after) is None
+    assert comparison.difference(before, before) == {"points": 0, "low": 0, "high": 0, "count": 100}
+    assert comparison.difference(None, after) is None
 
 
 def test_a_trained_model_passes_the_check_and_unlabelled_images_need_none() -> None:
@@ -379,8 +380,8 @@ def test_a_trained_model_passes_the_check_and_unlabelled_images_need_none() -> N
     if len(np.unique(labels.numpy())) < 2:
         pytest.skip("this random network says one class")
     held = data.open((images, labels), split="all")
-    assert judging.refuse_chance(model, held, EvaluateConfig()) == 1.0
-    assert judging.refuse_chance(model, data.open(images, split="all"), EvaluateConfig()) is None
+    assert Classification().refuse_untrained(model, held) == 1.0
+    assert Classification().refuse_untrained(model, data.open(images, split="all")) is None
 
 
 def test_recover_leaves_its_inputs_and_gives_a_trained_copy() -> None:
@@ -539,8 +540,8 @@ def test_a_tail_that_is_not_wanted_is_not_added_by_the_method_either(tmp_path: P
 def test_a_network_that_sees_no_image_any_more_is_said(tmp_path: Path) -> None:
     model = tiny()
     blocks = tuple(replace(block, attention=None) for block in model.spec.blocks)
-    assert pipeline.running.blind(replace(model.spec, blocks=blocks))
-    assert not pipeline.running.blind(model.spec)
+    assert pipeline.reference.blind(replace(model.spec, blocks=blocks))
+    assert not pipeline.reference.blind(model.spec)
     for keep, sees in ((0.5, True), (0.2, False)):
         config = DcvitConfig(budget=Budget(keep_macs=keep), images=16, probe_images=4, batch_size=4, align=1)
         made = job(tmp_path / str(keep), config=config, recover=None, measure=None, data=pictures(80))

@@ -11,7 +11,7 @@ from .counting import cost
 from .spec import Config, Selection
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-_PERCENT = ("top1", "top5", "agreement", "knn", "accuracy")
+_PERCENT = ("top1", "top5", "agreement", "knn", "knn_agreement", "accuracy")
 _SCALED = {"macs": ("GMACs", 1e9), "params": ("parameters (M)", 1e6), "file_bytes": ("file (MB)", 1e6)}
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .errors import SpecError
+from .freezing import Half
 from .model import Masks, Vit
 from .spec import AttentionSpec, BlockSpec, MlpSpec, ModelSpec, Prefix, Selection, SelectionStep, spec_hash
 
@@ -82,7 +83,7 @@ def copy(model: Vit) -> Vit:
     return with_spec(model, model.spec, model.state_dict())
 
 
-def fold_layer_scale(model: Vit, *, skip: Collection[tuple[int, str]] = ()) -> Vit:
+def fold_layer_scale(model: Vit, *, skip: Collection[Half] = ()) -> Vit:
     """LayerScale multiplied into the last linear of its half; exact. A model without any is copied.
 
     skip: halves (block, "attention" or "mlp") that stay as they are.
@@ -97,7 +98,7 @@ def fold_layer_scale(model: Vit, *, skip: Collection[tuple[int, str]] = ()) -> V
     return with_spec(model, spec, state)
 
 
-def with_folded(spec: ModelSpec, *, skip: Collection[tuple[int, str]] = ()) -> ModelSpec:
+def with_folded(spec: ModelSpec, *, skip: Collection[Half] = ()) -> ModelSpec:
     """The spec after `fold_layer_scale`."""
 
     def folded(i: int, block: BlockSpec) -> BlockSpec:
@@ -124,7 +125,7 @@ def cut(
     *,
     method: str,
     variant: str = "",
-    skip: Collection[tuple[int, str]] = (),
+    skip: Collection[Half] = (),
 ) -> Vit:
     """Remove what the keeps leave out, one for each block (None: untouched). LayerScale is folded first.
 
@@ -286,6 +287,17 @@ def without_exact_tail(spec: ModelSpec) -> ModelSpec:
     last = spec.blocks[-1]
     kept = tuple(step for step in last.steps if not isinstance(step, Prefix))
     return replace(spec, blocks=(*spec.blocks[:-1], replace(last, steps=kept)))
+
+
+def tail_refusal(spec: ModelSpec, fixed: Collection[Half] = ()) -> str | None:
+    """Why the network cannot have an exact tail; None where it can, or has it.  fixed: halves that stay as they are."""
+    if has_exact_tail(spec):
+        return None
+    if not allows_exact_tail(spec):
+        return "the network reads more than prefix tokens, or its last block has token steps"
+    if any(i == len(spec.blocks) - 1 for i, _ in fixed):
+        return "the last block is frozen"
+    return None
 
 
 def allows_exact_tail(spec: ModelSpec) -> bool:
@@ -452,7 +464,7 @@ def fingerprint(model: Vit) -> str:
     return digest.hexdigest()[:16]
 
 
-def hold(model: Vit, fixed: Collection[tuple[int, str]]) -> None:
+def hold(model: Vit, fixed: Collection[Half]) -> None:
     """Let these halves, with the norms in front of them, learn no more.  fixed: (block, "attention" | "mlp")."""
     for i, half in fixed:
         block = model.blocks[i]
@@ -476,6 +488,7 @@ __all__ = [
     "has_exact_tail",
     "hold",
     "masked_twin",
+    "tail_refusal",
     "with_exact_tail",
     "with_folded",
     "with_spec",

@@ -11,6 +11,7 @@ import click
 
 from vitrim.cli import options, settings, tables
 from vitrim.cli.progress import progress_on_stderr
+from vitrim.tasks.task import METRICS, QUALITY
 
 if TYPE_CHECKING:
     from vitrim.budget import Budget
@@ -236,7 +237,7 @@ def show_run(result: Mapping[str, Any]) -> None:
 
 def show_family(found: Mapping[str, Any]) -> None:
     """The members of a family in one table."""
-    word = {"top1": "top-1", "agreement": "agreement", "cosine": "cosine"}.get(found["quality"] or "", "quality")
+    word = "quality" if found["quality"] is None else METRICS[found["quality"]].short
     rows = [
         [
             "dense",
@@ -264,12 +265,13 @@ def show_family(found: Mapping[str, Any]) -> None:
 
 
 def accuracy_rows(metrics: Mapping[str, Any], difference: Mapping[str, Any] | None) -> list[list[str]]:
-    """Top-1 before, after the cut, and after the recovery, where there are labels; else the agreement."""
+    """What stands for quality, before, after the cut, and after the recovery."""
     dense, cut, recovered = (metrics.get(state) or {} for state in ("dense", "compressed", "recovered"))
     rows = []
-    for key, title in (("top1", "top-1"), ("agreement", "agreement with dense"), ("cosine", "cosine with dense")):
+    for key in QUALITY:
         if cut.get(key) is None:
             continue
+        title = METRICS[key].short
         before = tables.percent_text(dense.get(key))
         rows.append([f"{title}, before recovery", before, tables.percent_text(cut[key]), ""])
         if recovered.get(key) is not None:

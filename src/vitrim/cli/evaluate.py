@@ -9,6 +9,7 @@ import click
 from vitrim.cli import options, tables
 from vitrim.cli.progress import progress_on_stderr
 from vitrim.errors import ConfigError
+from vitrim.tasks.task import METRICS
 
 SPLITS = ("train", "validation", "val", "test", "all")
 
@@ -81,19 +82,12 @@ def evaluate(
         )
     for key, reason in images.broken.items():
         tables.note(f"skipped {key}: {reason}")
-    names = ("top1", "top5", "loss", "map", "agreement", "cosine", "knn_agreement", "count")
-    kept = {name: metrics[name] for name in names if metrics.get(name) is not None}
+    kept = {name: metrics[name] for name in (*METRICS, "count") if metrics.get(name) is not None}
     if as_json:
         tables.show_json({"model": model, "data": images.fingerprint(), "split": split, **kept})
     else:
         tables.say(f"{model} on {kept['count']} images of {images.name} ({split})")
-        titles = {
-            "top1": "top-1",
-            "top5": "top-5",
-            "map": "mean average precision",
-            "knn_agreement": "neighbours agree",
-        }
-        for name in names[:-1]:
+        for name, metric in METRICS.items():
             if name in kept:
-                value = f"{kept[name]:.4f}" if name in ("loss", "cosine") else tables.percent_text(kept[name])
-                tables.say(f"{titles.get(name, name)}  {value}")
+                value = tables.percent_text(kept[name]) if metric.form == "percent" else f"{kept[name]:.4f}"
+                tables.say(f"{metric.short}  {value}")

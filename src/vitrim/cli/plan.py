@@ -167,8 +167,7 @@ def planned(name: str, spec: ModelSpec, budget: Budget, given: dict[str, Any]) -
     from vitrim.counting import cost as count
     from vitrim.methods import configure
     from vitrim.methods import plan as plan_of
-    from vitrim.pipeline.running import may_have_tail
-    from vitrim.surgery import with_exact_tail
+    from vitrim.pipeline.reference import given_spec
 
     row: dict[str, Any] = {
         "method": name,
@@ -177,8 +176,8 @@ def planned(name: str, spec: ModelSpec, budget: Budget, given: dict[str, Any]) -
         "refused": None,
     }
     loose = configure(name, {"budget": type(budget)(keep_macs=1.0), **given})
-    if may_have_tail(spec, loose):  # as `compress` does; shares refer to the model as it is
-        budget, spec = budget.absolute(count(spec)), with_exact_tail(spec)
+    # as `compress` does; shares refer to the model as it is
+    budget, spec = budget.absolute(count(spec)), given_spec(spec, loose, wanted=True)
     try:
         return row | plan_of(name, spec, configure(name, {"budget": budget, **given}))
     except BudgetError as error:

@@ -9,6 +9,7 @@ import click
 
 from vitrim.cli import options, tables
 from vitrim.cli.progress import duration_text, progress_on_stderr
+from vitrim.tasks.task import METRICS, quality
 
 
 @click.command()
@@ -81,8 +82,8 @@ def train(
         tables.show_json(facts)
         return
     tables.say(f"trained {result.steps} steps in {duration_text(result.seconds)}; saved to {out}")
-    if "top1" in scores:
-        tables.say(f"top-1 on the validation images: {tables.percent_text(scores['top1'])}")
+    if (key := quality(scores)) is not None:
+        tables.say(f"{METRICS[key].short} on the validation images: {tables.percent_text(scores[key])}")
     tables.say(f"next: vitrim compress --model {out} --keep-macs 0.5 --data {source} --out smaller")
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypedDict
 
 from pydantic import Field
 
@@ -36,6 +36,15 @@ class MethodConfig:
     """Of every random draw, the choice of images among them."""
     device: str | None = None
     """Where to compute, such as cuda; None: where the model is."""
+
+    @property
+    def takes_tail(self) -> bool:
+        """Whether a job may put an exact tail in front of the method."""
+        return True
+
+    def without_tail(self) -> Self:
+        """The same for a method that would add one of its own."""
+        return self
 
 
 class Needs(TypedDict):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -50,6 +50,11 @@ class EvaluateConfig:
     workers: int = Field(default=0, ge=0)
     device: str = "cpu"
     amp: Literal["no", "bf16", "fp16"] = "no"
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """What a task's `evaluate` is told."""
+        return {name: getattr(self, name) for name in ("batch_size", "device", "amp", "workers")}
 
 
 @checked

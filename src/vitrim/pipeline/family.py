@@ -20,11 +20,11 @@ from vitrim.errors import ConfigError
 from vitrim.methods.method import MethodConfig
 from vitrim.model import Vit
 from vitrim.pipeline.folder import written_or_said
-from vitrim.pipeline.running import RunResult, may_have_tail, reference_of, run, with_tail
+from vitrim.pipeline.reference import given_spec, reference_of
+from vitrim.pipeline.running import RunResult, run
 from vitrim.progress import Progress
 from vitrim.result import Compressed
 from vitrim.sources import load
-from vitrim.surgery import with_exact_tail
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,10 +62,9 @@ def run_family(
     reference = reference_of(dense, settings.get("relative_to", "given"))
     asked = {member_name(budget): budget.absolute(reference) for budget in budgets}
     method = methods.method_of(method_config)
-    method_config = with_tail(method_config, wanted=settings.get("exact_tail", True))
-    spec = dense.spec
-    if settings.get("exact_tail", True) and may_have_tail(spec, method_config):
-        spec = with_exact_tail(spec)
+    wanted = settings.get("exact_tail", True)
+    method_config = method_config if wanted else method_config.without_tail()
+    spec = given_spec(dense.spec, method_config, wanted=wanted)
     for limit in asked.values():
         methods.plan(method, spec, replace(method_config, budget=limit))
     together = (

@@ -20,6 +20,7 @@ from vitrim.pipeline.configs import RecoverConfig
 from vitrim.progress import Progress
 from vitrim.result import Compressed
 from vitrim.tasks.classification import class_index, evaluate
+from vitrim.tasks.task import METRICS
 from vitrim.training import FitResult, Objective, fit
 from vitrim.training.objectives import Distilled, LabelFree, Supervised
 
@@ -169,7 +170,6 @@ def _validator(held: Images, teacher: Vit | None, config: RecoverConfig) -> Call
             reference.update(evaluate(teacher, held, batch_size=256, workers=config.workers))
         against: Any = reference or teacher
         found = evaluate(model, held, batch_size=256, workers=config.workers, reference=against)
-        wanted = ("top1", "loss", "map", "agreement", "cosine")
-        return {key: float(found[key]) for key in wanted if found.get(key) is not None}
+        return {key: float(found[key]) for key in METRICS if found.get(key) is not None}
 
     return score

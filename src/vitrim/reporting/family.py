@@ -19,9 +19,9 @@ from vitrim.reporting.figures import Result, lookup
 from vitrim.reporting.filling import fill
 from vitrim.reporting.page import final_state, method_name, quality
 from vitrim.result import Axis, Curve, Series
+from vitrim.tasks.task import METRICS
 
 SUMMARY = "family.json"
-WORDS = {"top1": "accuracy", "agreement": "agreement with the dense model", "cosine": "cosine to the dense features"}
 
 
 def summary(members: Mapping[str, Result], *, name: str) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def render(found: Result) -> str:
         {"does": "Take one point: each is an ordinary folder", "command": f"cp -r {inside} small"},
         {"does": "Use it in Python", "command": f'import vitrim\nmodel = vitrim.load("{inside}")'},
     )
-    word = WORDS.get(found["quality"] or "", "quality")
+    word = "quality" if found["quality"] is None else METRICS[found["quality"]].words
     return fill("family.html", found, method=method_name(found), word=word, plots=_plots(found), picks=picks)
 
 
@@ -78,8 +78,8 @@ def _plots(found: Result) -> list[dict[str, Any]]:
     metric, members = found["quality"], found["members"]
     if metric is None or any(row["quality"] is None for row in members):
         return []
-    word = WORDS[metric].capitalize()
-    dense = [("dense", 1.0, found["dense"]["quality"])] if metric == "top1" else []
+    word = METRICS[metric].words.capitalize()
+    dense = [] if METRICS[metric].against_dense else [("dense", 1.0, found["dense"]["quality"])]
     points = [(row["name"], row["kept_macs"], row["quality"]) for row in members]
     drawn = [_plot(f"{word} against operations", [*points, *dense], "MACs kept")]
     if all(row["speed"] for row in members):

@@ -8,6 +8,7 @@ from vitrim.reporting import charts
 from vitrim.reporting.figures import Result, lookup, percent
 from vitrim.reporting.filling import fill
 from vitrim.result import Axis, Curve, Series
+from vitrim.tasks import task
 
 STATES = {"dense": "dense", "compressed": "after the cut", "recovered": "after recovery"}
 
@@ -48,9 +49,8 @@ def states_of(result: Result) -> list[str]:
 
 
 def quality(result: Result) -> str | None:
-    """The metric that stands for quality: accuracy where there are labels, else agreement with the dense model."""
-    final = lookup(result, f"metrics/{final_state(result)}") or {}
-    return next((name for name in ("top1", "agreement", "cosine") if final.get(name) is not None), None)
+    """The figure of the final model that stands for quality."""
+    return task.quality(lookup(result, f"metrics/{final_state(result)}") or {})
 
 
 def headline(result: Result) -> str:
@@ -70,12 +70,11 @@ def loss_words(result: Result) -> str:
             return "no difference in accuracy seen"
         word = "lost" if difference["points"] < 0 else "gained"
         return f"{abs(difference['points']):.1f} points of accuracy {word}"
-    final = lookup(result, f"metrics/{final_state(result)}") or {}
-    if final.get("agreement") is not None:
-        return f"{percent(final['agreement'])} of the predictions as before"
-    if final.get("cosine") is not None:
-        return f"features at cosine {final['cosine']:.3f} to the dense model's"
-    return ""
+    key = quality(result)
+    if key is None or not task.METRICS[key].against_dense:
+        return ""
+    metric, value = task.METRICS[key], lookup(result, f"metrics/{final_state(result)}/{key}")
+    return metric.kept.format(percent(value) if metric.form == "percent" else f"{value:.3f}")
 
 
 class Tile(NamedTuple):
@@ -92,12 +91,10 @@ def tiles(result: Result) -> list[Tile]:
     """Up to four numbers, each with what it was."""
     found, name = [], quality(result)
     final = f"metrics/{final_state(result)}/{name}"
-    if name == "top1":
-        found.append(Tile("Accuracy", "percent", final, "metrics/dense/top1"))
-    elif name == "agreement":
-        found.append(Tile("Agreement with dense", "percent", final, of="of the predictions"))
-    elif name == "cosine":
-        found.append(Tile("Cosine to dense", "percent", final, of="of the features"))
+    if name is not None:
+        metric = task.METRICS[name]
+        was = None if metric.against_dense else f"metrics/dense/{name}"
+        found.append(Tile(metric.words.capitalize(), "percent", final, was, of=metric.of))
     for what, key in (("Operations (MACs)", "macs"), ("Parameters", "params")):
         found.append(Tile(what, "count", f"costs/compressed/{key}", f"costs/dense/{key}"))
     rows: Sequence[Any] = lookup(result, "timing/rows") or []
@@ -107,14 +104,6 @@ def tiles(result: Result) -> list[Tile]:
         found.append(Tile(f"Latency, batch {rows[small]['batch']}", "ms", *paths))
     return found
 
-
-METRICS = (
-    ("top1", "Top-1 accuracy", "percent"),
-    ("top5", "Top-5 accuracy", "percent"),
-    ("loss", "Loss", "plain"),
-    ("agreement", "Agrees with dense", "percent"),
-    ("cosine", "Cosine to dense", "plain"),
-)
 
 STATIC = (
     ("costs/*/macs", "GMACs (the papers’ FLOPs)", "giga"),
@@ -137,10 +126,10 @@ class Row(NamedTuple):
 def before_after(result: Result, states: Sequence[str]) -> list[Row]:
     """The table of dense, cut, recovered."""
     rows, later = [], len(states) - 1
-    for key, title, form in METRICS:
+    for key, metric in task.METRICS.items():
         paths: list[str | None] = [f"metrics/{state}/{key}" for state in states]
         if any(lookup(result, path) is not None for path in paths[1:] if path):
-            rows.append(Row(title, form, paths))
+            rows.append(Row(metric.title, metric.form, paths))
     for path, title, form in STATIC:
         was, now = (path.replace("*", state) for state in ("dense", "compressed"))
         if lookup(result, now) is not None:
@@ -235,24 +224,26 @@ def grouped(sections: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[list[
 
 
 def training(result: Result) -> list[dict[str, Any]]:
-    """Curves of the recovery: its training loss and validation accuracy."""
+    """Curves of the recovery: its training loss, and what stands for quality on the validation images."""
+    key = next((said for row in lookup(result, "recovery/validation") or () if (said := task.quality(row))), None)
     losses, checks = (
-        [(row["step"], row[key]) for row in lookup(result, f"recovery/{rows}") or () if row.get(key) is not None]
-        for rows, key in (("curve", "loss"), ("validation", "top1"))
+        [(row["step"], row[name]) for row in lookup(result, f"recovery/{rows}") or () if row.get(name) is not None]
+        for rows, name in (("curve", "loss"), ("validation", key))
     )
     steps, found = Axis(label="step", format="whole"), []
     if losses:
         line = Series(name="loss", points=tuple(charts.smooth(losses)))
         found.append(Curve(title="Training loss", x=steps, y=Axis(), series=(line,)))
-    if checks:
+    if checks and key is not None:
+        words = task.METRICS[key].words
         references = [
             Series(name=name, points=((0, value), (checks[-1][0], value)), style="dashed", named=True)
             for state, name in (("dense", "dense"), ("compressed", "after the cut"))
-            if (value := lookup(result, f"metrics/{state}/top1")) is not None
+            if (value := lookup(result, f"metrics/{state}/{key}")) is not None
         ]
-        line = Series(name="accuracy", points=tuple(checks), style="marked")
+        line = Series(name=words, points=tuple(checks), style="marked")
         percents = Axis(format="percent")
-        found.append(Curve(title="Validation accuracy", x=steps, y=percents, series=(line, *references)))
+        found.append(Curve(title=f"Validation {words}", x=steps, y=percents, series=(line, *references)))
     return [curve.to_dict() for curve in found]
 
 

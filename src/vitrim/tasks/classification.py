@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,14 +12,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitrim import data
+from vitrim.data import Images
 from vitrim.errors import DataError
+from vitrim.model import Vit
 from vitrim.progress import Progress
-from vitrim.spec import Config, Preprocess
+from vitrim.spec import Config, ModelSpec, Preprocess
+from vitrim.tasks.samples import samples as shown
+from vitrim.tasks.task import Metrics, Task
 
+CHECKED = 200
+"""Images on which the dense model has to do better than chance."""
 NEIGHBOURS = 5
 _CHUNK = 512  # rows of the similarity matrix held at once
 
-Metrics = dict[str, Any]
 Metric = Callable[[Tensor, Tensor], Mapping[str, float]]
 
 
@@ -118,6 +124,33 @@ def class_index(
             "vitrim train --new-head."
         )
     return None
+
+
+def refuse_chance(model: Vit, images: Images, *, seed: int = 0, **how: Any) -> float | None:
+    """Top-1 of a classifier on a few images. Raises DataError where it is no better than chance; None without labels.
+
+    how: batch_size, device, amp and workers, as `evaluate` takes them.
+    """
+    if not images.labelled or not model.spec.outputs:
+        return None
+    few = images.take(CHECKED, seed) if len(images) > CHECKED else images
+    top1 = evaluate(model, few, **how).get("top1")
+    if top1 is None:
+        return None
+    classes = len(images.classes) if images.classes else model.spec.classes or 1
+    chance = 1 / classes
+    # on very few images a good model can look like chance: there, only what is not above it is stopped
+    margin = 3 * math.sqrt(chance * (1 - chance) / len(few)) if len(few) >= 100 else 0.0
+    if top1 <= chance + margin:
+        own = model.config.preprocess
+        assert own is not None
+        raise DataError(
+            f"the dense model scores {100 * top1:.1f} % on {len(few)} images of {images.name}, where chance is {100 * chance:.1f} %: "
+            f"expected a trained model and its own preprocessing. In use: mean={_short(own.mean)}, std={_short(own.std)}, "
+            f"size_px={tuple(own.size_px)}, interpolation={own.interpolation!r}. Load it with the right preprocess=, check that the "
+            "labels are of this data, or skip the check with check_dense=False."
+        )
+    return float(top1)
 
 
 def scores(logits: Tensor, targets: Tensor | None) -> Metrics:
@@ -234,3 +267,73 @@ def _autocast(device: torch.device, amp: str) -> torch.autocast:
         raise DataError(f"amp={amp!r}; expected 'no', 'bf16' or 'fp16'.")
     dtype = torch.bfloat16 if amp == "no" else kinds[amp]
     return torch.autocast(device.type, dtype=dtype, enabled=amp != "no")
+
+
+def _short(values: Sequence[float]) -> tuple[float, ...]:
+    return tuple(round(value, 4) for value in values)
+
+
+# ------------------------------------------------------------------------------------------------------------- as tasks
+
+
+class Classification:
+    """`Task` of networks with a classifier."""
+
+    name = "classification"
+    predicts = True
+
+    def check_labels(self, config: Config, images: Images) -> None:
+        class_index(config.labels, images.classes, classes=config.spec.classes)
+
+    def refuse_untrained(self, model: Vit, images: Images, **how: Any) -> float | None:
+        return refuse_chance(model, images, **how)
+
+    def evaluate(self, model: Vit, images: Images, *, reference: Any = None, **how: Any) -> Metrics:
+        return evaluate(model, images, reference=reference, **how)
+
+    def reference_of(self, dense: Vit, facts: Metrics) -> Any:
+        return facts
+
+    def successes(self, facts: Metrics, dense: Metrics | None = None) -> list[bool] | None:
+        if facts.get("correct"):
+            return list(facts["correct"])
+        if dense is None:
+            return None
+        return [a == b for a, b in zip(facts["predictions"], dense["predictions"], strict=True)]
+
+    def samples(
+        self, models: Mapping[str, Vit], facts: Mapping[str, Metrics], images: Images, *, count: int, seed: int
+    ) -> dict[str, Any]:
+        return shown(models, facts, images, count=count, seed=seed) if count else {"samples": []}
+
+
+class Features:
+    """`Task` of encoders without a classifier: their features beside the dense model's."""
+
+    name = "features"
+    predicts = False
+
+    def check_labels(self, config: Config, images: Images) -> None:
+        """Labels are not looked at."""
+
+    def refuse_untrained(self, model: Vit, images: Images, **how: Any) -> float | None:
+        return None
+
+    def evaluate(self, model: Vit, images: Images, *, reference: Any = None, **how: Any) -> Metrics:
+        return evaluate(model, images, reference=reference, **how)
+
+    def reference_of(self, dense: Vit, facts: Metrics) -> Any:
+        return dense
+
+    def successes(self, facts: Metrics, dense: Metrics | None = None) -> list[bool] | None:
+        return None
+
+    def samples(
+        self, models: Mapping[str, Vit], facts: Mapping[str, Metrics], images: Images, *, count: int, seed: int
+    ) -> dict[str, Any]:
+        return {"samples": []}
+
+
+def task_of(spec: ModelSpec) -> Task:
+    """What networks of this spec are judged by."""
+    return Classification() if spec.outputs else Features()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import replace
+from typing import Literal, Self
 
 from pydantic import Field
 
@@ -47,3 +48,10 @@ class AutoConfig(MethodConfig):
                 raise ConfigError(f"axes: unknown axis {axis!r}{did_you_mean(axis, AXES)}; known: {', '.join(AXES)}.")
         if self.axes is not None and not self.axes:
             raise ConfigError(f"every axis is switched off; leave at least one of {', '.join(AXES)}.")
+
+    @property
+    def takes_tail(self) -> bool:
+        return "tail" in (self.axes or AXES)
+
+    def without_tail(self) -> Self:
+        return replace(self, exact_tail=False)

@@ -182,7 +182,7 @@ def nets_of(spec: ModelSpec, config: AutoConfig) -> Nets:
     why = {
         "width": "parts are frozen, and another stream width changes every part" if fixed else narrowing.refusal(base),
         "tokens": _tokens_refusal(base),
-        "tail": _tail_refusal(spec, fixed),
+        "tail": surgery.tail_refusal(spec, fixed),
     }
     axes = set(asked)
     for axis, reason in why.items():
@@ -212,16 +212,6 @@ def nets_of(spec: ModelSpec, config: AutoConfig) -> Nets:
             f"{' with the parts that are frozen' if fixed else ''}. Allow more of them."
         )
     return nets
-
-
-def _tail_refusal(spec: ModelSpec, fixed: frozenset[Half]) -> str | None:
-    if surgery.has_exact_tail(spec):
-        return None
-    if not surgery.allows_exact_tail(spec):
-        return "the network reads more than prefix tokens, or its last block has token steps"
-    if any(i == len(spec.blocks) - 1 for i, _ in fixed):
-        return "the last block is frozen"
-    return None
 
 
 def _tokens_refusal(spec: ModelSpec) -> str | None:

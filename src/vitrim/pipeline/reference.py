@@ -1,0 +1,53 @@
+"""What a job starts from: the network that shares of a budget refer to, and the one that a method is given."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from vitrim import surgery
+from vitrim.counting import Cost, cost
+from vitrim.errors import ConfigError
+from vitrim.freezing import frozen
+from vitrim.methods.method import MethodConfig
+from vitrim.model import Vit
+from vitrim.spec import ModelSpec
+
+
+def reference_of(dense: Vit, relative_to: str) -> Cost:
+    """What the shares of a budget refer to: this model, or the first one that it descends from. Raises ConfigError."""
+    if relative_to == "given" or not dense.selection.steps:
+        return cost(dense)  # a model that was never cut is its own original
+    original = dense.provenance.get("original")
+    if not original:
+        raise ConfigError(
+            "relative_to='original': the model does not say what it was cut from. Pass relative_to='given', or absolute limits "
+            "(max_macs, max_params)."
+        )
+    return cost(ModelSpec.from_dict(original["spec"]))
+
+
+def limited(config: MethodConfig, reference: Cost) -> MethodConfig:
+    """A method's config with its shares turned into absolute limits: an exact tail comes before the method and changes
+    what a share would mean.
+    """
+    return config if config.budget is None else dataclasses.replace(config, budget=config.budget.absolute(reference))
+
+
+def gets_tail(spec: ModelSpec, config: MethodConfig, *, wanted: bool) -> bool:
+    """Whether the job lets only the prefix tokens through the last block before the method runs."""
+    if not wanted or not config.takes_tail or surgery.has_exact_tail(spec):
+        return False
+    return surgery.tail_refusal(spec, frozen(spec, config.freeze)) is None
+
+
+def given_spec(spec: ModelSpec, config: MethodConfig, *, wanted: bool) -> ModelSpec:
+    """The spec that the method is given."""
+    return surgery.with_exact_tail(spec) if gets_tail(spec, config, wanted=wanted) else spec
+
+
+def blind(spec: ModelSpec) -> bool:
+    """Whether what is read can depend on no patch: only prefix tokens are, and no attention is left."""
+    return spec.pool.kind == "cls" and all(block.attention is None for block in spec.blocks)
+
+
+__all__ = ["blind", "gets_tail", "given_spec", "limited", "reference_of"]

@@ -1,0 +1,258 @@
+"""The stages of a job: each a function of the job and of what the stages before it found, to plain JSON values.
+
+Models are always read back from their folders, never handed on in memory: the layout of a tensor changes the last bits of its
+products, and a resumed run must end as an undisturbed one.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from vitrim import artifact, reporting, timing
+from vitrim.checkpoints import replace_text
+from vitrim.counting import Cost, cost
+from vitrim.errors import ArtifactError, MeasureError
+from vitrim.methods import compress as compress_by
+from vitrim.model import Vit
+from vitrim.pipeline.comparison import compare
+from vitrim.pipeline.configs import MeasureConfig
+from vitrim.pipeline.job import Job
+from vitrim.pipeline.recovery import train_again, training_speeds
+from vitrim.pipeline.reference import blind
+from vitrim.pipeline.summary import summary
+from vitrim.spec import spec_hash
+from vitrim.tasks.task import METRICS, quality
+from vitrim.training import plain
+
+LEAST_GAIN = 1.05
+"""An ideal speed-up below this does not pay: launches and memory traffic eat it."""
+
+STEPS_PER_SPEED_ROUND = 50
+"""A recovery of so many steps is followed by one round that times its step against the dense model's; at most three rounds."""
+
+Found = dict[str, dict[str, Any]]
+"""By stage."""
+
+log = logging.getLogger("vitrim.pipeline")
+
+
+def plan(job: Job, found: Found) -> dict[str, Any]:
+    """The limits, and whether they can pay."""
+    dense, warnings = job.reference, list(job.warnings)
+    limits = {} if job.config.budget is None else job.config.budget.limits(dense)
+    if "macs" in limits and dense.macs / limits["macs"] < LEAST_GAIN:
+        warnings += _said(
+            f"The budget asks for {limits['macs'] / dense.macs:.1%} of the MACs: at best {dense.macs / limits['macs']:.2f} times as "
+            "fast, which rarely shows in measured time."
+        )
+    told = {"limits": limits, "dense": dense.to_dict(), "dense_top1": job.dense_top1, "warnings": warnings}
+    return {**job.planned, **told}
+
+
+def compress(job: Job, found: Found) -> dict[str, Any]:
+    """The cut network, in stages/compressed."""
+    search = job.folder.stages / "search"
+    start, taught = job.given, {}
+    if job.first is not None:
+        place = search / "init"
+        start = compress_by(
+            job.given, job.first, data=job.train, progress=job.progress, folder=place, resume=place.is_dir()
+        ).model
+        search = search / "after"
+        taught = {"teacher": job.dense} if job.method.takes_teacher else {}
+    made = job.asked.compressor(
+        start, job.config, data=job.train, progress=job.progress, folder=search, resume=search.is_dir(), **taught
+    )
+    warnings = list(made.report.get("warnings", ()))  # logged by `vitrim.compress`
+    if blind(made.spec) and not blind(job.dense.spec):
+        warnings += _said(
+            "No attention is left, and the classifier reads prefix tokens alone: they see no image, and every answer is the "
+            "same. Keep more, or choose another method."
+        )
+    warnings += _doubts(job, made.model)
+    made.save(job.folder.stages / "compressed", provenance=job.origin, force=True)
+    shutil.rmtree(job.folder.stages / "search", ignore_errors=True)  # what a killed search would have gone on from
+    return {
+        "method": made.method,
+        "variant": made.variant,
+        "spec": spec_hash(made.spec),
+        "start": cost(start).to_dict(),
+        "cost": cost(made.spec).to_dict(),
+        "report": made.report,
+        "history": made.history,
+        "warnings": warnings,
+    }
+
+
+def _doubts(job: Job, small: Vit) -> list[str]:
+    """What would make a recovery pointless on the target; said before it begins."""
+    before, after, target = job.reference, cost(small), job.asked.target
+    ideal = before.macs / after.macs
+    if ideal < LEAST_GAIN:
+        return _said(
+            f"The cut can make it at most {ideal:.2f} times as fast (the ratio of MACs): on this target it will not pay."
+        )
+    if target is None:
+        return []
+    batch = target.batch_sizes[0]
+    both = {"dense": job.dense, "compressed": small}
+    rows = timing.measure(both, batch_sizes=(batch,), runs=min(7, target.runs), **_on(target))
+    (gain,) = timing.speedups(rows, "dense", _macs(before, after))
+    if gain["high"] >= LEAST_GAIN:
+        return []
+    return _said(
+        f"A first timing at batch {batch} on {rows[0]['device_name']} shows {gain['measured']:.2f} times the speed where the MACs "
+        f"promise {ideal:.2f}: on this target the cut may not pay."
+    )
+
+
+def recover(job: Job, found: Found) -> dict[str, Any]:
+    """The recovered network, in stages/recovered."""
+    if job.recovery is None:
+        return {"skipped": True}
+    small = kept(job, "compressed")
+    fitted, objective = train_again(
+        small,
+        job.dense,
+        job.train,
+        job.held,
+        job.recovery,
+        out=job.folder.stages / "recover",
+        resume=job.folder.partial_recovery,
+        progress=job.progress,
+    )
+    artifact.save(fitted.model, job.folder.stages / "recovered", force=True)
+    lines, rounds = fitted.history, min(3, fitted.steps // STEPS_PER_SPEED_ROUND)
+    both = {"dense": job.dense, "compressed": small}
+    speeds = training_speeds(both, job.dense, job.train, job.recovery, rounds=rounds) if rounds else None
+    validated = [line for line in lines if line["kind"] == "validate"]
+    return {
+        "objective": objective,
+        "steps": fitted.steps,
+        "train_seconds": round(fitted.seconds, 2),
+        "images_per_s": speeds,
+        "curve": [{"step": line["step"], "loss": line["loss"]} for line in lines if line["kind"] == "train"],
+        "validation": [{k: v for k, v in line.items() if k not in ("kind", "seconds")} for line in validated],
+    }
+
+
+def evaluate(job: Job, found: Found) -> dict[str, Any]:
+    """All networks on the validation images; samples in stages/samples.json."""
+    models = {"dense": job.dense, "compressed": kept(job, "compressed")}
+    if job.recovery is not None:
+        models["recovered"] = kept(job, "recovered")
+    done = compare(models, job.held, job.asked.judging, job.progress)
+    replace_text(job.folder.stages / "samples.json", reporting.as_text(done.samples))
+    warnings = _lost_in_recovery(done.metrics, done.gained)
+    return {"metrics": done.metrics, "difference": done.gap, "warnings": warnings}
+
+
+def _lost_in_recovery(metrics: Mapping[str, Any], gained: Mapping[str, Any] | None) -> list[str]:
+    """Said only where the paired interval excludes no change: on few images the figures differ by chance."""
+    cut, final = metrics["compressed"], metrics.get("recovered")
+    if final is None or gained is None or gained["high"] >= 0:
+        return []
+    key = quality(cut)
+    assert key is not None
+    return _said(
+        f"The recovery lowered the {METRICS[key].words} from {cut[key]:.1%} to {final[key]:.1%}. Train longer or with a lower lr, or "
+        "leave the recovery out."
+    )
+
+
+def measure(job: Job, found: Found) -> dict[str, Any]:
+    """Latencies of the dense and the final network in turns."""
+    target = job.asked.target
+    if target is None:
+        return {"skipped": True}
+    here, notes = timing.runtimes_here()
+    rows: list[dict[str, Any]] = []
+    said = list(notes) if target.runtimes is None else []
+    both = {"dense": job.dense, "compressed": final(job)}
+    for runtime in target.runtimes or here:
+        try:
+            rows += timing.measure(
+                both,
+                batch_sizes=target.batch_sizes,
+                runs=target.runs,
+                runtime=runtime,
+                progress=job.progress,
+                **_on(target),
+            )
+        except MeasureError as error:
+            if target.runtimes is not None or runtime == "eager":
+                raise
+            said.append(f"Compiled PyTorch was not timed: {error}")
+    speedups = timing.speedups(rows, "dense", _macs(job.reference, cost(both["compressed"])))
+    return {"rows": rows, "speedups": speedups, "notes": said}
+
+
+def save(job: Job, found: Found) -> dict[str, Any]:
+    """The artifact in OUT."""
+    metrics, out = found["evaluate"]["metrics"], job.folder.out
+    provenance = job.origin | {
+        "method": job.method.name,
+        "variant": found["compress"]["variant"],
+        "config": plain(job.asked.config) | {"exact_tail": job.tail, "init": job.asked.init},
+        "data": job.held.fingerprint() | {"train": job.train.fingerprint()},
+        "seed": job.config.seed,
+        "metrics": {"before": metrics["dense"], "after": metrics.get("recovered") or metrics["compressed"]},
+        "recovery": None if job.recovery is None else plain(job.recovery),
+    }
+    artifact.save(final(job), out, provenance=provenance, force=True)
+    shutil.rmtree(job.folder.stages / "recover" / "checkpoints", ignore_errors=True)  # the recovered model is kept
+    return {"file_bytes": (out / artifact.WEIGHTS).stat().st_size}
+
+
+def report(job: Job, found: Found) -> dict[str, Any]:
+    """report.html."""
+    shown = reporting.read_samples(job.folder.out)
+    reporting.write({**summary(job, found, final(job).spec), **shown}, job.folder.out / "report.html")
+    return {"file": "report.html"}
+
+
+Stage = Callable[[Job, Found], dict[str, Any]]
+STAGES: dict[str, Stage] = {
+    "plan": plan,
+    "compress": compress,
+    "recover": recover,
+    "evaluate": evaluate,
+    "measure": measure,
+    "save": save,
+    "report": report,
+}
+
+
+def final(job: Job) -> Vit:
+    """The network that the job ends in."""
+    return kept(job, "compressed" if job.recovery is None else "recovered")
+
+
+def kept(job: Job, name: str) -> Vit:
+    """What a stage left in stages/NAME."""
+    try:
+        return artifact.load(job.folder.stages / name)
+    except ArtifactError as error:
+        stage = {"compressed": "compress", "recovered": "recover"}[name]
+        raise ArtifactError(
+            f"{error} To make it again, remove stages/{stage}.json from the run's folder and resume."
+        ) from error
+
+
+def _on(target: MeasureConfig) -> dict[str, Any]:
+    return {"threads": target.threads, "device": target.device, "dtype": target.dtype}
+
+
+def _macs(dense: Cost, small: Cost) -> dict[str, int]:
+    return {"dense": dense.macs, "compressed": small.macs}
+
+
+def _said(text: str) -> list[str]:
+    log.warning(text)
+    return [text]
+
+
+__all__ = ["STAGES", "final"]

@@ -1,0 +1,94 @@
+"""Images to look at: what each of several classifiers says of the same pictures."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from vitrim.data import Images, evaluation, match_labels, readable
+from vitrim.model import Vit
+
+SHOWN_PX = 192
+
+
+def samples(
+    models: Mapping[str, Vit], found: Mapping[str, Mapping[str, Any]], images: Images, *, count: int, seed: int
+) -> dict[str, Any]:
+    """Images as data URIs with what each model says of them: first some on which dense and final differ, then others."""
+    readable = [i for i, key in enumerate(images.keys) if key not in images.broken]
+    dense, final = (found[name]["predictions"] for name in ("dense", list(models)[-1]))
+    order = np.random.default_rng(seed).permutation(len(dense)).tolist()
+    changed = [i for i in order if dense[i] != final[i]][: count // 2]
+    same = [i for i in order if dense[i] == final[i]][: count - len(changed)]
+    picked = changed + same
+    preprocess = models["dense"].config.preprocess
+    assert preprocess is not None  # `evaluate` refused the model otherwise
+    view = evaluation(preprocess)
+    pictures = [images[readable[i]][0] for i in picked]
+    batch = torch.stack([view(picture) for picture in pictures])  # B C h w
+    said = {name: _answers(model, batch) for name, model in models.items()}
+    labels = _true_labels(models["dense"], images)
+    cards = [
+        {
+            "image": data_uri(picture),
+            "name": images.keys[readable[i]],
+            "label": labels[readable[i]] if labels else None,
+            "predictions": {name: answers[place] for name, answers in said.items()},
+        }
+        for place, (i, picture) in enumerate(zip(picked, pictures, strict=True))
+    ]
+    total = sum(a != b for a, b in zip(dense, final, strict=True))
+    note = (
+        f"The answer changed on {total} of {len(dense)} images. Of the {len(cards)} shown, {len(changed)} were drawn from "
+        f"those, the others from the rest."
+    )
+    return {"samples": cards, "samples_note": note}
+
+
+def data_uri(picture: Image.Image) -> str:
+    """Small pictures as they are (PNG), large ones scaled down (JPEG)."""
+    settings: dict[str, Any]
+    if max(picture.size) <= 64:
+        kind, settings = "png", {"optimize": True}
+    else:
+        picture = picture.copy()
+        picture.thumbnail((SHOWN_PX, SHOWN_PX))
+        kind, settings = "jpeg", {"quality": 85}
+    held = io.BytesIO()
+    picture.save(held, format=kind, **settings)
+    return f"data:image/{kind};base64,{base64.b64encode(held.getvalue()).decode()}"
+
+
+def _answers(model: nn.Module, batch: torch.Tensor) -> list[dict[str, Any]]:
+    with torch.inference_mode():
+        first = next(model.parameters())
+        chances = model(batch.to(first.device, first.dtype)).float().softmax(-1).cpu()  # B classes
+    tops, indices = chances.max(-1)
+    labels = readable(model.config.labels or ()) if isinstance(model, Vit) else None
+    return [
+        {"label": labels[i] if labels else f"class {i}", "probability": top}
+        for top, i in zip(tops.tolist(), indices.tolist(), strict=True)
+    ]
+
+
+def _true_labels(model: Vit, images: Images) -> list[str] | None:
+    """Names as the model has them, so that a right answer reads the same."""
+    labels = images.labels
+    if labels is None or labels.dim() > 1:
+        return None
+    own, theirs = model.config.labels, images.classes
+    if own is None:
+        return [f"class {int(label)}" for label in labels]
+    index = match_labels(own, theirs) if theirs is not None else None
+    named = readable(own)
+    return [named[int(label) if index is None else int(index[label])] for label in labels]
+
+
+__all__ = ["data_uri", "samples"]

@@ -1,0 +1,110 @@
+"""What a task is to the rest of the toolkit: its figures, how a network is scored, and what comparisons need of it. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+if TYPE_CHECKING:
+    from vitrim.data import Images
+    from vitrim.model import Vit
+    from vitrim.progress import Progress
+    from vitrim.spec import Config
+
+Metrics = dict[str, Any]
+"""Figures of one network on some images, by the keys of `METRICS`, with `count`, `skipped`, and what comparisons need."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Metric:
+    """One figure and its words."""
+
+    title: str
+    """At the head of a row."""
+    short: str
+    """On the terminal."""
+    words: str
+    """In a sentence."""
+    form: Literal["percent", "plain"] = "percent"
+    against_dense: bool = False
+    """A likeness to the dense model, which has none itself."""
+    of: str = ""
+    """What it is a share of, where that is not plain."""
+    kept: str = ""
+    """A phrase for how much stayed as the dense model has it, with {} for the figure."""
+
+
+METRICS: dict[str, Metric] = {
+    "top1": Metric(title="Top-1 accuracy", short="top-1", words="accuracy"),
+    "top5": Metric(title="Top-5 accuracy", short="top-5", words="accuracy among the first five"),
+    "map": Metric(title="Mean average precision", short="mean average precision", words="mean average precision"),
+    "loss": Metric(title="Loss", short="loss", words="loss", form="plain"),
+    "agreement": Metric(
+        title="Agrees with dense",
+        short="agreement with dense",
+        words="agreement with the dense model",
+        against_dense=True,
+        of="of the predictions",
+        kept="{} of the predictions as before",
+    ),
+    "cosine": Metric(
+        title="Cosine to dense",
+        short="cosine with dense",
+        words="cosine to the dense features",
+        form="plain",
+        against_dense=True,
+        of="of the features",
+        kept="features at cosine {} to the dense model's",
+    ),
+    "knn_agreement": Metric(
+        title="Neighbours agree", short="neighbours agree", words="agreement of neighbours", against_dense=True
+    ),
+}
+"""Every task's figures, in the order in which they are shown."""
+
+QUALITY = ("top1", "agreement", "cosine")
+"""Which figure stands for quality: the first that is there."""
+
+
+def quality(metrics: Mapping[str, Any]) -> str | None:
+    """The figure that stands for quality among these; None where there is none."""
+    return next((key for key in QUALITY if metrics.get(key) is not None), None)
+
+
+class Task(Protocol):
+    """What networks of one kind are judged by."""
+
+    name: str
+    predicts: bool
+    """Whether single images have answers that a person reads."""
+
+    def check_labels(self, config: Config, images: Images) -> None:
+        """Raise DataError where the labels of these images are not the model's."""
+
+    def refuse_untrained(self, model: Vit, images: Images, **how: Any) -> float | None:
+        """Raise DataError where the dense model only guesses; its quality on a few images, or None where nothing says so."""
+
+    def evaluate(self, model: Vit, images: Images, *, reference: Any = None, **how: Any) -> Metrics:
+        """Score a network in one pass.  reference: of `reference_of`, or a model; how: as `classification.evaluate` has it."""
+
+    def reference_of(self, dense: Vit, facts: Metrics) -> Any:
+        """What the networks cut from a dense one are compared with.  facts: the dense one's own."""
+
+    def successes(self, facts: Metrics, dense: Metrics | None = None) -> list[bool] | None:
+        """By image, whether it was right; without labels, whether it was as the dense model has it. None: neither is known."""
+
+    def samples(
+        self, models: Mapping[str, Vit], facts: Mapping[str, Metrics], images: Images, *, count: int, seed: int
+    ) -> dict[str, Any]:
+        """Images to look at with what each model says of them, and how they were chosen; no `samples` where nothing can be shown."""
+
+
+def named(progress: Progress | None, name: str) -> Progress | None:
+    """The same progress, of the evaluation of one of several networks."""
+    if progress is None:
+        return None
+    return lambda stage, done, total, **facts: progress(f"evaluate {name}", done, total, **facts)
+
+
+__all__ = ["METRICS", "QUALITY", "Metric", "Metrics", "Task", "named", "quality"]
