@@ -57,7 +57,9 @@ class Family:
 
 
 def unsayable(spec: ModelSpec, family: Family) -> Iterator[str]:
-    """What of a spec the family cannot say, the first block in the way first; nothing where it can say all."""
+    """What of a spec the family cannot say: the stem, the first block in the way, what stands around; nothing if it can."""
+    if not isinstance(spec.stem, family.stems):
+        yield f"its stem is {'one convolution' if isinstance(spec.stem, ConvStem) else 'that of T2T-ViT'}"
     if not spec.blocks:
         yield "it has no blocks"
     for i, block in enumerate(spec.blocks):
@@ -143,12 +145,9 @@ def _differences(names: Sequence[str], these: Sequence[object], those: Sequence[
 def _around(spec: ModelSpec, family: Family) -> Iterator[str]:
     """What outside the blocks has no word."""
     norms = {"before them": spec.pre_norm, "behind them": spec.final_norm, "behind the pooling": spec.pool_norm}
-    stand = " and ".join(place for place, norm in norms.items() if norm) or "nowhere"
+    stand = " and ".join(place for place, norm in norms.items() if norm)
     reads, position = tuple(output.reads for output in spec.outputs), spec.position
     table = {
-        "its stem is one convolution"
-        if isinstance(spec.stem, ConvStem)
-        else "its stem is that of T2T-ViT": not isinstance(spec.stem, family.stems),
         "a norm before its blocks beside a bias in its stem": spec.pre_norm and getattr(spec.stem, "bias", False),
         f"its images have {spec.channels} channels, not {family.channels}": family.channels
         not in (None, spec.channels),
@@ -161,12 +160,13 @@ def _around(spec: ModelSpec, family: Family) -> Iterator[str]:
         and position.grid != spec.grid
         and not family.any_grid,
         "its position table has no rows for the prefix tokens": family.prefix_rows and not position.prefix_rows,
-        f"its norms outside the blocks stand {stand}": spec.pre_norm not in family.pre_norm
+        f"its pooling is {spec.pool.kind!r}": spec.pool.kind not in family.pools,
+        f"its norms outside the blocks stand {stand}" if stand else "it has no norm outside its blocks": spec.pre_norm
+        not in family.pre_norm
         or (spec.final_norm, spec.pool_norm) not in family.last_norms,
         "a norm behind no pooling": spec.pool.kind == "none" and spec.pool_norm,
         f"its norms have eps {spec.norm_eps!r}, not {family.eps!r}": family.eps not in (None, spec.norm_eps),
-        f"its pooling is {spec.pool.kind!r}": spec.pool.kind not in family.pools,
-        f"its classifiers read {reads!r}" if reads else "it has no classifier": reads not in family.reads,
+        f"its classifiers read {list(reads)!r}" if reads else "it has no classifier": reads not in family.reads,
         "a classifier in two factors": any(output.rank is not None for output in spec.outputs),
         "a classifier without bias": family.every_bias and not all(output.bias for output in spec.outputs),
     }

@@ -285,23 +285,3 @@ def _join(state: dict[str, Tensor], name: str) -> None:
 
 def _kind(value: Any) -> str:
     return "nothing" if value in (None, {}) else f"a {type(value).__name__}"
-
-
-__all__ = [
-    "CONFIG",
-    "NETWORK",
-    "WEIGHTS",
-    "WRAPPED",
-    "check",
-    "fill",
-    "listed",
-    "misfits",
-    "other_classes",
-    "read",
-    "reconciled",
-    "unfetched",
-    "with_classifier",
-    "without_heads",
-    "write",
-    "write_folder",
-]

@@ -199,7 +199,7 @@ def test_other_spellings_of_an_activation_are_read(act: str, kind: str) -> None:
 def test_adapters_added_numbers_and_other_classifiers_are_refused() -> None:
     module = small("vit")
     module.vit.layers[1].attention.q_proj = nn.Sequential(module.vit.layers[1].attention.q_proj)
-    with pytest.raises(SourceError, match="a Sequential as query in block 1"):
+    with pytest.raises(SourceError, match="a Sequential as q in block 1"):
         vitrim.from_model(module)
     module = small("vit")
     module.prompt = nn.Parameter(torch.zeros(2, 24))

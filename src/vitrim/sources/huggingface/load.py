@@ -268,10 +268,8 @@ def _pretrained(kind: Any, config: Any, name: str, *, extra: bool) -> Any:
 
     extra: they are of a larger model.
     """
-    with quiet(), fetching(name, "weights"), torch.random.fork_rng(devices=[]):
-        module, info = kind.from_pretrained(
-            name, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
-        )
+    with fetching(name, "weights"):
+        module, info = _from_pretrained(kind, config, name)
     _check_loaded(module, info, f"the weights of {name!r}", name, extra=extra)
     return module
 
@@ -303,17 +301,18 @@ def _with_checkpoint(
     with torch.device("meta"):
         expected = kind(config).state_dict()
     state = files.reconciled(state, expected, file=path.name)
-    with quiet(), torch.random.fork_rng(devices=[]):
-        module, info = kind.from_pretrained(
-            None,
-            config=config,
-            state_dict={key: value.float() for key, value in state.items()},
-            dtype=torch.float32,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )
+    module, info = _from_pretrained(kind, config, None, {key: value.float() for key, value in state.items()})
     _check_loaded(module, info, f"the weights in {path.name}", kind.__name__, extra=extra)
     return module
+
+
+def _from_pretrained(
+    kind: Any, config: Any, name: str | None, state: dict[str, Tensor] | None = None
+) -> tuple[Any, Any]:
+    """The module, and what transformers says did not fit."""
+    told = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    with quiet(), torch.random.fork_rng(devices=[]):
+        return tuple(kind.from_pretrained(name, config=config, state_dict=state, dtype=torch.float32, **told))
 
 
 def _check_loaded(module: Any, info: Mapping[str, Any], what: str, name: str, *, extra: bool = False) -> None:

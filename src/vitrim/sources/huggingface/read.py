@@ -125,25 +125,24 @@ OTHERS = by_name(
 """What sets a `model_type` apart from a plain Vision Transformer."""
 
 
-@dataclass(kw_only=True, slots=True)
-class BlockParts:
-    """The parts of one block. first: the MLP's first linear, or the gate's and the value's."""
-
-    norms: tuple[Any, Any]
-    attention: Any
-    q: Any
-    k: Any
-    v: Any
-    out: Any
-    first: tuple[Any, ...]
-    second: Any
-    act: Any
-    scales: tuple[Any, Any]
+BLOCK = {
+    "norm1": ("layernorm_before", "norm1", "layer_norm1"),
+    "norm2": ("layernorm_after", "norm2", "layer_norm2"),
+    "attention": ("attention", "self_attn"),
+    "mlp": ("mlp",),
+}
+ATTENTION = {"q": ("q_proj",), "k": ("k_proj",), "v": ("v_proj",), "out": ("o_proj", "out_proj")}
+MLP = {"fc2": ("fc2", "down_proj"), "act": ("activation_fn", "act_fn")}
+"""Our name of a block's part -> transformers' names for it."""
 
 
 @dataclass(kw_only=True, slots=True)
 class Parts:
-    """The parts of a module. names: dotted name of each part by identity; tokens: parameter names by kind of token."""
+    """The parts of a module.
+
+    names: dotted name of each part by identity.  tokens: parameter names by kind of token.
+    blocks: parts by our name; `fc1` is the MLP's first linear, or the gate's and the value's; `scales` of the halves or None.
+    """
 
     design: Design
     names: dict[int, str]
@@ -154,7 +153,7 @@ class Parts:
     pre_norm: Any
     norm: Any
     block_modules: tuple[nn.Module, ...]
-    blocks: list[BlockParts]
+    blocks: list[dict[str, Any]]
     map_head: Any
     heads: dict[str, Any]
 
@@ -330,48 +329,38 @@ def _first(parent: Any, *paths: str, default: Any = _MISSING, where: str = "") -
     raise refused(f"no {paths[0]} in {type(parent).__name__}{where and f' ({where})'}")
 
 
-def _block_parts(block: Any, where: str) -> BlockParts:
-    attention, mlp = _first(block, "attention", "self_attn", where=where), _first(block, "mlp", where=where)
-    gate = _first(mlp, "gate_proj", default=None)
-    first = (_first(mlp, "fc1", where=where),) if gate is None else (gate, _first(mlp, "up_proj", where=where))
-    return BlockParts(
-        norms=(
-            _first(block, "layernorm_before", "norm1", "layer_norm1", where=where),
-            _first(block, "layernorm_after", "norm2", "layer_norm2", where=where),
-        ),
-        attention=attention,
-        q=_first(attention, "q_proj", where=where),
-        k=_first(attention, "k_proj", where=where),
-        v=_first(attention, "v_proj", where=where),
-        out=_first(attention, "o_proj", "out_proj", where=where),
-        first=first,
-        second=_first(mlp, "fc2", "down_proj", where=where),
-        act=_first(mlp, "activation_fn", "act_fn", where=where),
-        scales=(_first(block, "layer_scale1", default=None), _first(block, "layer_scale2", default=None)),
-    )
+def _block_parts(block: Any, where: str) -> dict[str, Any]:
+    parts = {ours: _first(block, *theirs, where=where) for ours, theirs in BLOCK.items()}
+    for half, names in (("attention", ATTENTION), ("mlp", MLP)):
+        parts.update({ours: _first(parts[half], *theirs, where=where) for ours, theirs in names.items()})
+    gate = _first(parts["mlp"], "gate_proj", default=None)
+    first = (gate, _first(parts["mlp"], "fc1" if gate is None else "up_proj", where=where))
+    parts["fc1"] = first[1:] if gate is None else first
+    parts["scales"] = [_first(block, name, default=None) for name in ("layer_scale1", "layer_scale2")]
+    return parts
 
 
-def _block(parts: BlockParts, where: str, reader: Reader) -> BlockSpec:
-    reader.norms({"first norm": parts.norms[0], "second norm": parts.norms[1]}, where)
-    first = {f"first linear {i}": part for i, part in enumerate(parts.first)}
+def _block(parts: dict[str, Any], where: str, reader: Reader) -> BlockSpec:
+    reader.norms({name: parts[name] for name in ("norm1", "norm2")}, where)
+    q, k, v, out, first, second = (parts[name] for name in ("q", "k", "v", "out", "fc1", "fc2"))
     linears = {
-        "query": parts.q,
-        "key": parts.k,
-        "value": parts.v,
-        "output": parts.out,
-        **first,
-        "last linear": parts.second,
+        "q": q,
+        "k": k,
+        "v": v,
+        "out": out,
+        **{f"fc1 ({i})": part for i, part in enumerate(first)},
+        "fc2": second,
     }
     reader.linears(linears, where)
-    scaled = [scale is not None for scale in parts.scales]
-    head_dim = _first(parts.attention, "head_dim", where=where)
-    inner = parts.q.out_features
-    if inner % head_dim or {parts.k.out_features, parts.v.out_features, parts.out.in_features} != {inner}:
+    scaled = [scale is not None for scale in parts["scales"]]
+    head_dim = _first(parts["attention"], "head_dim", where=where)
+    inner = q.out_features
+    if inner % head_dim or {k.out_features, v.out_features, out.in_features} != {inner}:
         raise refused(f"attention whose linears do not fit heads of {head_dim} ({where})")
-    kind = reader.activation(parts.act, where)
-    if len(parts.first) == 2 and kind != "silu":
+    kind = reader.activation(parts["act"], where)
+    if len(first) == 2 and kind != "silu":
         raise refused(f"an MLP gated by {kind} ({where})")
-    biases = {part.bias is not None for part in parts.first}
+    biases = {part.bias is not None for part in first}
     if len(biases) != 1:
         raise refused(f"a bias on one of the gated MLP's two first linears ({where})")
     return BlockSpec(
@@ -379,18 +368,18 @@ def _block(parts: BlockParts, where: str, reader: Reader) -> BlockSpec:
             heads=inner // head_dim,
             qk_dim=head_dim,
             v_dim=head_dim,
-            scale=float(_first(parts.attention, "scaling", "scale", where=where)),
-            q_bias=parts.q.bias is not None,
-            k_bias=parts.k.bias is not None,
-            v_bias=parts.v.bias is not None,
-            out_bias=parts.out.bias is not None,
+            scale=float(_first(parts["attention"], "scaling", "scale", where=where)),
+            q_bias=q.bias is not None,
+            k_bias=k.bias is not None,
+            v_bias=v.bias is not None,
+            out_bias=out.bias is not None,
             layer_scale=scaled[0],
         ),
         mlp=MlpSpec(
-            kind="swiglu" if len(parts.first) == 2 else kind,
-            hidden=parts.second.in_features,
+            kind="swiglu" if len(first) == 2 else kind,
+            hidden=second.in_features,
             fc1_bias=biases.pop(),
-            fc2_bias=parts.second.bias is not None,
+            fc2_bias=second.bias is not None,
             layer_scale=scaled[1],
         ),
     )
@@ -448,18 +437,17 @@ def places_of(module: nn.Module, spec: ModelSpec, parts: Parts | None = None) ->
         pair(parts.norm, "norm" if parts.design.norm == "tokens" else "pool_norm")
     for i, block in enumerate(parts.blocks):
         ours = f"blocks.{i}"
-        for number, half in enumerate(("attention", "mlp")):
-            pair(block.norms[number], f"{ours}.norm{number + 1}")
-            if block.scales[number] is not None:
-                places.add(parts.name(block.scales[number], "lambda1"), f"{ours}.{half}.gamma")
-        for order, (letter, part) in enumerate((("q", block.q), ("k", block.k), ("v", block.v))):
-            places.add(parts.name(part, "weight"), f"{ours}.attention.qkv", order)
-            if part.bias is not None:
-                places.add(parts.name(part, "bias"), f"{ours}.attention.{letter}_bias")
-        pair(block.out, f"{ours}.attention.out")
-        for order, part in enumerate(block.first):
+        for name, part in (("norm1", "norm1"), ("norm2", "norm2"), ("attention.out", "out"), ("mlp.fc2", "fc2")):
+            pair(block[part], f"{ours}.{name}")
+        for half, scale in zip(("attention", "mlp"), block["scales"], strict=True):
+            if scale is not None:
+                places.add(parts.name(scale, "lambda1"), f"{ours}.{half}.gamma")
+        for order, letter in enumerate("qkv"):
+            places.add(parts.name(block[letter], "weight"), f"{ours}.attention.qkv", order)
+            if block[letter].bias is not None:
+                places.add(parts.name(block[letter], "bias"), f"{ours}.attention.{letter}_bias")
+        for order, part in enumerate(block["fc1"]):
             pair(part, f"{ours}.mlp.fc1", order)
-        pair(block.second, f"{ours}.mlp.fc2")
     if (head := parts.map_head) is not None:
         places.add(parts.name(head, "probe"), "pool.latent")
         places.add(parts.name(head.attention, "in_proj_weight"), "pool.qkv.weight")
@@ -486,23 +474,3 @@ def weights_of(module: nn.Module, spec: ModelSpec) -> dict[str, Tensor]:
             weights[f"pool.q.{leaf}"] = joined[: spec.width].clone()
             weights[f"pool.kv.{leaf}"] = joined[spec.width :].clone()
     return weights
-
-
-__all__ = [
-    "ADVICE",
-    "BASE_MODELS",
-    "DESIGNS",
-    "ENCODERS",
-    "OTHERS",
-    "Design",
-    "Parts",
-    "class_name",
-    "encoder_of",
-    "left_out",
-    "other",
-    "parts_of",
-    "places_of",
-    "refused",
-    "spec_of",
-    "weights_of",
-]

@@ -282,17 +282,3 @@ def _has(parent: Any, names: Collection[str], where: str) -> None:
 def _gelu(act: Any, where: str) -> None:
     if not isinstance(act, nn.GELU) or act.approximate != "none":
         raise refused(f"the activation {act} ({where})")
-
-
-__all__ = [
-    "ADVICE",
-    "GATES",
-    "places_of",
-    "plain",
-    "position_of",
-    "refused",
-    "shapes_of",
-    "skipped_blocks",
-    "spec_of",
-    "weights_of",
-]

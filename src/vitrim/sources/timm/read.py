@@ -322,6 +322,3 @@ def places_of(module: Any, spec: ModelSpec) -> Places:
     for output in spec.outputs:
         places.pair(output.name, f"heads.{output.name}", output.bias)
     return places
-
-
-__all__ = ["ADVICE", "BLOCKS", "FAMILIES", "family", "places_of", "refused", "spec_of", "weights_of"]

@@ -147,6 +147,3 @@ def _head(module: VisionTransformer) -> str | None:
         kinds = ", ".join(type(part).__name__ for part in parts.values())
         raise refused(f"a classifier that is more than one linear (heads: {kinds})")
     return next(iter(parts), None)
-
-
-__all__ = ["ADVICE", "EPS", "places_of", "refused", "spec_of", "weights_of"]
