@@ -219,6 +219,7 @@ CASES = [
     Bad("no budget", CUT, ("no budget", "--keep-macs 0.5"), 2),
     Bad("budget above one", f"{CUT} --keep-macs 1.5", ("out of range", "at most 1"), 2),
     Bad("budget of zero", f"{CUT} --keep-params 0", ("out of range", "above 0"), 2),
+    Bad("images for two methods", "plan --model model --keep-macs 0.9 --method auto,comcat --data photos", ("--data goes with one method",), 2),
     Bad("two lists", "plan --model model --keep-macs 0.5,0.4 --keep-params 0.5,0.4", ("both lists",), 2),
     Bad("the same budget twice", f"{CUT} --keep-macs 0.5,0.5", ("two or more different ones",), 2),
     Bad("a family out of reach", f"{CUT} --keep-macs 0.5,0.01", ("out of reach", "comcat reaches", "to 1)")),

@@ -56,27 +56,24 @@ def plan(
 
     aliases = {key: flags.pop(key) for key in settings.ALIASES if key in flags}
     typed = settings.asked(assigned, aliases)
-    known = list(METHODS.values()) if method is None else [method_named(name.strip()) for name in method.split(",")]
-    # without --method those that have what was typed; where none has, the first says what is wrong
+    names = method.split(",") if method is not None else [DEFAULT] if data is not None else [*METHODS]
+    known = [method_named(name.strip()) for name in names]
+    # of all methods those that have what was typed; where none has, the first says what is wrong
     chosen = known if method is not None else [one for one in known if settings.has(one, typed)] or known[:1]
     own = {one.name: settings.applied(one, typed, {}) for one in chosen}
     budgets = options.Limits(**flags).budgets()
     for name, given in own.items():
         configure(name, {"budget": budgets[0], **given})
     if data is not None:
-        name = DEFAULT if method is None else method
-        given = options.given({"device": options.device_named(device)}) | settings.applied(
-            method_named(name), typed, {}
-        )
+        if len(own) > 1:
+            raise click.UsageError(f"--data goes with one method; {method} are several.")
+        ((name, given),) = own.items()
+        given = {"device": options.device_named(device), **given}
         network = options.load_model(model, checkpoint=checkpoint, no_pretrained=no_pretrained, no_verify=no_verify)
         show_predictions(model, name, predicted(network, name, budgets, data, given, quiet), as_json)
         return
-    images = {
-        "checkpoint": checkpoint,
-        "device": device,
-        **{key: aliases[key] for key in ("images", "axes", "score", "seed")},
-    }
-    if no_pretrained or any(value is not None for value in images.values()):
+    seen = [checkpoint, device, *(aliases[key] for key in ("images", "axes", "score", "seed"))]
+    if no_pretrained or any(value is not None for value in seen):
         raise click.UsageError(
             "--checkpoint, --no-pretrained, --images, --axes, --score, --device and --seed go with --data; without it only the shape counts."
         )
@@ -96,7 +93,7 @@ def plan(
 
 
 def predicted(
-    network: Vit, method: str, budgets: list[Budget], data: str, settings: dict[str, Any], quiet: bool
+    network: Vit, method: str, budgets: list[Budget], data: str, given: dict[str, Any], quiet: bool
 ) -> list[dict[str, Any]]:
     """What the method expects of each budget, from images."""
     from vitrim.methods import METHODS, configure
@@ -105,7 +102,7 @@ def predicted(
     if predict is None:
         known = ", ".join(name for name, other in METHODS.items() if other.predict is not None)
         raise click.UsageError(f"--data: method {method!r} cannot say it before building; expected {known}.")
-    config = configure(method, settings)
+    config = configure(method, given)
     refused = {budget: out_of_reach(network.spec, method, config, budget) for budget in budgets}
     open_ = [budget for budget in budgets if refused[budget] is None]
     if not open_:

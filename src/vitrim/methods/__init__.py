@@ -90,7 +90,7 @@ def _loaded(entry: EntryPoint) -> Method:
 
 def method_named(name: str) -> Method:
     """The record of a method. Raises ConfigError for an unknown name, with the near miss."""
-    if name in BUILT_IN or name in METHODS:
+    if name in METHODS:
         return METHODS[name]
     if name in PLANNED:
         raise ConfigError(f"method {name!r} is planned and not there yet; expected one of {', '.join(METHODS)}.")

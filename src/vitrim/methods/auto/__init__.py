@@ -25,6 +25,4 @@ METHOD = Method(
     sections=later("vitrim.methods.auto.sections:sections"),
 )
 
-__getattr__, __dir__ = lazy.names(
-    __name__, dict.fromkeys(("compress", "compress_family", "floor", "plan", "predict", "step"), "run")
-)
+__getattr__, __dir__ = lazy.names(__name__, dict.fromkeys(__all__, "run"))

@@ -48,9 +48,4 @@ METHOD = Method(
     sections=later("vitrim.methods.comcat.sections:sections"),
 )
 
-__getattr__, __dir__ = lazy.names(
-    __name__,
-    dict.fromkeys(
-        ("Group", "Key", "allocate", "compress", "factorise", "floor", "groups", "plan", "step", "with_ranks"), "run"
-    ),
-)
+__getattr__, __dir__ = lazy.names(__name__, dict.fromkeys(__all__, "run"))

@@ -49,21 +49,4 @@ METHOD = Method(
     sections=later("vitrim.methods.dcvit.sections:sections"),
 )
 
-__getattr__, __dir__ = lazy.names(
-    __name__,
-    dict.fromkeys(
-        (
-            "Option",
-            "allocate",
-            "block_options",
-            "compress",
-            "compress_family",
-            "floor",
-            "plan",
-            "solve",
-            "step",
-            "tables",
-        ),
-        "run",
-    ),
-)
+__getattr__, __dir__ = lazy.names(__name__, dict.fromkeys(__all__, "run"))

@@ -25,4 +25,4 @@ METHOD = Method(
     sections=later("vitrim.methods.uvc.sections:sections"),
 )
 
-__getattr__, __dir__ = lazy.names(__name__, dict.fromkeys(("check", "compress", "floor", "plan", "step"), "run"))
+__getattr__, __dir__ = lazy.names(__name__, dict.fromkeys(__all__, "run"))
