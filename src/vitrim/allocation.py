@@ -18,8 +18,8 @@ from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 
-from .budget import Constraints, exceeded
-from .counting import ADDITIVE, cost
+from .budget import Constraints
+from .counting import ADDITIVE, FLOAT_BYTES
 from .space import Choice, Space
 
 CELLS = 4000
@@ -300,7 +300,11 @@ class Allocator:
 
     def __init__(self, space: Space, loss: Losses) -> None:
         self.space, self.loss = space, loss
-        self.choices = [levels.choices() for levels in space.levels]
+
+    @cached_property
+    def choices(self) -> list[list[Choice]]:
+        """All of every block: a product over its parts. `greedy` and `filled`, which go part by part, do without."""
+        return [levels.choices() for levels in self.space.levels]
 
     @cached_property
     def tables(self) -> list[Table]:
@@ -323,7 +327,8 @@ class Allocator:
 
     def fits(self, choices: Sequence[Choice], limits: Mapping[str, int]) -> bool:
         """Whether the network of these choices is within the limits, exactly."""
-        return not exceeded(cost(self.space.spec(choices)), limits)
+        used = self.space.used(choices)
+        return all(used[name] <= limit for name, limit in limits.items())
 
     def solve(
         self, limits: Mapping[str, int], allow: Callable[[int, Choice], bool] | None = None
@@ -344,7 +349,7 @@ class Allocator:
         For parts whose losses are alike at every size of the others, and mostly convex; rungs are `unit` apart. A whole part is
         bought at its own price, which may be below that of its last rungs. The least of every part has to fit.
         """
-        start = [self._lowest(i, unit) for i in range(len(self.choices))]
+        start = self.lowest(unit)
         buys = [
             (worth, i, part, size)
             for i in range(len(start))
@@ -367,7 +372,7 @@ class Allocator:
 
     def lowest(self, unit: Unit) -> tuple[Choice, ...]:
         """Every part at one unit."""
-        return tuple(self._lowest(i, unit) for i in range(len(self.choices)))
+        return tuple(self._lowest(i, unit) for i in range(len(self.space.levels)))
 
     def _lowest(self, i: int, unit: Unit) -> Choice:
         least = self.space.whole[i]
@@ -394,8 +399,8 @@ class Allocator:
         currency: of `counting.ADDITIVE`, what a unit's worth is reckoned in.
         """
         found = list(choices)
-        constraints = Constraints.of(limits)
         used = self.space.total(found)
+        peaks = [self.space.peak(i, choice) for i, choice in enumerate(found)] if "memory_bytes" in limits else []
         column = ADDITIVE.index(currency)
 
         def look(place: tuple[int, str]) -> Move[tuple[int, str], Choice] | None:
@@ -412,13 +417,17 @@ class Allocator:
             i, _ = move.place
             before, after = self.space.price(i, found[i]), self.space.price(i, move.to)
             more = {name: used[name] + after[r] - before[r] for r, name in enumerate(ADDITIVE)}
-            fits = all(more[name] <= limit for name, limit in constraints.additive.items())
-            if fits and constraints.memory_bytes is not None:
-                fits = self.fits([*found[:i], move.to, *found[i + 1 :]], limits)
-            if fits:
-                found[i] = move.to
-                used.update(more)
-            return fits
+            more["file_bytes"] = more["memory_bytes"] = FLOAT_BYTES * more["params"]
+            if peaks:
+                peak = self.space.peak(i, move.to)
+                more["memory_bytes"] += max([peak, *peaks[:i], *peaks[i + 1 :]])
+            if any(more[name] > limit for name, limit in limits.items()):
+                return False
+            found[i] = move.to
+            used.update(more)
+            if peaks:
+                peaks[i] = peak
+            return True
 
         places = [(i, part) for i in range(len(found)) for part in parts_of(self.space, i)]
         fill(places, look, take, lambda place: [(place[0], part) for part in parts_of(self.space, place[0])])
@@ -434,8 +443,10 @@ class Allocator:
             return None
         step = unit(i, part)
         after = (size // step + 1) * step
-        if top is None:  # a rank: above the last that is cheaper than no factors, there are none
-            return now.sized(part, after if after <= getattr(levels, part)[1] else None)
+        if (
+            top is None or self.space.form == "factored"
+        ):  # a rank: above the last that is cheaper than the whole, there are none
+            return now.sized(part, after if after <= getattr(levels, part)[1] else top)
         return now.sized(part, min(top, after))
 
 

@@ -160,16 +160,11 @@ class Space:
     def _attention(self, a: AttentionSpec | None, choice: Choice) -> AttentionSpec | None:
         if a is None or not choice.heads:
             return None
-        new = replace(a, heads=choice.heads, qk_dim=choice.qk, v_dim=choice.v)
         if self.form == "kept":
-            return new
+            return replace(a, heads=choice.heads, qk_dim=choice.qk, v_dim=choice.v)
         fewer_qk, fewer_v = choice.qk < a.qk_dim, choice.v < a.v_dim
-        return replace(
-            new,
-            k_bias=a.k_bias and not fewer_qk,
-            v_bias=a.v_bias and not fewer_v,
-            out_bias=a.out_bias or fewer_v or self.form == "refitted",
-        )
+        new = replace(a, heads=choice.heads, out_bias=a.out_bias or self.form == "refitted")
+        return new.factored(qk=choice.qk if fewer_qk else None, v=choice.v if fewer_v else None)
 
     def _mlp(self, m: MlpSpec | None, choice: Choice) -> MlpSpec | None:
         if m is None or not choice.hidden:
@@ -230,10 +225,21 @@ class Space:
         prices = [self.price(i, choice) for i, choice in enumerate(choices)]
         return {name: self.outside[name] + sum(p[r] for p in prices) for r, name in enumerate(ADDITIVE)}
 
+    def used(self, choices: Sequence[Choice]) -> dict[str, int]:
+        """All that `counting.RESOURCES` names, exactly; far quicker than `cost` of the spec, which is checked when made."""
+        found = self.total(choices)
+        file_bytes = FLOAT_BYTES * found["params"]
+        peaks = (self.peak(i, choice) for i, choice in enumerate(choices))
+        return {**found, "memory_bytes": file_bytes + max(peaks, default=self.stem), "file_bytes": file_bytes}
+
+    @cached_property
+    def stem(self) -> int:
+        """Bytes of activations in the widest moment of the stem."""
+        return FLOAT_BYTES * stem_peak(self.base)
+
     def peak(self, i: int, choice: Choice) -> int:
         """Bytes of activations of a network in which this is the only block."""
-        here = block_peak(self.block(i, choice), self.walk[i], self.base.width)
-        return FLOAT_BYTES * max(stem_peak(self.base), here)
+        return max(self.stem, FLOAT_BYTES * block_peak(self.block(i, choice), self.walk[i], self.base.width))
 
     # ----------------------------------------------------------------------------------------------------- range, tolerance
 

@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from .codec import Codec
@@ -90,6 +90,11 @@ class AttentionSpec:
     qk_norm: Literal["none", "layer", "rms"] = "none"
     layer_scale: bool = False
     gate: bool = False
+
+    def factored(self, *, qk: int | None = None, v: int | None = None) -> AttentionSpec:
+        """With products in factors of these ranks; None: as it is. Key biases go, value biases move into the output's."""
+        found = self if qk is None else replace(self, qk_dim=qk, k_bias=False)
+        return found if v is None else replace(found, v_dim=v, v_bias=False, out_bias=True)
 
 
 MlpKind = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu", "swiglu"]

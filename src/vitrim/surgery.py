@@ -368,7 +368,7 @@ def _new_attention(state: dict[str, Tensor], i: int, a: AttentionSpec, new: Fact
         state.pop(f"{here}.q_bias", None)
         if new.q_bias is not None:
             state[f"{here}.q_bias"] = new.q_bias.flatten().to(old)
-        a = replace(a, qk_dim=new.q.shape[2], q_bias=new.q_bias is not None, k_bias=False)
+        a = replace(a.factored(qk=new.q.shape[2]), q_bias=new.q_bias is not None)
     if new.v is not None:
         assert new.o is not None
         assert new.out_bias is not None
@@ -376,7 +376,7 @@ def _new_attention(state: dict[str, Tensor], i: int, a: AttentionSpec, new: Fact
         state.pop(f"{here}.v_bias", None)
         state[f"{here}.out.weight"] = new.o.flatten(0, 1).T.to(old)
         state[f"{here}.out.bias"] = new.out_bias.to(old)
-        a = replace(a, v_dim=new.v.shape[2], v_bias=False, out_bias=True)
+        a = a.factored(v=new.v.shape[2])
     state[f"{here}.qkv"] = torch.cat([q, k, v])
     return a
 

@@ -1,7 +1,7 @@
 """COMCAT: exact at full rank, within the budget and close to it, dense where that is cheaper."""
 
+from collections.abc import Callable
 from dataclasses import replace
-from itertools import product
 
 import pytest
 import torch
@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 
 from tests.specs import close, images, make, specs, vit
 from vitrim import surgery
+from vitrim.allocation import Allocator, parts_of
 from vitrim.budget import RESOURCES, Budget
 from vitrim.counting import cost
 from vitrim.errors import BudgetError, ConfigError, DataError
 from vitrim.methods import compress, configure, plan
-from vitrim.methods.comcat import ComcatConfig, Key, allocate, floor, groups, step, with_ranks
-from vitrim.methods.comcat import run as comcat
+from vitrim.methods.comcat import ComcatConfig, allocate, floor, losses, ranks_of, space_of, step, with_ranks
+from vitrim.methods.comcat.run import Energies, bounds, explicit
 from vitrim.spec import AttentionSpec, BlockSpec, MlpSpec, ModelSpec, Output, Position, Preprocess, spec_hash
 from vitrim.surgery import Keep, cut
 
@@ -46,7 +47,31 @@ def deit(width: int, classes: int = 1000) -> ModelSpec:
 
 
 def uniform(spec: ModelSpec, **ranks: int) -> ModelSpec:
-    return with_ranks(spec, {Key(i, part): rank for i in range(len(spec.blocks)) for part, rank in ranks.items()})
+    return with_ranks(spec, [ranks] * len(spec.blocks))
+
+
+def drawn(spec: ModelSpec, energy: Callable[[int, str, int], list[float]]) -> list[dict[str, list[float]]]:
+    """Energies of every part on offer, from its block, its name and how many components it has."""
+    space = space_of(spec)
+    return [
+        {part: energy(i, part, bounds(block, spec.width)[part].full) for part in parts_of(space, i)}
+        for i, block in enumerate(space.base.blocks)
+    ]
+
+
+def falling(generator: torch.Generator) -> Callable[[int, str, int], list[float]]:
+    """Random energies, largest first."""
+    return lambda i, part, count: sorted(torch.rand(count, generator=generator).square().tolist(), reverse=True)
+
+
+def ranks_for(spec: ModelSpec, energies: Energies, budget: Budget, align: int = 8) -> list[dict[str, int]]:
+    space = space_of(spec)
+    choices = allocate(Allocator(space, losses(space, energies)), budget, align=align)
+    return [dict(own) for own in ranks_of(space, choices)]
+
+
+def lost_by(energies: Energies, ranks: list[dict[str, int]]) -> float:
+    return sum(sum(energies[i][part][rank:]) for i, own in enumerate(ranks) for part, rank in own.items())
 
 
 # -------------------------------------------------------------------------------------------------------------- exactness
@@ -57,14 +82,12 @@ def uniform(spec: ModelSpec, **ranks: int) -> ModelSpec:
 @given(spec=specs())
 def test_full_rank_changes_no_output(variant, spec):
     model, x = make(spec), images(spec)
-    offered, _ = groups(surgery.with_folded(spec))
+    space = space_of(spec)
     ranks: list[dict[str, int]] = [{} for _ in spec.blocks]
-    for group in offered:
-        a = spec.blocks[group.key.block].attention
-        if group.key.part in ("qk", "vo"):
-            assert a is not None
-            if (a.qk_dim if group.key.part == "qk" else a.v_dim) == group.limit:
-                ranks[group.key.block][group.key.part] = group.limit
+    for i, whole in enumerate(space.whole):
+        for part, name in (("qk", "qk"), ("v", "vo")):
+            if part in parts_of(space, i) and getattr(whole, part) <= spec.width:
+                ranks[i][name] = getattr(whole, part)
     small = compress(model, settings_for(ranks=tuple(ranks), variant=variant), data=pixels(spec))
     assert close(small.model(x), model(x), 1e-9)
     rotated = {part for entry in small.selection.steps[-1].blocks if entry for part in entry.values()}
@@ -133,9 +156,9 @@ def test_counts_are_those_of_the_paper_and_of_its_corrections():
     assert cost(base).macs == 17_563_828_224
     attend = 12 * 197 * 197 * 2 * 384
     assert cost(small).macs - attend == pytest.approx(4.2412e9, rel=1e-4)
-    a = cost(uniform(small, qk=32, vo=32, fc1=152, fc2=152))
+    a = cost(uniform(small, qk=32, v=32, fc1=152, fc2=152))
     assert (a.params, a.macs) == (11_348_584, 2_314_010_112)
-    b = cost(uniform(base, qk=24, vo=24, fc1=256, fc2=256))
+    b = cost(uniform(base, qk=24, v=24, fc1=256, fc2=256))
     assert (b.params, b.macs) == (35_818_600, 7_123_950_336)
 
 
@@ -154,19 +177,16 @@ def test_the_result_is_within_the_budget_and_near_it(spec, data):
     share = data.draw(st.floats(0.05, 1.0))
     value = share if name.startswith("keep") else share * getattr(dense, resource) / 1e6
     budget = Budget(**{name: value})
-    base = surgery.with_folded(spec)
-    offered, _ = groups(base)
-    draws = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
-    energies = {g.key: sorted(torch.rand(g.limit, generator=draws).square().tolist(), reverse=True) for g in offered}
+    energies = drawn(spec, falling(torch.Generator().manual_seed(data.draw(st.integers(0, 99)))))
     if budget.limits(dense)[resource] < getattr(lowest, resource):
         with pytest.raises(BudgetError, match="out of reach"):
-            allocate(base, energies, budget, reference=dense)
+            ranks_for(spec, energies, budget)
         return
-    ranks = allocate(base, energies, budget, reference=dense)
-    used = cost(with_ranks(base, ranks))
+    ranks = ranks_for(spec, energies, budget)
+    used = cost(with_ranks(surgery.with_folded(spec), ranks))
     limit = budget.limits(dense)[resource]
     assert getattr(used, resource) <= limit
-    if any(rank is not None for rank in ranks.values()):
+    if any(ranks):
         slack = limit - getattr(used, resource)
         assert slack <= max(getattr(dense, resource) / 100, step(spec)[resource])
 
@@ -183,58 +203,72 @@ def test_the_result_is_within_the_budget_and_near_it(spec, data):
 )
 def test_deit_small_meets_every_kind_of_budget_with_aligned_ranks(budget):
     spec = deit(384)
-    energies = {g.key: [0.97**k for k in range(g.limit)] for g in groups(spec)[0]}
-    ranks = allocate(spec, energies, budget)
+    ranks = ranks_for(spec, drawn(spec, lambda i, part, count: [0.97**k for k in range(count)]), budget)
     used, limits = cost(with_ranks(spec, ranks)), budget.limits(cost(spec))
     slack = {name: (limit - getattr(used, name)) / getattr(cost(spec), name) for name, limit in limits.items()}
     assert min(slack.values()) >= 0
     assert min(slack.values()) <= 0.01
-    assert all(rank is None or rank % 8 == 0 for rank in ranks.values())
+    assert all(rank % 8 == 0 for own in ranks for rank in own.values())
 
 
 def test_no_linear_is_kept_in_factors_that_are_dearer_than_itself():
     spec = deit(192, classes=10)
-    steep = {g.key: [1.0] * g.limit for g in groups(spec)[0]}
+    flat = drawn(spec, lambda i, part, count: [1.0] * count)
     for share in (0.5, 0.9, 0.95, 0.99):
-        for (_, part), rank in allocate(spec, steep, Budget(keep_macs=share)).items():
-            if part.startswith("fc") and rank is not None:
-                assert rank * (192 + 768) < 192 * 768
+        for own in ranks_for(spec, flat, Budget(keep_macs=share)):
+            assert all(own.get(part, 0) * (192 + 768) < 192 * 768 for part in ("fc1", "fc2"))
     with pytest.raises(ConfigError, match="expected 1 to 153"):
-        comcat._explicit(spec, groups(spec)[0], settings_for(ranks=({"fc1": 154}, *(None,) * 11)))
+        explicit(space_of(spec), settings_for(ranks=({"fc1": 154}, *(None,) * 11)))
 
 
 def test_greedy_is_within_one_purchase_of_the_best():
     spec = vit(width=8, blocks=1, heads=1, head_dim=6, hidden=12, channels=1)
-    offered = groups(spec)[0]
+    space = space_of(spec)
     generator = torch.Generator().manual_seed(0)
     for share in (0.5, 0.6, 0.75, 0.9):
-        energies = {g.key: sorted(torch.rand(g.limit, generator=generator).tolist(), reverse=True) for g in offered}
+        energies = drawn(
+            spec, lambda i, part, count: sorted(torch.rand(count, generator=generator).tolist(), reverse=True)
+        )
         budget = Budget(keep_macs=share)
         limit = budget.limits(cost(spec))["macs"]
+        options = ([own] for own in every_rank(spec))
+        best = min(lost_by(energies, ranks) for ranks in options if cost(with_ranks(spec, ranks)).macs <= limit)
+        found = lost_by(energies, ranks_for(spec, energies, budget, align=1))
+        jump = max(sum(e[getattr(space.levels[0], part)[1] :]) for part, e in energies[0].items())
+        largest = max(max(e) for e in energies[0].values())
+        assert best - 1e-9 <= found <= best + max(largest, jump)
 
-        def kept(ranks, energies=energies):
-            return sum(sum(energies[k] if r is None else energies[k][:r]) for k, r in ranks.items())
 
-        ladders = [[*range(1, g.top + 1), None] for g in offered]
-        options = (dict(zip((g.key for g in offered), choice, strict=True)) for choice in product(*ladders))
-        best = max(kept(ranks) for ranks in options if cost(with_ranks(spec, ranks)).macs <= limit)
-        found = kept(allocate(spec, energies, budget, align=1))
-        jump = max(sum(e[g.top :]) for g, e in zip(offered, energies.values(), strict=True))
-        largest = max(max(e) for e in energies.values())
-        assert best - max(largest, jump) <= found <= best + 1e-9
+def every_rank(spec: ModelSpec) -> list[dict[str, int]]:
+    """All that the first block may become."""
+    space = space_of(spec)
+    choices = space.levels[0].choices()
+    return [dict(ranks_of(space, space.with_choice(0, choice))[0]) for choice in choices]
 
 
 def test_allocation_beats_uniform_ranks_on_its_own_objective():
     spec = deit(192)
     generator = torch.Generator().manual_seed(1)
-    energies = {}
-    for g in groups(spec)[0]:
+
+    def energy(i: int, part: str, count: int) -> list[float]:
         rate, size = 0.9 + 0.09 * float(torch.rand((), generator=generator)), float(torch.rand((), generator=generator))
-        energies[g.key] = [size * rate**k for k in range(g.limit)]
-    flat = uniform(spec, qk=32, vo=32, fc1=80, fc2=80)
-    ranks = allocate(spec, energies, Budget(max_macs=cost(flat).macs))
-    lost = sum(sum(energies[key][rank:]) for key, rank in ranks.items() if rank is not None)
-    assert lost < sum(sum(e[32 if key.part in ("qk", "vo") else 80 :]) for key, e in energies.items())
+        return [size * rate**k for k in range(count)]
+
+    energies = drawn(spec, energy)
+    flat = uniform(spec, qk=32, v=32, fc1=80, fc2=80)
+    ranks = ranks_for(spec, energies, Budget(max_macs=cost(flat).macs))
+    same = [{part: 32 if part in ("qk", "v") else 80 for part in own} for own in energies]
+    assert lost_by(energies, ranks) < lost_by(energies, same)
+
+
+def test_a_finer_alignment_that_does_not_fit_is_passed_over():
+    """The least of a narrow part may be 3 of 12 ranks where steps are of eight, and 4 where they are of four."""
+    spec = vit(width=12, blocks=2, heads=1, head_dim=2, hidden=12, channels=1)
+    energies = drawn(spec, falling(torch.Generator().manual_seed(0)))
+    lowest, whole = floor(spec), cost(spec)
+    for share in (0.02, 0.05, 0.1, 0.15, 0.2):
+        budget = Budget(max_params=lowest.params + int(share * (whole.params - lowest.params)))
+        assert budget.met_by(cost(with_ranks(spec, ranks_for(spec, energies, budget))), whole)
 
 
 # -------------------------------------------------------------------------------------------------------------- the method
@@ -428,19 +462,16 @@ def test_unknown_methods_and_configs_are_refused():
 def test_aligned_ranks_lose_little_more_than_single_ones(keep):
     """Near the floor of a budget, steps of eight leave no freedom; they give way there."""
     spec = vit(width=64, heads=2, head_dim=32, hidden=128, blocks=3)
-    offered, _ = groups(spec)
-    energies = {
-        g.key: [
-            2.0 ** -(r * (1 + g.key.block * 2 + (g.key.part == "fc1"))) * 10 ** (2 - g.key.block)
-            for r in range(g.limit)
-        ]
-        for g in offered
-    }
+
+    def energy(i: int, part: str, count: int) -> list[float]:
+        return [2.0 ** -(r * (1 + i * 2 + (part == "fc1"))) * 10 ** (2 - i) for r in range(count)]
+
+    energies = drawn(spec, energy)
 
     def lost(align: int) -> float:
-        ranks = allocate(spec, energies, Budget(keep_macs=keep), align=align)
+        ranks = ranks_for(spec, energies, Budget(keep_macs=keep), align=align)
         assert cost(with_ranks(spec, ranks)).macs <= keep * cost(spec).macs
-        return sum(sum(energies[key][rank:]) for key, rank in ranks.items() if rank is not None)
+        return lost_by(energies, ranks)
 
     assert lost(8) <= 1.2 * lost(1) + 1e-12
 

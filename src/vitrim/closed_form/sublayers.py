@@ -36,12 +36,26 @@ def head_weights(attention: Attention) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return q, k, v, double(attention.out.weight).T.unflatten(0, (s.heads, -1))
 
 
+def per_head(bias: Tensor | None, heads: int) -> Tensor | None:
+    """A bias of queries or values by head, [H, Q]; float64 on the CPU."""
+    return None if bias is None else double(bias).unflatten(0, (heads, -1))
+
+
+def linear_weight(mlp: Mlp, part: str) -> Tensor:
+    """W [in, out] of a linear, `fc1` or `fc2`, the product of its factors if it has them; float64 on the CPU."""
+    last, first = getattr(mlp, part), getattr(mlp, f"{part}a")
+    return double(last.weight).T if first is None else double(first.weight).T @ double(last.weight).T
+
+
 # ---------------------------------------------------------------------------------------------------- queries and keys
 
 
 @dataclass
 class Scores:
-    """Sums of q^T q over weighted queries and of k^T k over keys centred within each image.  [H, Q, Q] float64."""
+    """Sums of q^T q over weighted queries and of k^T k over keys centred within each image.  [H, Q, Q] float64.
+
+    Their scale does not matter. None: nothing seen, and factors are those of the plain SVD.
+    """
 
     queries: Tensor | None = None
     keys: Tensor | None = None
@@ -58,7 +72,7 @@ class Scores:
     def factors(self, attention: Attention, ridge: float = SCORE_RIDGE) -> Factors:
         """Of the attention's scores, at full rank."""
         q, k, _, _ = head_weights(attention)
-        bias = None if attention.q_bias is None else double(attention.q_bias).unflatten(0, (attention.spec.heads, -1))
+        bias = per_head(attention.q_bias, attention.spec.heads)
         return factorise_qk(q, bias, k, query_moment=self.queries, key_moment=self.keys, ridge=ridge)
 
 
@@ -180,9 +194,11 @@ __all__ = [
     "elimination",
     "head_weights",
     "last_linear",
+    "linear_weight",
     "mean_target",
     "on_inputs",
     "output",
+    "per_head",
     "refitted",
     "values",
 ]

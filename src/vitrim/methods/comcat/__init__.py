@@ -10,30 +10,20 @@ from vitrim.methods.comcat.config import ComcatConfig
 from vitrim.methods.method import Method
 
 if TYPE_CHECKING:
-    from vitrim.methods.comcat.run import (
-        Group,
-        Key,
-        allocate,
-        compress,
-        factorise,
-        floor,
-        groups,
-        plan,
-        step,
-        with_ranks,
-    )
+    from vitrim.methods.comcat.factors import factorise
+    from vitrim.methods.comcat.run import allocate, compress, floor, losses, plan, ranks_of, space_of, step, with_ranks
 
 __all__ = [
     "METHOD",
     "ComcatConfig",
-    "Group",
-    "Key",
     "allocate",
     "compress",
     "factorise",
     "floor",
-    "groups",
+    "losses",
     "plan",
+    "ranks_of",
+    "space_of",
     "step",
     "with_ranks",
 ]
@@ -48,4 +38,7 @@ METHOD = Method(
     sections=later("vitrim.methods.comcat.sections:sections"),
 )
 
-__getattr__, __dir__ = lazy.names(__name__, dict.fromkeys(__all__, "run"))
+__getattr__, __dir__ = lazy.names(
+    __name__,
+    {name: "factors" if name == "factorise" else "run" for name in __all__ if name not in ("METHOD", "ComcatConfig")},
+)
