@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vitrim.closed_form import fisher
 from vitrim.errors import DataError
 from vitrim.model import Block, Stream, Vit
 from vitrim.tokens import Undo
@@ -157,12 +158,9 @@ def _forced(theirs: Stream, undo: Undo, before: Stream) -> Tensor:
 
 
 def divergence(before: Tensor, after: Tensor, *, classifies: bool) -> float:
-    """KL(before || after) of the class probabilities, a mean over images; of features the relative squared error."""
-    before, after = before.double().cpu(), after.double().cpu()
-    if not classifies:
-        return float((before - after).square().sum() / before.square().sum().clamp_min(1e-300))
-    p, q = before.log_softmax(-1), after.log_softmax(-1)
-    return max(float((p.exp() * (p - q)).sum(-1).mean()), 0.0)
+    """`fisher.divergence` of results, a mean over images."""
+    ours, theirs = (fisher.outcome(result.double().cpu(), classifies=classifies) for result in (before, after))
+    return float(fisher.divergence(ours, theirs, classifies=classifies).mean())
 
 
 def answers(model: Vit, stream: Stream, start: int) -> Tensor:
