@@ -25,9 +25,10 @@ from vitrim.counting import cost
 from vitrim.data import Augment
 from vitrim.errors import BudgetError, ConfigError, DataError, TrainingError
 from vitrim.methods import comcat
-from vitrim.methods.dcvit import DcvitConfig, Option, allocate, block_options, floor, solve, step, tables
+from vitrim.methods.dcvit import DcvitConfig, allocate, floor, narrowed, solve, space_of, step, tables
 from vitrim.methods.dcvit import run as dcvit
 from vitrim.model import Vit
+from vitrim.space import Choice, Space
 from vitrim.spec import (
     AttentionSpec,
     BlockSpec,
@@ -68,6 +69,16 @@ def deit(width: int, depth: int = 12, patch: int = 16) -> ModelSpec:
         blocks=(block,) * depth,
         outputs=(Output(classes=1000),),
     )
+
+
+SPACE = space_of(WIDE, DcvitConfig())
+
+
+def option(index: int, attention: bool, hidden: int, space: Space = SPACE) -> Choice:
+    """A block with or without its attention, and with so many hidden units."""
+    whole = space.whole[index]
+    kept = whole if attention else whole.without("attention")
+    return kept._replace(hidden=hidden) if hidden else kept.without("mlp")
 
 
 def keeps_of(parent: ModelSpec, child: Vit) -> list[Keep | None]:
@@ -136,7 +147,8 @@ def test_the_structure_of_each_block_equivalent_budget(keep, k, ratio, width):
 def test_parameters_of_the_readmes_example():
     spec = deit(768)
     assert cost(spec).params == 86_567_656
-    gone = dcvit.with_options(spec, dcvit._narrowed(spec, [1, 2, 3, 4], dict.fromkeys(range(1, 5), 1151)))
+    space = space_of(spec, DcvitConfig(variant="finetune"))
+    gone = space.spec(narrowed(space, dict.fromkeys(range(1, 5), 1151)))
     assert cost(gone).params == 65_301_732
     three = replace(spec, blocks=(*spec.blocks[:9], *(BlockSpec(attention=None, mlp=None),) * 3))
     assert cost(three).params == 65_304_040
@@ -145,7 +157,8 @@ def test_parameters_of_the_readmes_example():
 
 
 def test_the_paper_preset_takes_the_paper_structure():
-    found = dcvit.structure(deit(768), tuning(preset="paper"), Budget(keep_macs=0.751734186))
+    chosen = tuning(preset="paper")
+    found = dcvit.structure(space_of(deit(768), chosen), chosen, Budget(keep_macs=0.751734186))
     assert found.k == 4
     assert set(found.hidden.values()) == {1151}
 
@@ -296,18 +309,17 @@ def test_scores_serve_every_budget_of_a_family():
     assert predicted == sorted(predicted)
 
 
-def _losses(spec: ModelSpec, seed: int) -> list[dict[Option, float]]:
+def _losses(space: Space, seed: int) -> list[dict[Choice, float]]:
     """Random losses that rise as less is kept."""
     g = np.random.default_rng(seed)
     found = []
-    for i in range(len(spec.blocks)):
-        offered = block_options(spec, i, frozenset(), align=8)
+    for levels in space.levels:
         fixed, scale = g.random() * 3, g.random() * 5
-        hidden = offered[0].hidden
+        hidden = levels.whole.hidden
         found.append(
             {
                 o: (0.0 if n == 0 else scale * (1 - o.hidden / hidden) ** 2 + fixed * (not o.attention))
-                for n, o in enumerate(offered)
+                for n, o in enumerate(levels.choices())
             }
         )
     return found
@@ -315,30 +327,29 @@ def _losses(spec: ModelSpec, seed: int) -> list[dict[Option, float]]:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_allocation_never_predicts_worse_than_equal_widths_or_than_a_smaller_budget(seed):
-    losses = _losses(WIDE, seed)
-    rows = tables(WIDE, losses, frozenset(), align=8)
+    losses = _losses(SPACE, seed)
+    rows = tables(SPACE, losses)
     last = float("inf")
     for keep in np.linspace(0.3, 1.0, 6):
         budget = Budget(keep_macs=float(keep))
-        chosen = allocate(WIDE, rows, budget)
+        chosen = allocate(SPACE, rows, budget)
         limit = budget.limits(cost(WIDE))
-        assert not exceeded(cost(dcvit.with_options(WIDE, chosen)), limit)
+        assert not exceeded(cost(SPACE.spec(chosen)), limit)
         total = sum(loss[o] for loss, o in zip(losses, chosen, strict=True))
         for m in range(8, 65, 8):
             for lost in range(5):
-                equal = tuple(Option(i >= lost, m) for i in range(4))
-                if not exceeded(cost(dcvit.with_options(WIDE, equal)), limit):
+                equal = tuple(option(i, i >= lost, m) for i in range(4))
+                if not exceeded(cost(SPACE.spec(equal)), limit):
                     assert total <= sum(loss[o] for loss, o in zip(losses, equal, strict=True)) + 1e-12
         assert total <= last + 1e-12
         last = total
 
 
 def test_the_table_prices_are_those_of_the_built_specs():
-    rows = tables(WIDE, _losses(WIDE, 0), frozenset(), align=8)
-    base = dcvit.dense_options(WIDE)
+    rows = tables(SPACE, _losses(SPACE, 0))
     for i, row in enumerate(rows):
-        for option, macs, params in zip(row.options, row.macs, row.params, strict=True):
-            one = cost(dcvit.with_options(WIDE, [*base[:i], option, *base[i + 1 :]])).blocks[i]
+        for choice, macs, params in zip(row.options, row.macs, row.params, strict=True):
+            one = cost(SPACE.spec(SPACE.with_choice(i, choice))).blocks[i]
             assert (one.macs, one.params) == (macs, params)
 
 
@@ -356,8 +367,7 @@ def _planted(spec: ModelSpec = WIDE, at: int = 2) -> Vit:
 def test_a_planted_block_is_cut_first_and_without_loss():
     """Its constant goes into the bias: exactly, since LN2 does not see a constant along ones."""
     model, x = _planted(), images(WIDE, 16)
-    base = dcvit.dense_options(WIDE)
-    least = cost(dcvit.with_options(WIDE, [*base[:2], Option(False, 8), base[3]])).macs
+    least = cost(SPACE.spec(SPACE.with_choice(2, option(2, False, 8)))).macs
     small = dcvit.compress(model, config(Budget(max_macs=least), ridge=1e-10), data=x)
     row = small.report["blocks"][2]
     assert (row["attention"], row["hidden"]) == ("lost", 8)
@@ -380,7 +390,7 @@ def test_duplicate_units_go_without_loss():
         for block in model.blocks:
             block.mlp.fc1.weight[32:] = block.mlp.fc1.weight[:32]
             block.mlp.fc1.bias[32:] = block.mlp.fc1.bias[:32]
-    gone = cost(dcvit.with_options(WIDE, [Option(True, 32)] * 4)).macs
+    gone = cost(SPACE.spec([option(i, True, 32) for i in range(4)])).macs
     small = dcvit.compress(model, config(Budget(max_macs=gone), ridge=1e-8), data=x)
     fresh = images(WIDE, 4, seed=7)
     assert [row["hidden"] for row in small.report["blocks"]] == [32] * 4
@@ -769,7 +779,7 @@ def test_blocks_are_ranked_as_real_images_rank_their_plain_cuts(tmp_path: Path) 
     model = vitrim.load("builtin:cifar10-vit-micro")
     config = DcvitConfig(images=64, probe_images=16)
     inputs = dcvit.Inputs(model, "sample", config)
-    rest: dict[str, Any] = {"fixed": frozenset(), "folder": None, "resume": False, "progress": None}
+    rest: dict[str, Any] = {"space": space_of(model.spec, config), "folder": None, "resume": False, "progress": None}
     scores, _ = dcvit.score(model, inputs, config, room=tmp_path, **rest)
     ours = [one.bare.loss(256) for one in scores if one.bare is not None]
     held = opened.open("sample", split="validation", labelled=False).take(64, 0, balanced=False)
@@ -803,27 +813,24 @@ def test_two_limits_hold_in_both_forms_from_the_floor_up(data):
             for name, share in zip(("macs", "params"), shares, strict=True)
         }
         budget = Budget(max_macs=limits["macs"], max_params=limits["params"])
+        chosen = DcvitConfig(variant=variant, budget=budget)
+        space = space_of(spec, chosen)
         if variant == "closed":
-            losses = [
-                {o: (not o.attention) + 1 - o.hidden / 200 for o in block_options(spec, i, frozenset(), align=8)}
-                for i in range(4)
-            ]
-            rows = tables(spec, losses, frozenset(), align=8)
-            found = cost(dcvit.with_options(spec, allocate(spec, rows, budget, reference=reference)))
+            losses = [{o: (not o.attention) + 1 - o.hidden / 200 for o in levels.choices()} for levels in space.levels]
+            found = cost(space.spec(allocate(space, tables(space, losses), budget)))
             assert not exceeded(found, limits)
             continue
-        chosen = DcvitConfig(variant=variant, budget=budget)
         try:
-            shape = dcvit.structure(spec, chosen, budget)
-            order = dcvit.candidates(spec, frozenset())
+            shape = dcvit.structure(space, chosen, budget)
+            order = dcvit.candidates(space)
             scores = {str(i): data.draw(st.floats(0, 1)) for i in order}
             ranked = sorted(order, key=lambda i: (scores[str(i)], i))
             if not shape.k:
                 continue
-            picked, kept = dcvit.chosen_blocks(spec, ranked, shape, limits, scores)
+            picked, kept = dcvit.chosen_blocks(space, ranked, shape, limits, scores)
         except BudgetError:
             continue
-        found = cost(dcvit.with_options(spec, dcvit._narrowed(spec, picked, kept)))
+        found = cost(space.spec(narrowed(space, {i: kept[i] for i in picked})))
         assert not exceeded(found, limits)
         assert kept[picked[0]] == shape.hidden[picked[0]]
 
@@ -903,15 +910,14 @@ def test_streams_above_the_bound_lie_in_files(monkeypatch):
 
 def test_the_last_attention_stays_where_the_budget_allows_it():
     """Losses are added block by block, and say that attentions are worth little; the class token needs one."""
-    offered = [block_options(WIDE, i, frozenset(), align=8) for i in range(4)]
-    losses = [{o: (2e-3 - 1e-3 * o.attention) + 1 - o.hidden / 64 for o in row} for row in offered]
-    rows = tables(WIDE, losses, frozenset(), align=8)
+    losses = [{o: (2e-3 - 1e-3 * o.attention) + 1 - o.hidden / 64 for o in lv.choices()} for lv in SPACE.levels]
+    rows = tables(SPACE, losses)
     budget = Budget(keep_macs=0.45)
-    blind, sighted = (allocate(WIDE, rows, budget, sighted=way) for way in (False, True))
+    blind, sighted = (allocate(SPACE, rows, budget, sighted=way) for way in (False, True))
     assert not any(o.attention for o in blind)
     assert sum(o.attention for o in sighted) == 1
     limits = budget.limits(cost(WIDE))
-    assert not exceeded(cost(dcvit.with_options(WIDE, sighted)), limits)
-    least = cost(dcvit.with_options(WIDE, [Option(False, 0)] * 4)).macs
+    assert not exceeded(cost(SPACE.spec(sighted)), limits)
+    least = cost(SPACE.spec([Choice()] * 4)).macs
     tight = Budget(max_macs=least + 1000)
-    assert not any(o.attention for o in allocate(WIDE, rows, tight, sighted=True))
+    assert not any(o.attention for o in allocate(SPACE, rows, tight, sighted=True))

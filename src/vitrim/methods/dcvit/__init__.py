@@ -11,14 +11,14 @@ from vitrim.methods.method import Method
 
 if TYPE_CHECKING:
     from vitrim.methods.dcvit.run import (
-        Option,
         allocate,
-        block_options,
         compress,
         compress_family,
         floor,
+        narrowed,
         plan,
         solve,
+        space_of,
         step,
         tables,
     )
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 __all__ = [
     "METHOD",
     "DcvitConfig",
-    "Option",
     "allocate",
-    "block_options",
     "compress",
     "compress_family",
     "floor",
+    "narrowed",
     "plan",
     "solve",
+    "space_of",
     "step",
     "tables",
 ]

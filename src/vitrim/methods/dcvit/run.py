@@ -40,17 +40,18 @@ from vitrim import checkpoints, surgery
 from vitrim import closed_form as cf
 from vitrim import data as opened
 from vitrim.allocation import knapsack
-from vitrim.budget import RESOURCES, Budget, exceeded
+from vitrim.budget import Budget, exceeded
 from vitrim.codec import plain
-from vitrim.counting import FLOAT_BYTES, Cost, cost
+from vitrim.counting import ADDITIVE, FLOAT_BYTES, Cost, block_peak, cost
 from vitrim.data.draws import mix, ranked
 from vitrim.errors import BudgetError, ConfigError, DataError, TrainingError
-from vitrim.freezing import frozen
+from vitrim.freezing import Half, frozen
 from vitrim.methods.dcvit.config import DcvitConfig
 from vitrim.model import OPEN, Block, Stream, Vit
 from vitrim.progress import Progress
 from vitrim.result import Compressed
-from vitrim.spec import BlockSpec, ModelSpec, Preprocess, SelectionStep, spec_hash, token_walk
+from vitrim.space import BlockLevels, Choice, Space, frozen_parts, jumps, outlook
+from vitrim.spec import BlockSpec, ModelSpec, Preprocess, SelectionStep, spec_hash
 from vitrim.surgery import Keep
 from vitrim.training import Batch, Step, TrainConfig, fit
 from vitrim.training.objectives import Plain
@@ -64,35 +65,21 @@ _ORDER, _SUBSET, _NOISE = 0x6463_6F72, 0x6463_7375, 0x6463_6E6F
 # -------------------------------------------------------------------------------------------------------- what is possible
 
 
-class Option(NamedTuple):
-    """What may become of one block. hidden: units that stay, 0 without an MLP."""
-
-    attention: bool
-    hidden: int
-
-
-Options = tuple[Option, ...]
-"""One for each block."""
-
-
-def dense_options(spec: ModelSpec) -> Options:
-    """The options that change nothing."""
-    return tuple(Option(b.attention is not None, 0 if b.mlp is None else b.mlp.hidden) for b in spec.blocks)
-
-
-def with_options(spec: ModelSpec, chosen: Sequence[Option]) -> ModelSpec:
-    """The spec that these options leave.  spec: LayerScale folded where it is to go."""
-    blocks = []
-    for block, option in zip(spec.blocks, chosen, strict=True):
-        mlp = block.mlp
-        blocks.append(
-            replace(
-                block,
-                attention=block.attention if option.attention else None,
-                mlp=None if mlp is None or not option.hidden else replace(mlp, hidden=option.hidden),
-            )
-        )
-    return replace(spec, blocks=tuple(blocks))
+def space_of(spec: ModelSpec, config: DcvitConfig) -> Space:
+    """What may become of each block. Raises ConfigError when a frozen part is not there."""
+    fixed = frozen(spec, config.freeze)
+    dense = frozen_parts(fixed) | ({"classifier": "kept dense"} if spec.outputs else {})
+    if config.variant == "closed":
+        levels = [_closed_levels(block, i, fixed, align=config.align) for i, block in enumerate(spec.blocks)]
+    else:
+        levels = [_paper_levels(spec, i, fixed) for i in range(len(spec.blocks))]
+        for i, one in enumerate(levels):
+            if not one.off and f"block {i} attention" not in dense:
+                ends = i in (0, len(levels) - 1)
+                why = "first and last block are never compressed" if ends else "a half of it is gone or frozen"
+                dense[f"block {i}"] = why
+    base = surgery.with_folded(spec, skip=fixed)
+    return Space(given=spec, base=base, fixed=fixed, levels=tuple(levels), dense=dense)
 
 
 def unit(hidden: int, align: int) -> int:
@@ -100,79 +87,75 @@ def unit(hidden: int, align: int) -> int:
     return max(1, min(align, hidden // 8))
 
 
-def block_options(spec: ModelSpec, index: int, fixed: frozenset[tuple[int, str]], *, align: int) -> list[Option]:
-    """What block `index` may become, the dense one first. fixed: halves that stay."""
-    block = spec.blocks[index]
-    attention, hidden = block.attention is not None, 0 if block.mlp is None else block.mlp.hidden
-    found = [Option(attention, hidden)]
-    may_lose = attention and (index, "attention") not in fixed
-    may_cut = hidden > 0 and (index, "mlp") not in fixed
-    step_ = unit(hidden, align)
-    widths = list(range(step_, hidden, step_)) if may_cut else []
-    found += [Option(attention, m) for m in widths]
-    if may_lose and hidden:
-        found += [Option(False, m) for m in [*widths, hidden]]
-    if (may_lose or not attention) and (may_cut or not hidden) and found[0] != Option(False, 0):
-        found.append(Option(False, 0))
-    return found
+def _closed_levels(block: BlockSpec, i: int, fixed: frozenset[Half], *, align: int) -> BlockLevels:
+    """Of `closed`: widths a unit apart, with or without the attention; or nothing."""
+    whole = BlockLevels.whole_of(block)
+    (m,) = whole.hidden
+    may_lose = block.attention is not None and (i, "attention") not in fixed
+    may_cut = m > 0 and (i, "mlp") not in fixed
+    step_ = unit(m, align)
+    return replace(
+        whole,
+        hidden=(m, *reversed(range(step_, m, step_))) if may_cut else (m,),
+        off=may_lose and m > 0,
+        empty=(may_lose or block.attention is None) and (may_cut or not m) and whole.whole != Choice(),
+    )
 
 
-def candidates(spec: ModelSpec, fixed: frozenset[tuple[int, str]]) -> list[int]:
-    """Blocks that `finetune` may compress: neither first nor last, with both halves, neither of them frozen."""
-    return [
-        i
-        for i in range(1, len(spec.blocks) - 1)
-        if spec.blocks[i].attention is not None
-        and spec.blocks[i].mlp is not None
-        and (i, "attention") not in fixed
-        and (i, "mlp") not in fixed
-    ]
+def _paper_levels(spec: ModelSpec, i: int, fixed: frozenset[Half]) -> BlockLevels:
+    """Of `finetune`: no attention and any width, for a block that is neither first nor last and has both halves, free."""
+    whole = BlockLevels.whole_of(spec.blocks[i])
+    here = whole.whole
+    if not (0 < i < len(spec.blocks) - 1 and here.attention and here.mlp) or fixed & {(i, "attention"), (i, "mlp")}:
+        return whole
+    return replace(whole, hidden=tuple(range(here.hidden, 0, -1)), off=True)
 
 
-def _narrowed(spec: ModelSpec, blocks: Sequence[int], hidden: Mapping[int, int]) -> Options:
-    """Dense options but for `blocks`, which lose their attention and keep so many units."""
-    chosen = list(dense_options(spec))
-    for i in blocks:
-        chosen[i] = Option(False, hidden[i])
-    return tuple(chosen)
+def candidates(space: Space) -> list[int]:
+    """Blocks that may lose their attention."""
+    return [i for i, levels in enumerate(space.levels) if levels.off]
+
+
+def narrowed(space: Space, hidden: Mapping[int, int]) -> tuple[Choice, ...]:
+    """All blocks whole but these, which lose their attention and keep so many units."""
+    return tuple(
+        choice.without("attention")._replace(hidden=hidden[i]) if i in hidden else choice
+        for i, choice in enumerate(space.whole)
+    )
+
+
+def _narrowed_cost(space: Space, hidden: Mapping[int, int]) -> Cost:
+    return cost(space.spec(narrowed(space, hidden)))
 
 
 def floor(spec: ModelSpec, config: DcvitConfig | None = None) -> Cost:
     """The cheapest network that the method makes of this spec; frozen parts stay."""
     config = config or DcvitConfig()
-    fixed = frozen(spec, config.freeze)
-    whole, spec = spec, surgery.with_folded(spec, skip=fixed)
-    if config.variant == "finetune":
-        found = candidates(spec, fixed)[: config.k]
-        return cost(with_options(spec, _narrowed(spec, found, dict.fromkeys(found, 1))) if found else whole)
-    least = []
-    for i in range(len(spec.blocks)):
-        offered = block_options(spec, i, fixed, align=config.align)
-        least.append(min(offered, key=lambda option: (option.attention, option.hidden)))
-    return cost(with_options(spec, least))
+    return _floor(space_of(spec, config), config)
+
+
+def _floor(space: Space, config: DcvitConfig) -> Cost:
+    if config.variant == "closed":
+        return space.floor
+    found = candidates(space)[: config.k]
+    return _narrowed_cost(space, dict.fromkeys(found, 1)) if found else space.reference
 
 
 def step(spec: ModelSpec, config: DcvitConfig | None = None) -> dict[str, int]:
     """The largest jump in cost between neighbouring results, by resource (law 7): one attention, or one step of width."""
     config = config or DcvitConfig()
-    given, spec = cost(spec), surgery.with_folded(spec, skip=frozen(spec, config.freeze))
-    whole, base = cost(spec), dense_options(spec)
-    found = {name: getattr(given, name) - getattr(whole, name) for name in RESOURCES}
-    for i, option in enumerate(base):
-        changes = []
-        if option.attention:
-            changes.append(option._replace(attention=False))
-        if option.hidden > 1:
-            less = 1 if config.variant == "finetune" else unit(option.hidden, config.align)
-            changes.append(option._replace(hidden=option.hidden - less))
-        changes += [Option(option.attention, 0), *([Option(False, 1)] if option.hidden == 1 else [])]
-        for change in changes[: 2 if option.hidden > 1 else 3]:
-            if change == option:
-                continue
-            after = cost(with_options(spec, [*base[:i], change, *base[i + 1 :]]))
-            for name, most in found.items():
-                found[name] = max(most, getattr(whole, name) - getattr(after, name))
-    return found
+    space = space_of(spec, config)
+    whole = cost(space.base)
+    pairs = [(space.reference, whole)]
+    for i, choice in enumerate(space.whole):
+        after = [choice.without("attention")] if choice.attention else []
+        if choice.hidden > 1:
+            less = 1 if config.variant == "finetune" else unit(choice.hidden, config.align)
+            after.append(choice._replace(hidden=choice.hidden - less))
+        if choice.mlp and (choice.hidden == 1 or not choice.attention):
+            after.append(choice.without("mlp"))
+        pairs += [(whole, cost(space.spec(space.with_choice(i, one)))) for one in after]
+    return jumps(pairs)
 
 
 def plan(spec: ModelSpec, config: DcvitConfig | None = None) -> dict[str, Any]:
@@ -181,40 +164,27 @@ def plan(spec: ModelSpec, config: DcvitConfig | None = None) -> dict[str, Any]:
     Raises BudgetError when the config's budget is out of reach, ConfigError when a frozen part is not there.
     """
     config = config or DcvitConfig()
-    fixed = frozen(spec, config.freeze)
-    reference, least = cost(spec), floor(spec, config)
+    space = space_of(spec, config)
     if config.budget is not None:
-        _check_budget(spec, config, config.budget, least, reference)
-    dense = {f"block {i} {half}": "frozen" for i, half in sorted(fixed)}
-    if spec.outputs:
-        dense["classifier"] = "kept dense"
-    if config.variant == "finetune":
-        open_ = candidates(spec, fixed)
-        for i in range(len(spec.blocks)):
-            if i not in open_ and f"block {i} attention" not in dense:
-                ends = i in (0, len(spec.blocks) - 1)
-                dense[f"block {i}"] = (
-                    "first and last block are never compressed" if ends else "a half of it is gone or frozen"
-                )
-    return {
-        "method": "dcvit",
-        "variant": config.variant,
-        "range": {name: [getattr(least, name), getattr(reference, name)] for name in RESOURCES},
-        "step": step(spec, config),
-        "needs": {
-            "images": config.images,
-            "labels": False,
-            "training": config.variant == "finetune" or config.finetune_steps > 0,
-        },
-        "dense": dense,
-    }
+        _check_budget(space, config, config.budget)
+    trains = config.variant == "finetune" or config.finetune_steps > 0
+    return outlook(
+        "dcvit",
+        config.variant,
+        config.budget,
+        floor=_floor(space, config),
+        reference=space.reference,
+        tolerance=step(spec, config),
+        needs={"images": config.images, "labels": False, "training": trains},
+        dense=space.dense,
+    )
 
 
-def _check_budget(spec: ModelSpec, config: DcvitConfig, budget: Budget, least: Cost, reference: Cost) -> None:
+def _check_budget(space: Space, config: DcvitConfig, budget: Budget) -> None:
     """Raise BudgetError, with the range or the reason, where the variant cannot meet the budget."""
     if config.variant == "finetune":
-        structure(spec, config, budget)
-    budget.refuse_unreachable(floor=least, reference=reference, method="dcvit")
+        structure(space, config, budget)
+    budget.refuse_unreachable(floor=_floor(space, config), reference=space.reference, method="dcvit")
 
 
 # ------------------------------------------------------------------------------------------- structure of the paper's form
@@ -268,76 +238,72 @@ class Structure:
     counted: str = "all products"
 
 
-def structure(spec: ModelSpec, config: DcvitConfig, budget: Budget) -> Structure:
+def structure(space: Space, config: DcvitConfig, budget: Budget) -> Structure:
     """k and the common share of hidden units, before any block is chosen: k is the least that the budget allows.
 
     Blocks that cost differently: for the k cheapest, so that whichever are chosen, the budget can be met.
     Raises BudgetError where no k fits.
     """
-    reference, limits = cost(spec), budget.limits(cost(spec))
-    fixed = frozen(spec, config.freeze)
-    spec = surgery.with_folded(spec, skip=fixed)
-    found = candidates(spec, fixed)
+    reference, limits, found = space.reference, budget.limits(space.reference), candidates(space)
     if not exceeded(reference, limits):
         return Structure(k=0, hidden={})
     if not found:
         raise BudgetError(
-            f"dcvit: variant 'finetune' compresses blocks between the first and the last, and none of {len(spec.blocks)} is "
+            f"dcvit: variant 'finetune' compresses blocks between the first and the last, and none of {len(space.levels)} is "
             "left whole and free. Choose variant='closed'."
         )
     if config.preset == "paper":
         if set(limits) != {"macs"}:
             raise ConfigError("dcvit: preset 'paper' meets MACs alone; choose preset='clean' for other limits.")
-        total, attention, mlp = paper_counts(spec)
-        k, _, m = solve(total, attention, mlp, spec.width, limits["macs"] / reference.macs)
-        if k <= len(found) and m >= 1:
-            trial = _narrowed(spec, found[:k], dict.fromkeys(found, m))
-            if not exceeded(cost(with_options(spec, trial)), limits):
-                return Structure(k=k, hidden=dict.fromkeys(found, m), counted="as the authors count")
+        total, attention, mlp = paper_counts(space.base)
+        k, _, m = solve(total, attention, mlp, space.base.width, limits["macs"] / reference.macs)
+        if k <= len(found) and m >= 1 and not exceeded(_narrowed_cost(space, dict.fromkeys(found[:k], m)), limits):
+            return Structure(k=k, hidden=dict.fromkeys(found, m), counted="as the authors count")
     main = next(iter(limits))
-    saved = {
-        i: getattr(reference, main) - getattr(cost(with_options(spec, _narrowed(spec, [i], {i: 1}))), main)
-        for i in found
-    }
-    cheapest = sorted(found, key=lambda i: saved[i])
+    cheapest = sorted(found, key=lambda i: getattr(reference, main) - getattr(_narrowed_cost(space, {i: 1}), main))
     for k in range(1, len(found) + 1) if config.k is None else (config.k,):
         if k > len(found):
             raise BudgetError(f"dcvit: k={k} blocks; only {len(found)} can be compressed. Lower k.")
-        hidden = widest(spec, cheapest[:k], limits)
+        hidden = widest(space, cheapest[:k], limits)
         if hidden is None:
             continue
-        if all(hidden[i] == dense_options(spec)[i].hidden for i in cheapest[:k]):
-            after = cost(with_options(spec, _narrowed(spec, cheapest[:k], hidden)))
-            slack = {name: limits[name] - getattr(after, name) for name in limits}
-            if all(value > 0.01 * getattr(reference, name) for name, value in slack.items()):
-                raise BudgetError(
-                    "dcvit: variant 'finetune' removes at least one attention for each block it compresses, "
-                    f"{', '.join(f'{getattr(reference, n) - getattr(after, n):,} {n}' for n in limits)} here, which is more "
-                    "than the budget asks for. Lower the budget or k, or choose variant='closed'."
-                )
-        share = min(hidden[i] / dense_options(spec)[i].hidden for i in cheapest[:k])
-        every = {i: max(1, math.floor(share * dense_options(spec)[i].hidden + 1e-6)) for i in found}
+        if all(hidden[i] == space.whole[i].hidden for i in hidden):
+            _refuse_gentle(space, hidden, limits)
+        share = min(hidden[i] / space.whole[i].hidden for i in hidden)
+        every = {i: max(1, math.floor(share * space.whole[i].hidden + 1e-6)) for i in found}
         return Structure(k=k, hidden=every | hidden)
-    least = cost(with_options(spec, _narrowed(spec, found, dict.fromkeys(found, 1))))
+    least = _narrowed_cost(space, dict.fromkeys(found, 1))
     budget.refuse_unreachable(floor=least, reference=reference, method="dcvit")
     raise BudgetError(f"dcvit: k={config.k} blocks cannot meet the budget; raise k, or leave it out.")
 
 
-def widest(spec: ModelSpec, blocks: Sequence[int], limits: Mapping[str, int]) -> dict[int, int] | None:
+def _refuse_gentle(space: Space, hidden: Mapping[int, int], limits: Mapping[str, int]) -> None:
+    """Raise BudgetError where the attentions of these blocks are much more than the limits ask for."""
+    reference, after = space.reference, _narrowed_cost(space, hidden)
+    if all(limits[name] - getattr(after, name) > 0.01 * getattr(reference, name) for name in limits):
+        gone = ", ".join(f"{getattr(reference, n) - getattr(after, n):,} {n}" for n in limits)
+        raise BudgetError(
+            f"dcvit: variant 'finetune' removes at least one attention for each block it compresses, {gone} here, which is more "
+            "than the budget asks for. Lower the budget or k, or choose variant='closed'."
+        )
+
+
+def widest(
+    space: Space, blocks: Sequence[int], limits: Mapping[str, int], beside: Mapping[int, int] | None = None
+) -> dict[int, int] | None:
     """The widest MLPs of an equal share that meet the limits when these blocks lose their attention; None if none do.
 
-    spec: LayerScale folded where it goes.
-
-    What is left over goes to the first blocks, a unit each, so that the miss is below one unit.
+    beside: units of blocks that have lost theirs already. What is left over goes to the first blocks, a unit each, so that
+    the miss is below one unit.
     """
-    dense = {i: dense_options(spec)[i].hidden for i in blocks}
-    top = max(dense.values())
+    dense = {i: space.whole[i].hidden for i in blocks}
+    top = max(dense.values(), default=0)
 
     def at(tick: int) -> dict[int, int]:
         return {i: max(1, m * tick // top) for i, m in dense.items()}
 
     def fits(hidden: Mapping[int, int]) -> bool:
-        return not exceeded(cost(with_options(spec, _narrowed(spec, blocks, hidden))), limits)
+        return not exceeded(_narrowed_cost(space, {**(beside or {}), **hidden}), limits)
 
     if not fits(at(0)):
         return None
@@ -359,84 +325,47 @@ def widest(spec: ModelSpec, blocks: Sequence[int], limits: Mapping[str, int]) ->
 class Table:
     """The options of one block with their predicted loss and exact costs, all [options]. moments: bytes at its widest."""
 
-    options: list[Option]
+    options: list[Choice]
     losses: np.ndarray
     macs: np.ndarray
     params: np.ndarray
     moments: np.ndarray
 
 
-def tables(
-    spec: ModelSpec, losses: Sequence[Mapping[Option, float]], fixed: frozenset[tuple[int, str]], *, align: int
-) -> list[Table]:
+def tables(space: Space, losses: Sequence[Mapping[Choice, float]]) -> list[Table]:
     """Costs of every option of every block.  losses: by block, of each of its options."""
-    spec = surgery.with_folded(spec, skip=fixed)
-    base, walk = dense_options(spec), token_walk(spec)
     found = []
-    for i, (block, at) in enumerate(zip(spec.blocks, walk, strict=True)):
-        offered = block_options(spec, i, fixed, align=align)
-
-        def price(option: Option, i: int = i) -> tuple[int, int]:
-            one = cost(with_options(spec, [*base[:i], option, *base[i + 1 :]])).blocks[i]
-            return one.macs, one.params
-
-        exact: dict[Option, tuple[int, int]] = {}
-        for attention in {o.attention for o in offered}:  # linear in the width
-            widths = sorted({o.hidden for o in offered if o.attention == attention and o.hidden})
-            if len(widths) > 2:
-                (m0, p0), (m1, p1) = price(Option(attention, widths[0])), price(Option(attention, widths[1]))
-                gap = widths[1] - widths[0]
-                for w in widths:
-                    steps_ = (w - widths[0]) / gap
-                    exact[Option(attention, w)] = (m0 + round(steps_ * (m1 - m0)), p0 + round(steps_ * (p1 - p0)))
-        rows = [exact.get(o) or price(o) for o in offered]
-        moments = []
-        for o in offered:
-            numbers = 0
-            if (a := block.attention) is not None and o.attention:
-                numbers = 2 * at.keys.count * (spec.width + a.heads * (a.qk_dim + a.v_dim))
-            if o.hidden:
-                numbers = max(numbers, 2 * at.mlp.count * (spec.width + o.hidden))
-            moments.append(FLOAT_BYTES * numbers)
+    for i, levels in enumerate(space.levels):
+        offered = levels.choices()
+        prices = np.array(space.prices(i, offered), dtype=np.int64)
+        moments = [FLOAT_BYTES * block_peak(space.block(i, o), space.walk[i], space.base.width) for o in offered]
         found.append(
             Table(
                 options=offered,
                 losses=np.array([losses[i][o] for o in offered], dtype=np.float64),
-                macs=np.array([r[0] for r in rows], dtype=np.int64),
-                params=np.array([r[1] for r in rows], dtype=np.int64),
+                macs=prices[:, 0],
+                params=prices[:, 1],
                 moments=np.array(moments, dtype=np.int64),
             )
         )
     return found
 
 
-def allocate(
-    spec: ModelSpec,
-    rows: Sequence[Table],
-    budget: Budget,
-    *,
-    reference: Cost | None = None,
-    sighted: bool = False,
-) -> Options:
+def allocate(space: Space, rows: Sequence[Table], budget: Budget, *, sighted: bool = False) -> tuple[Choice, ...]:
     """The options of least total predicted loss within the budget: exact dynamic programming over the blocks.
 
     Costs are rounded up to a grid of at least `allocation.CELLS` (none at all where the costs have a common divisor that allows it),
     so the result is never above; what rounding leaves is filled. Two limits are met by a sweep of their mixtures, limits on
-    memory by a sweep of caps on the widest moment. spec: LayerScale folded where it goes. reference: what shares refer to;
-    None: `spec`. sighted: keep an attention if the budget allows it, whatever the sum of losses says: what is added up block by
-    block does not know that a class token behind none sees no image.
+    memory by a sweep of caps on the widest moment. sighted: keep an attention if the budget allows it, whatever the sum of
+    losses says: what is added up block by block does not know that a class token behind none sees no image.
     Raises BudgetError when even the cheapest options are above.
     """
-    reference = reference or cost(spec)
-    cheapest = [row.options[int(np.lexsort((row.macs, row.params))[0])] for row in rows]
-    least = cost(with_options(spec, cheapest))
+    reference, least = space.reference, space.floor
     budget.refuse_unreachable(floor=least, reference=reference, method="dcvit")
     limits = budget.limits(reference)
-    if not exceeded(cost(spec), limits):
-        return dense_options(spec)
-    rest = cost(spec)
-    fixed_macs = rest.macs - sum(b.macs for b in rest.blocks)
-    fixed_params = rest.params - sum(b.params for b in rest.blocks)
+    if not exceeded(cost(space.base), limits):
+        return space.whole
+    fixed_macs, fixed_params = (space.outside[name] for name in ADDITIVE)
     plans: list[tuple[float, list[int]]] = []
     for cap in _caps(rows, limits, least):
         rooms = {
@@ -682,13 +611,13 @@ class Score:
     gone: float | None = None
     lost: float | None = None
 
-    def losses(self, offered: Sequence[Option]) -> dict[Option, float]:
+    def losses(self, offered: Sequence[Choice]) -> dict[Choice, float]:
         """Of each option; the first is the dense one."""
-        found: dict[Option, float] = {}
+        found: dict[Choice, float] = {}
         for n, option in enumerate(offered):
             if n == 0:
                 found[option] = 0.0
-            elif option == Option(False, 0):
+            elif option == Choice():
                 value = self.gone if self.gone is not None else self.lost
                 assert value is not None
                 found[option] = value
@@ -751,7 +680,7 @@ class Scoring:
     held: cf.StreamCache
     sites: dict[str, cf.Sensitivity] | None
     config: DcvitConfig
-    fixed: frozenset[tuple[int, str]]
+    space: Space
     answers: list[Tensor]
     probes: list[int]
     """Batches that measure; they are left out of the trial fits."""
@@ -776,21 +705,18 @@ def score_block(s: Scoring, index: int) -> Score:
     One pass over the held stream for the statistics, and one over the probe images for each candidate.
     """
     block = s.base.blocks[index]
-    spec = s.base.spec.blocks[index]
-    offered = block_options(s.base.spec, index, s.fixed, align=s.config.align)
-    cuts = any(o.attention == offered[0].attention and 0 < o.hidden < offered[0].hidden for o in offered)
-    bares = offered[0].attention and any(not o.attention and o.hidden for o in offered)
-    drops = Option(False, 0) in offered[1:]
+    levels = s.space.levels[index]
+    cuts, bares, attention = len(levels.hidden) > 1, levels.off, levels.whole.attention
     whole = bare = None
     if cuts or bares:
         folds = _block_statistics(s, index, whole=cuts, bare=bares)
         if cuts:
-            whole = _curve(s, index, folds["whole"], attention=offered[0].attention)
+            whole = _curve(s, index, folds["whole"], attention=attention)
         if bares:
             bare = _curve(s, index, folds["bare"], attention=False)
-    gone = _measure(s, index, partial(_without_block, block)) if drops else None
+    gone = _measure(s, index, partial(_without_block, block)) if levels.empty else None
     lost = None
-    if spec.mlp is None and drops:
+    if not levels.whole.mlp:
         lost, gone = gone, None
     return Score(whole=whole, bare=bare, gone=gone, lost=lost)
 
@@ -897,7 +823,7 @@ def score(
     inputs: Inputs,
     config: DcvitConfig,
     *,
-    fixed: frozenset[tuple[int, str]],
+    space: Space,
     room: Path,
     folder: Path | None,
     resume: bool,
@@ -931,7 +857,7 @@ def score(
 
         few = -(-config.probe_images // inputs.batch_size)  # batches
         sites = cf.sensitivity(base, islice(inputs.batches(), few), seed=config.seed, progress=told)
-    s = Scoring(base=base, held=held, sites=sites, config=config, fixed=fixed, answers=answers_, probes=probes)
+    s = Scoring(base=base, held=held, sites=sites, config=config, space=space, answers=answers_, probes=probes)
     began, behind = time.monotonic(), len(scores)
     for i, block in enumerate(base.blocks):
         if i >= behind:
@@ -1023,10 +949,10 @@ def _same_run(folder: Path, name: str, before: Mapping[str, Any], now: Mapping[s
 # ---------------------------------------------------------------------------------------------- closed form: the network
 
 
-def keeps_of(spec: ModelSpec, chosen: Sequence[Option], scores: Sequence[Score]) -> list[Keep | None]:
+def keeps_of(space: Space, chosen: Sequence[Choice], scores: Sequence[Score]) -> list[Keep | None]:
     """What stays of each block, as `surgery.cut` takes it; None where nothing goes."""
     keeps: list[Keep | None] = []
-    for dense, option, one in zip(dense_options(spec), chosen, scores, strict=True):
+    for dense, option, one in zip(space.whole, chosen, scores, strict=True):
         if option == dense:
             keeps.append(None)
             continue
@@ -1035,7 +961,7 @@ def keeps_of(spec: ModelSpec, chosen: Sequence[Option], scores: Sequence[Score])
             curve = one.whole if option.attention == dense.attention else one.bare
             assert curve is not None
             hidden = curve.kept(option.hidden)
-        keeps.append(Keep(attention=option.attention, mlp=option.hidden > 0, hidden=hidden))
+        keeps.append(Keep(attention=option.attention, mlp=option.mlp, hidden=hidden))
     return keeps
 
 
@@ -1047,7 +973,7 @@ def reconstruct(
     inputs: Inputs,
     config: DcvitConfig,
     *,
-    fixed: frozenset[tuple[int, str]],
+    fixed: frozenset[Half],
     room: Path,
     progress: Progress | None,
 ) -> Vit:
@@ -1217,7 +1143,7 @@ class Mimic(Plain):
     gradients pass through them. warmup_epochs: the released code's loss scaling, 0 in the first epoch; 0: none.
     """
 
-    def __init__(self, teacher: Vit, *, last: int, fixed: frozenset[tuple[int, str]], warmup_epochs: int = 0) -> None:
+    def __init__(self, teacher: Vit, *, last: int, fixed: frozenset[Half], warmup_epochs: int = 0) -> None:
         super().__init__()
         self.teacher, self.last, self.fixed, self.warmup_epochs = teacher, last, fixed, warmup_epochs
 
@@ -1254,7 +1180,7 @@ def finetune(
     *,
     last: int,
     steps: int,
-    fixed: frozenset[tuple[int, str]],
+    fixed: frozenset[Half],
     out: Path | None,
     resume: bool,
     progress: Progress | None,
@@ -1411,9 +1337,8 @@ def by_finetuning(
     inputs: Inputs,
     config: DcvitConfig,
     budget: Budget,
-    reference: ModelSpec,
+    space: Space,
     *,
-    fixed: frozenset[tuple[int, str]],
     folder: Path | None,
     resume: bool,
     progress: Progress | None,
@@ -1424,24 +1349,24 @@ def by_finetuning(
     """
     if inputs.feed.alike(inputs.batch_size):
         raise inputs.alike()
-    shape = structure(reference, config, budget)
-    limits = budget.limits(cost(reference))
+    shape = structure(space, config, budget)
+    limits = budget.limits(space.reference)
     none: list[Keep | None] = [None] * len(base.blocks)
     if not shape.k:
         return base, none, [], {"k": 0}
     paper = config.preset == "paper"
-    state = _Trials(folder, {**_identity(reference, base, inputs, config), "limits": limits}, resume=resume)
+    state = _Trials(folder, {**_identity(space.given, base, inputs, config), "limits": limits}, resume=resume)
     if state.metric is None:
         state.metric = _metric_set(base, inputs, config, progress)
         state.save()
-    found = candidates(reference, fixed)
+    found = candidates(space)
     for done, i in enumerate(found, start=1):
         if str(i) in state.scores:
             continue
         student, _ = _narrow(base, i, shape.hidden[i], config)
         place = None if folder is None else folder / f"trial-{i}"
         finetune(
-            student, base, inputs, config, last=min(i + 1, len(base.blocks) - 1), steps=config.steps, fixed=fixed,
+            student, base, inputs, config, last=min(i + 1, len(base.blocks) - 1), steps=config.steps, fixed=space.fixed,
             out=place, resume=resume, progress=_told(progress, f"trial of block {i}, {done} of {len(found)}"),
         )  # fmt: skip
         state.note(i, _mismatch(base, student, state.metric, config.batch_size), student)
@@ -1452,7 +1377,7 @@ def by_finetuning(
         order = ranked_[: shape.k]
         widths = {i: shape.hidden[i] for i in order}
     else:
-        order, widths = chosen_blocks(surgery.with_folded(reference, skip=fixed), ranked_, shape, limits, state.scores)
+        order, widths = chosen_blocks(space, ranked_, shape, limits, state.scores)
     keeps = list(none)
     student, trained = base, 0
     if order[0] == ranked_[0]:  # its trial was the best, and is not trained again
@@ -1464,14 +1389,14 @@ def by_finetuning(
         place = None if folder is None else folder / f"stage-{i}"
         last = min(max(order[: nth + 1]) + 1, len(base.blocks) - 1)
         finetune(
-            student, base, inputs, config, last=last, steps=config.steps, fixed=fixed, out=place, resume=resume,
+            student, base, inputs, config, last=last, steps=config.steps, fixed=space.fixed, out=place, resume=resume,
             progress=_told(progress, f"compress block {i}, {nth + 1 - trained} of {len(order) - trained}"),
         )  # fmt: skip
     history = [{"stage": "trial", "block": i, "mismatch": state.scores[str(i)]} for i in found]
     report = {
         "k": len(order),
         "order": order,
-        "metric": "synthetic images" if reference.outputs else "the few images themselves",
+        "metric": "synthetic images" if base.spec.outputs else "the few images themselves",
         "counted": shape.counted,
         "preset": config.preset,
         "steps": config.steps,
@@ -1480,7 +1405,7 @@ def by_finetuning(
 
 
 def chosen_blocks(
-    spec: ModelSpec,
+    space: Space,
     ranked_: Sequence[int],
     shape: Structure,
     limits: Mapping[str, int],
@@ -1489,16 +1414,16 @@ def chosen_blocks(
     """The blocks to compress, the most recoverable first, and the units that each keeps: the first as its trial had it.
 
     The best k by their trials if they can meet the limits; else the set of the least sum that does, of more blocks if need be.
-    spec: LayerScale folded. Raises BudgetError where none does.
+    Raises BudgetError where none does.
     """
     for k in range(shape.k, len(ranked_) + 1):
         sets = sorted(combinations(ranked_, k), key=lambda blocks: sum(scores[str(i)] for i in blocks))
         for order in sets:
             first, *rest = order
-            begun = with_options(spec, _narrowed(spec, [first], {first: shape.hidden[first]}))
-            hidden = widest(begun, rest, limits) if rest else None if exceeded(cost(begun), limits) else {}
+            begun = {first: shape.hidden[first]}
+            hidden = widest(space, rest, limits, begun)
             if hidden is not None:
-                return list(order), {first: shape.hidden[first], **hidden}
+                return list(order), begun | hidden
     raise BudgetError(
         "dcvit: no set of blocks meets the budget with the width that was tried. Raise the budget a little, pass a larger k, or "
         "choose variant='closed'."
@@ -1608,14 +1533,13 @@ def compress_family(
         raise ConfigError(
             "dcvit: no budgets. Pass one or more, such as [Budget(keep_macs=0.8), Budget(keep_macs=0.5)]."
         )
-    fixed = frozen(model.spec, config.freeze)
-    reference = cost(model)
-    least = floor(model.spec, config)
+    space = space_of(model.spec, config)
+    reference = space.reference
     for budget in budgets:
-        _check_budget(model.spec, config, budget, least, reference)
+        _check_budget(space, config, budget)
     device = torch.device(config.device) if config.device is not None else next(model.parameters()).device
     home = next(model.parameters()).device
-    base = surgery.fold_layer_scale(model, skip=fixed).to(device).eval()
+    base = surgery.fold_layer_scale(model, skip=space.fixed).to(device).eval()
     inputs = Inputs(model, data, config)
     if inputs.images is None and (config.variant == "finetune" or config.finetune_steps):
         raise DataError(
@@ -1628,7 +1552,7 @@ def compress_family(
         sites: dict[str, cf.Sensitivity] | None = None
         if config.variant == "closed" and any(exceeded(reference, b.limits(reference)) for b in budgets):
             scores, sites = score(
-                base, inputs, config, fixed=fixed, room=room, folder=folder, resume=resume, progress=progress
+                base, inputs, config, space=space, room=room, folder=folder, resume=resume, progress=progress
             )
         for n, budget in enumerate(budgets):
             own = None if folder is None else (folder if len(budgets) == 1 else folder / f"member-{n}")
@@ -1637,14 +1561,13 @@ def compress_family(
             elif config.variant == "closed":
                 found = _closed(
                     model, base, scores, sites, inputs, config, budget,
-                    fixed=fixed, room=room, folder=own, resume=resume, progress=progress,
+                    space=space, room=room, folder=own, resume=resume, progress=progress,
                 )  # fmt: skip
                 found.model.to(home)
                 results.append(found)
             else:
                 student, keeps, history, report = by_finetuning(
-                    base, inputs, config, budget, model.spec,
-                    fixed=fixed, folder=own, resume=resume, progress=progress,
+                    base, inputs, config, budget, space, folder=own, resume=resume, progress=progress
                 )  # fmt: skip
                 done = _finished(model, base, student.to(home), keeps, config)
                 report = {"variant": "finetune", **report, "blocks": _rows(model.spec, done.spec)}
@@ -1663,21 +1586,20 @@ def _closed(
     config: DcvitConfig,
     budget: Budget,
     *,
-    fixed: frozenset[tuple[int, str]],
+    space: Space,
     room: Path,
     folder: Path | None,
     resume: bool,
     progress: Progress | None,
 ) -> Compressed:
-    losses = [one.losses(block_options(model.spec, i, fixed, align=config.align)) for i, one in enumerate(scores)]
-    rows = tables(model.spec, losses, fixed, align=config.align)
-    chosen = allocate(base.spec, rows, budget, reference=cost(model.spec), sighted=model.spec.pool.kind == "cls")
-    keeps = keeps_of(model.spec, chosen, scores)
-    small = reconstruct(base, keeps, sites, inputs, config, fixed=fixed, room=room, progress=progress)
+    losses = [one.losses(levels.choices()) for one, levels in zip(scores, space.levels, strict=True)]
+    chosen = allocate(space, tables(space, losses), budget, sighted=model.spec.pool.kind == "cls")
+    keeps = keeps_of(space, chosen, scores)
+    small = reconstruct(base, keeps, sites, inputs, config, fixed=space.fixed, room=room, progress=progress)
     if config.finetune_steps:
         last = max((i for i, keep in enumerate(keeps) if keep is not None), default=0)
         finetune(
-            small, base, inputs, config, last=min(last + 1, len(base.blocks) - 1), steps=config.finetune_steps, fixed=fixed,
+            small, base, inputs, config, last=min(last + 1, len(base.blocks) - 1), steps=config.finetune_steps, fixed=space.fixed,
             out=None if folder is None else folder / "finetune", resume=resume, progress=_told(progress, "finetune"),
         )  # fmt: skip
     predicted = sum(loss[option] for loss, option in zip(losses, chosen, strict=True))
@@ -1735,7 +1657,8 @@ def _rows(
 ) -> list[dict[str, Any]]:
     """What became of each block; plain JSON values."""
     rows = []
-    for i, (before, after) in enumerate(zip(dense_options(dense), dense_options(small), strict=True)):
+    for i, blocks in enumerate(zip(dense.blocks, small.blocks, strict=True)):
+        before, after = map(Choice.of, blocks)
         row: dict[str, Any] = {
             "block": i,
             "attention": "kept" if after.attention else ("lost" if before.attention else "none"),
