@@ -533,7 +533,7 @@ def test_a_killed_scoring_goes_on_behind_the_last_block(tmp_path, at):
     whole = dcvit.compress(model, settings_, data=x)
     with pytest.raises(KeyboardInterrupt):
         dcvit.compress(model, settings_, data=x, folder=tmp_path, progress=_stopping(at))
-    with pytest.raises(TrainingError, match="holds a dcvit run already"):
+    with pytest.raises(TrainingError, match="holds a run already"):
         dcvit.compress(model, settings_, data=x, folder=tmp_path)
     with pytest.raises(TrainingError, match="images was 16 and is 12"):
         dcvit.compress(model, replace(settings_, images=12), data=x, folder=tmp_path, resume=True)

@@ -25,7 +25,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import combinations, islice, pairwise
 from pathlib import Path
@@ -41,10 +41,11 @@ from vitrim import closed_form as cf
 from vitrim import data as opened
 from vitrim.allocation import knapsack
 from vitrim.budget import Budget, exceeded
+from vitrim.checkpoints import Journal, Piece
 from vitrim.codec import plain
 from vitrim.counting import ADDITIVE, FLOAT_BYTES, Cost, block_peak, cost
 from vitrim.data.draws import mix, ranked
-from vitrim.errors import BudgetError, ConfigError, DataError, TrainingError
+from vitrim.errors import BudgetError, ConfigError, DataError
 from vitrim.freezing import Half, frozen
 from vitrim.methods.dcvit.config import DcvitConfig
 from vitrim.model import OPEN, Block, Stream, Vit
@@ -627,6 +628,17 @@ class Score:
                 found[option] = curve.loss(option.hidden)
         return found
 
+    def packed(self) -> Piece:
+        """As a journal keeps it."""
+        return Piece(*checkpoints.pack("", asdict(self)))
+
+    @staticmethod
+    def unpacked(piece: Piece) -> Score:
+        """From a journal."""
+        values = checkpoints.unpack("", *piece)
+        curves = {name: values[name] and Curve(**values[name]) for name in ("whole", "bare")}
+        return Score(**curves, gone=values["gone"], lost=values["lost"])
+
 
 class Linear(NamedTuple):
     """The last linear of an MLP as a regression sees it: y = H prior outputs^T + bias.
@@ -844,10 +856,7 @@ def score(
             probes.append(n)
             left -= len(held.parts[n].x)
     answers_ = [cf.answers(base, stream, 0).cpu() for n, stream in enumerate(held.batches(device)) if n in probes]
-    scores: list[Score] = []
-    identity = _identity(base.spec, base, inputs, config)
-    if folder is not None:
-        scores = _noted(folder, identity, resume=resume)
+    journal = Journal(folder, "dcvit", _identity(base.spec, base, inputs, config), resume=resume)
     sites = None
     if config.weighted:
 
@@ -858,14 +867,17 @@ def score(
         few = -(-config.probe_images // inputs.batch_size)  # batches
         sites = cf.sensitivity(base, islice(inputs.batches(), few), seed=config.seed, progress=told)
     s = Scoring(base=base, held=held, sites=sites, config=config, space=space, answers=answers_, probes=probes)
-    began, behind = time.monotonic(), len(scores)
+    scores: list[Score] = []
+    began, fresh = time.monotonic(), 0
     for i, block in enumerate(base.blocks):
-        if i >= behind:
+        if (noted := journal.get(f"score-{i}")) is not None:
+            scores.append(Score.unpacked(noted))
+        else:
             scores.append(score_block(s, i))
-            if folder is not None:
-                _note(folder, identity, scores)
+            journal.put(f"score-{i}", *scores[i].packed())
+            fresh += 1
             if progress is not None:
-                each = (time.monotonic() - began) / (i + 1 - behind)
+                each = (time.monotonic() - began) / fresh
                 progress("score", i + 1, len(base.blocks), seconds_left=each * (len(base.blocks) - i - 1))
         if i + 1 < len(base.blocks):
             held.advance(block.run, device)
@@ -893,57 +905,6 @@ def _identity(spec: ModelSpec, model: Vit, inputs: Inputs, config: DcvitConfig) 
         values["augment"] = plain(config.augment)
     weights_ = surgery.fingerprint(model)
     return {**values, "freeze": list(config.freeze), "spec": spec_hash(spec), "weights": weights_, "data": inputs.mark}
-
-
-def _note(folder: Path, identity: Mapping[str, Any], scores: Sequence[Score]) -> None:
-    tensors: dict[str, Tensor] = {}
-    rows = []
-    for i, one in enumerate(scores):
-        row: dict[str, Any] = {"gone": one.gone, "lost": one.lost}
-        for name in ("whole", "bare"):
-            curve: Curve | None = getattr(one, name)
-            row[name] = None
-            if curve is not None:
-                tensors[f"{i}/{name}/order"], tensors[f"{i}/{name}/errors"] = curve.order, curve.errors
-                row[name] = {"ridge": curve.ridge, "levels": curve.levels, "losses": curve.losses}
-        rows.append(row)
-    if not tensors:
-        tensors["none"] = torch.zeros(1)
-    checkpoints.write(folder / "scores", len(scores), tensors, {"run": dict(identity), "rows": rows})
-
-
-def _noted(folder: Path, identity: Mapping[str, Any], *, resume: bool) -> list[Score]:
-    """Scores that a killed run left. Raises TrainingError when they are of another run, or not to be taken up."""
-    checkpoints.sweep(folder / "scores")
-    path = checkpoints.newest(folder / "scores")
-    if path is None:
-        return []
-    tensors, values = checkpoints.read(path)
-    _same_run(folder, path.name, values["run"], identity, resume=resume)
-    scores = []
-    for i, row in enumerate(values["rows"]):
-        curves = {
-            name: None
-            if row[name] is None
-            else Curve(order=tensors[f"{i}/{name}/order"], errors=tensors[f"{i}/{name}/errors"], **row[name])
-            for name in ("whole", "bare")
-        }
-        scores.append(Score(**curves, gone=row["gone"], lost=row["lost"]))
-    return scores
-
-
-def _same_run(folder: Path, name: str, before: Mapping[str, Any], now: Mapping[str, Any], *, resume: bool) -> None:
-    if not resume:
-        raise TrainingError(
-            f"{folder.name}/ holds a dcvit run already ({name}); nothing is overwritten. Pass resume=True (--resume) to go on "
-            "with it, or choose another folder."
-        )
-    for key, value in now.items():
-        if before.get(key) != value:
-            raise TrainingError(
-                f"{folder.name}/ holds another run: {key} was {before.get(key)!r} and is {value!r}. Resume with the same "
-                "settings and data, or choose another folder."
-            )
 
 
 # ---------------------------------------------------------------------------------------------- closed form: the network
@@ -1355,34 +1316,23 @@ def by_finetuning(
     if not shape.k:
         return base, none, [], {"k": 0}
     paper = config.preset == "paper"
-    state = _Trials(folder, {**_identity(space.given, base, inputs, config), "limits": limits}, resume=resume)
-    if state.metric is None:
-        state.metric = _metric_set(base, inputs, config, progress)
-        state.save()
+    identity = {**_identity(space.given, base, inputs, config), "limits": limits}
+    journal = Journal(folder, "dcvit", identity, resume=resume)
     found = candidates(space)
-    for done, i in enumerate(found, start=1):
-        if str(i) in state.scores:
-            continue
-        student, _ = _narrow(base, i, shape.hidden[i], config)
-        place = None if folder is None else folder / f"trial-{i}"
-        finetune(
-            student, base, inputs, config, last=min(i + 1, len(base.blocks) - 1), steps=config.steps, fixed=space.fixed,
-            out=place, resume=resume, progress=_told(progress, f"trial of block {i}, {done} of {len(found)}"),
-        )  # fmt: skip
-        state.note(i, _mismatch(base, student, state.metric, config.batch_size), student)
-        if place is not None:
-            shutil.rmtree(place, ignore_errors=True)
-    ranked_ = sorted(found, key=lambda i: (state.scores[str(i)], i))
+    scores, best = _trials(
+        base, inputs, config, shape, found, journal, fixed=space.fixed, folder=folder, resume=resume, progress=progress
+    )
+    ranked_ = sorted(found, key=lambda i: (scores[str(i)], i))
     if paper:
         order = ranked_[: shape.k]
         widths = {i: shape.hidden[i] for i in order}
     else:
-        order, widths = chosen_blocks(space, ranked_, shape, limits, state.scores)
+        order, widths = chosen_blocks(space, ranked_, shape, limits, scores)
     keeps = list(none)
     student, trained = base, 0
-    if order[0] == ranked_[0]:  # its trial was the best, and is not trained again
+    if order[0] == ranked_[0]:  # its trial was the best
         student, keeps[order[0]] = _narrow(base, order[0], widths[order[0]], config)
-        student.load_state_dict({n: t.to(next(base.parameters())) for n, t in state.best.items()})
+        student.load_state_dict({n: t.to(next(base.parameters())) for n, t in best.items()})
         trained = 1
     for nth, i in enumerate(order[trained:], start=trained):
         student, keeps[i] = _narrow(student, i, widths[i], config, draw=nth if paper else 0)
@@ -1392,7 +1342,7 @@ def by_finetuning(
             student, base, inputs, config, last=last, steps=config.steps, fixed=space.fixed, out=place, resume=resume,
             progress=_told(progress, f"compress block {i}, {nth + 1 - trained} of {len(order) - trained}"),
         )  # fmt: skip
-    history = [{"stage": "trial", "block": i, "mismatch": state.scores[str(i)]} for i in found]
+    history = [{"stage": "trial", "block": i, "mismatch": scores[str(i)]} for i in found]
     report = {
         "k": len(order),
         "order": order,
@@ -1402,6 +1352,49 @@ def by_finetuning(
         "steps": config.steps,
     }
     return student, keeps, history, report
+
+
+def _trials(
+    base: Vit,
+    inputs: Inputs,
+    config: DcvitConfig,
+    shape: Structure,
+    found: Sequence[int],
+    journal: Journal,
+    *,
+    fixed: frozenset[Half],
+    folder: Path | None,
+    resume: bool,
+    progress: Progress | None,
+) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """The mismatch after compressing each of these blocks alone, and the weights of the best student."""
+    if (noted := journal.get("metric")) is not None:
+        metric = noted.tensors["images"]
+    else:
+        metric = _metric_set(base, inputs, config, progress)
+        journal.put("metric", {"images": metric})
+    scores: dict[str, float] = {}
+    best: dict[str, Tensor] = {}
+    for done, i in enumerate(found, start=1):
+        weights: dict[str, Tensor] = {}
+        if (noted := journal.get(f"trial-{i}")) is not None:
+            weights, mismatch = noted.tensors, noted.values["mismatch"]
+        else:
+            student, _ = _narrow(base, i, shape.hidden[i], config)
+            place = None if folder is None else folder / f"trial-{i}"
+            finetune(
+                student, base, inputs, config, last=min(i + 1, len(base.blocks) - 1), steps=config.steps, fixed=fixed,
+                out=place, resume=resume, progress=_told(progress, f"trial of block {i}, {done} of {len(found)}"),
+            )  # fmt: skip
+            mismatch = _mismatch(base, student, metric, config.batch_size)
+            if mismatch < min(scores.values(), default=math.inf):  # the best is not trained again
+                weights = {name: tensor.detach().cpu().clone() for name, tensor in student.state_dict().items()}
+            journal.put(f"trial-{i}", weights, {"mismatch": mismatch})
+            if place is not None:
+                shutil.rmtree(place, ignore_errors=True)
+        best = weights or best
+        scores[str(i)] = mismatch
+    return scores, best
 
 
 def chosen_blocks(
@@ -1442,41 +1435,6 @@ def _metric_set(base: Vit, inputs: Inputs, config: DcvitConfig, progress: Progre
     if config.preset == "paper" and preprocess is not None and len(preprocess.mean) == 3:
         images = jpeg_round_trip(images, preprocess)
     return images.cpu()
-
-
-class _Trials:
-    """What the trials of a run have found: metric images, scores, and the best student's weights. Saved as they come."""
-
-    def __init__(self, folder: Path | None, identity: Mapping[str, Any], *, resume: bool) -> None:
-        self.folder = None if folder is None else folder / "trials"
-        self.identity = dict(identity)
-        self.metric: Tensor | None = None
-        self.scores: dict[str, float] = {}
-        self.best: dict[str, Tensor] = {}
-        if folder is None or self.folder is None:
-            return
-        checkpoints.sweep(self.folder)
-        if (path := checkpoints.newest(self.folder)) is not None:
-            tensors, values = checkpoints.read(path)
-            _same_run(folder, path.name, values["run"], self.identity, resume=resume)
-            self.metric = tensors.pop("metric")
-            self.best = {name.removeprefix("best/"): tensor for name, tensor in tensors.items()}
-            self.scores = dict(values["scores"])
-
-    def note(self, block: int, mismatch: float, student: Vit) -> None:
-        """A trial is over."""
-        if mismatch < min(self.scores.values(), default=math.inf):
-            self.best = {name: tensor.detach().cpu().clone() for name, tensor in student.state_dict().items()}
-        self.scores[str(block)] = mismatch
-        self.save()
-
-    def save(self) -> None:
-        """To the folder, if there is one."""
-        if self.folder is None:
-            return
-        assert self.metric is not None
-        tensors = {"metric": self.metric, **{f"best/{name}": tensor for name, tensor in self.best.items()}}
-        checkpoints.write(self.folder, len(self.scores), tensors, {"run": self.identity, "scores": self.scores})
 
 
 def _told(progress: Progress | None, what: str) -> Progress | None:
