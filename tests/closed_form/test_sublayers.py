@@ -81,6 +81,9 @@ def test_a_last_linear_that_is_refitted_on_its_own_target_stays_as_it_is(rank):
     mean = new if last.outputs is None else new @ last.outputs.mT
     assert w.shape == (10, rank or 16)
     assert close(mean + b, parts.mean_target(stats), 1e-9)
+    w, b = parts.refitted(stats, parts.last_linear(block.mlp, bias=False), None, ridge=1e12, keep=kept)
+    assert b is None
+    assert close(w, last.prior[kept], 1e-9)
 
 
 def test_sums_of_turned_inputs_are_the_turned_sums():

@@ -1,4 +1,4 @@
-"""Closed forms, by subject: factors, statistics, regressions with elimination, streams between passes, sensitivity."""
+"""Closed forms, by subject: factors, statistics, regressions with elimination, streams between passes, two streams in step, sensitivity."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from vitrim.closed_form.regression import RIDGES, Elimination, Regression, choos
 from vitrim.closed_form.sensitivity import Sensitivity, sensitivity
 from vitrim.closed_form.statistics import BlockStatistics, Moments, calibrate, sees_inputs
 from vitrim.closed_form.streams import IN_MEMORY_BYTES, StreamCache, answers, divergence, following, lookahead
+from vitrim.closed_form.walk import Rows, Walk
 
 __all__ = [
     "IN_MEMORY_BYTES",
@@ -17,8 +18,10 @@ __all__ = [
     "Factors",
     "Moments",
     "Regression",
+    "Rows",
     "Sensitivity",
     "StreamCache",
+    "Walk",
     "answers",
     "calibrate",
     "choose_ridge",

@@ -136,20 +136,24 @@ def output(
 
 
 class Last(NamedTuple):
-    """The linear of an MLP that is refitted.  prior: [M, E] its weights. outputs: [D, E] the factor behind it, or None."""
+    """A linear that is refitted.  prior: [M, E] its weights. outputs: [D, E] the factor behind it, or None.
+
+    bias: whether the refit has one.
+    """
 
     prior: Tensor
-    outputs: Tensor | None
+    outputs: Tensor | None = None
+    bias: bool = True
 
 
-def last_linear(mlp: Mlp) -> Last:
+def last_linear(mlp: Mlp, *, bias: bool = True) -> Last:
     """fc2; of a factored one its first factor: the rank stays, and the second factor is not refitted."""
     if mlp.fc2a is None:
-        return Last(double(mlp.fc2.weight).T, None)
-    return Last(double(mlp.fc2a.weight).T, double(mlp.fc2.weight))
+        return Last(double(mlp.fc2.weight).T, None, bias)
+    return Last(double(mlp.fc2a.weight).T, double(mlp.fc2.weight), bias)
 
 
-def _seen(stats: Regression, last: Last, metric: Tensor | None) -> tuple[Regression, Tensor | None]:
+def seen(stats: Regression, last: Last, metric: Tensor | None) -> tuple[Regression, Tensor | None]:
     """The regression and its metric as the refitted linear sees them; exact for a fixed factor behind it.
 
     With F the metric and B the factor, the best target in B's image is y F B (B^T F B)^-1, and errors there weigh B^T F B.
@@ -164,17 +168,18 @@ def _seen(stats: Regression, last: Last, metric: Tensor | None) -> tuple[Regress
 
 def elimination(stats: Regression, last: Last, metric: Tensor | None, *, ridge: float) -> Elimination:
     """The order in which hidden units go."""
-    inner, inner_metric = _seen(stats, last, metric)
-    return eliminate(inner, last.prior, ridge=ridge, metric=inner_metric)
+    inner, inner_metric = seen(stats, last, metric)
+    return eliminate(inner, last.prior, ridge=ridge, bias=last.bias, metric=inner_metric)
 
 
 def refitted(
     stats: Regression, last: Last, metric: Tensor | None, *, ridge: float, keep: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """New weights [K, E] of the linear and the bias [D] of the MLP.  keep: indices of the hidden units that stay."""
-    inner, _ = _seen(stats, last, metric)
-    w, b = refit(inner, last.prior, ridge=ridge, keep=keep)
-    assert b is not None
+) -> tuple[Tensor, Tensor | None]:
+    """New weights [K, E] of the linear and the bias [D] behind it all, or None.  keep: indices of the inputs that stay."""
+    inner, _ = seen(stats, last, metric)
+    w, b = refit(inner, last.prior, ridge=ridge, keep=keep, bias=last.bias)
+    if b is None:
+        return w.cpu(), None
     if last.outputs is not None:
         mean = (stats.x if keep is None else stats.x[keep.to(stats.x.device)]) / stats.weight
         b = stats.y / stats.weight - mean @ w @ last.outputs.to(w).mT
@@ -200,5 +205,6 @@ __all__ = [
     "output",
     "per_head",
     "refitted",
+    "seen",
     "values",
 ]

@@ -759,10 +759,11 @@ def block_parts(work: Work, i: int, held: cf.StreamCache) -> Parts:
         order = parts.elimination(stats, last, metric, ridge=work.config.ridge)
         for size in kept_sizes:
             kept = order.kept(size)
-            w, b = parts.refitted(stats, last, metric, ridge=work.config.ridge, keep=kept)
+            w, shift = parts.refitted(stats, last, metric, ridge=work.config.ridge, keep=kept)
+            assert shift is not None
             keep(f"{name}/{size}/keep", kept)
             keep(f"{name}/{size}/w", w)
-            keep(f"{name}/{size}/b", b)
+            keep(f"{name}/{size}/b", shift)
     if levels.off and not levels.refit[1]:
         keep(f"off/{hidden_units}/frozen", torch.ones(1))
     # a mean counts only where a bias can take it: the attention's own, or that of the half before the block
@@ -1107,6 +1108,7 @@ class Refit:
                     value = self.state[f"{here}.fc1.{name}"]
                     self.put(f"{here}.fc1.{name}", value[rows.to(value.device)])
         w, b = parts.refitted(stats, last, metric, ridge=self.work.config.ridge, keep=keep)
+        assert b is not None
         self.put(f"{here}.{'fc2' if last.outputs is None else 'fc2a'}.weight", w.T)
         self.put(f"{here}.fc2.bias", b)
         return keep, None

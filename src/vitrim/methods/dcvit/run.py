@@ -29,7 +29,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import combinations, islice, pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,6 +42,7 @@ from vitrim import data as opened
 from vitrim.allocation import knapsack
 from vitrim.budget import Budget, exceeded
 from vitrim.checkpoints import Journal, Piece
+from vitrim.closed_form import sublayers
 from vitrim.codec import plain
 from vitrim.counting import ADDITIVE, FLOAT_BYTES, Cost, block_peak, cost
 from vitrim.data.draws import mix, ranked
@@ -640,50 +641,6 @@ class Score:
         return Score(**curves, gone=values["gone"], lost=values["lost"])
 
 
-class Linear(NamedTuple):
-    """The last linear of an MLP as a regression sees it: y = H prior outputs^T + bias.
-
-    prior: [M, E]. outputs: [D, E] the second factor, None if dense. bias: whether it has one.
-    """
-
-    prior: Tensor
-    outputs: Tensor | None
-    bias: bool
-
-
-def last_linear(block: Block) -> Linear:
-    """fc2, or fc2's first factor: the ranks of a factored MLP stay, and its second factor is not refitted."""
-    mlp = block.mlp
-    if mlp.fc2a is None:
-        return Linear(mlp.fc2.weight.detach().double().T, None, mlp.fc2.bias is not None)
-    return Linear(mlp.fc2a.weight.detach().double().T, mlp.fc2.weight.detach().double(), mlp.fc2.bias is not None)
-
-
-def _seen(stats: cf.Regression, linear: Linear, metric: Tensor | None) -> tuple[cf.Regression, Tensor | None]:
-    """The regression and its metric in the space of the linear that is refitted; exact for a fixed second factor B.
-
-    With F the metric, the best target in B's image is y F B (B^T F B)^-1, and errors there weigh B^T F B.
-    """
-    if linear.outputs is None:
-        return stats, metric
-    b = linear.outputs.to(stats.x)
-    fb = b if metric is None else metric.to(b) @ b
-    inner = b.mT @ fb
-    return stats.on(fb @ torch.linalg.pinv(inner, hermitian=True)), inner
-
-
-def solve_linear(
-    stats: cf.Regression, linear: Linear, *, ridge: float, keep: Tensor | None, metric: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """New weights [K, E] and bias [D] or None.  stats: in the output's own space."""
-    inner, _ = _seen(stats, linear, metric)
-    w, b = cf.refit(inner, linear.prior, ridge=ridge, keep=keep, bias=linear.bias)
-    if b is None or linear.outputs is None:
-        return w, b
-    mean = (stats.x if keep is None else stats.x[keep.to(stats.x.device)]) / stats.weight
-    return w, stats.y / stats.weight - mean @ w @ linear.outputs.to(w).mT
-
-
 @dataclass
 class Scoring:
     """What the blocks' scores are measured with."""
@@ -705,9 +662,9 @@ def _metric(site: cf.Sensitivity | None, device: torch.device) -> Tensor | None:
     return None if site is None else site.metric.to("cpu" if device.type == "mps" else device)
 
 
-def _weights(site: cf.Sensitivity | None, stream: Stream) -> Tensor | None:
-    """Of the tokens of a stream, [N]."""
-    return None if site is None else site.weights(stream.x.shape[1]).to(stream.x)
+def _weights(site: cf.Sensitivity | None, rows: Tensor) -> Tensor | None:
+    """Of the tokens of rows [B, N, D], [N]."""
+    return None if site is None else site.weights(rows.shape[1]).to(rows)
 
 
 @torch.no_grad()
@@ -754,22 +711,22 @@ def _block_statistics(s: Scoring, index: int, *, whole: bool, bare: bool) -> dic
         hidden = block.units(inner)
         update = block.mlp.finish(hidden)
         if whole:
-            folds["whole"][number % FOLDS].add(hidden, update, _weights(site, inner))
+            folds["whole"][number % FOLDS].add(hidden, update, _weights(site, update))
         if bare:
             theirs, ours = cf.following(block, mid, block.going(entry), "mid")
             steps_ = block.has_steps("mid")  # the teacher's tokens may then be merged otherwise than on its own
             target = (block.transform(theirs).stream.x if steps_ else inner.x + update) - ours.x
-            folds["bare"][number % FOLDS].add(block.units(ours), target, _weights(site, ours))
+            folds["bare"][number % FOLDS].add(block.units(ours), target, _weights(site, target))
     return folds
 
 
 def _curve(s: Scoring, index: int, folds: list[cf.Regression], *, attention: bool) -> Curve:
     """Ridge, order and errors from all images; effects measured on images that the trial fits have not seen."""
     block = s.base.blocks[index]
-    linear = last_linear(block)
+    linear = _last_linear(block)
     metric = _metric(s.site(index), folds[0].x.device)
-    inner = [_seen(fold, linear, metric)[0] for fold in folds if fold.weight > 0]
-    inner_metric = _seen(folds[0], linear, metric)[1]
+    inner = [sublayers.seen(fold, linear, metric)[0] for fold in folds if fold.weight > 0]
+    inner_metric = sublayers.seen(folds[0], linear, metric)[1]
     hidden = len(linear.prior)
     ridge = s.config.ridge or cf.choose_ridge(
         inner, linear.prior, keep=torch.arange(0, hidden, 2), bias=linear.bias, metric=inner_metric
@@ -783,10 +740,15 @@ def _curve(s: Scoring, index: int, folds: list[cf.Regression], *, attention: boo
     losses = []
     for m in levels:
         keep = found.kept(m)
-        w, b = solve_linear(trial, linear, ridge=ridge, keep=keep, metric=metric)
+        w, b = sublayers.refitted(trial, linear, metric, ridge=ridge, keep=keep)
         run = partial(_cut_block, block, attention=attention, linear=linear, keep=keep, w=w, b=b)
         losses.append(_measure(s, index, run))
     return Curve(order=found.order, errors=found.errors, ridge=ridge, levels=levels, losses=losses)
+
+
+def _last_linear(block: Block) -> sublayers.Last:
+    """What is refitted of the MLP, with a bias where it has one."""
+    return sublayers.last_linear(block.mlp, bias=block.mlp.spec.fc2_bias)
 
 
 def _sum(folds: Sequence[cf.Regression]) -> cf.Regression:
@@ -803,7 +765,7 @@ def _levels(hidden: int, step_: int, *, top: bool) -> list[int]:
 
 
 def _cut_block(
-    block: Block, stream: Stream, *, attention: bool, linear: Linear, keep: Tensor, w: Tensor, b: Tensor | None
+    block: Block, stream: Stream, *, attention: bool, linear: sublayers.Last, keep: Tensor, w: Tensor, b: Tensor | None
 ) -> Stream:
     """The block with a cut and refitted MLP, with or without its attention."""
     entry = block.start(stream)
@@ -947,55 +909,38 @@ def reconstruct(
     if all(keep is None for keep in keeps):
         return small
     device = next(base.parameters()).device
-    theirs, ours = cf.StreamCache(room, "teacher"), cf.StreamCache(room, "student")
-    theirs.fill(inputs.streams(base))
+    walk = cf.Walk(inputs.streams(base), folder=room, device=device)
+    width, count = base.spec.width, len(keeps)
     changed = False  # whether the student's stream differs from the teacher's behind what was done so far
-
-    def pairs() -> Iterator[tuple[Stream, Stream]]:
-        if not ours.parts:
-            yield from ((t, t) for t in theirs.batches(device))
-        else:
-            yield from zip(theirs.batches(device), ours.batches(device), strict=True)
-
     began = time.monotonic()
-    for i in range(len(keeps)):
-        tb = base.blocks[i]
-        new = small.blocks[i]
+    for i, keep in enumerate(keeps):
+        tb, new = base.blocks[i], small.blocks[i]
         carries = config.hand_over and _loses_next(base.spec, keeps, i)
-        here = keeps[i] is not None
         if new.spec.attention is not None and (i, "attention") not in fixed and (changed or carries):
             # what an MLP behind token steps would be given back has other rows than the heads
             carries_here = carries and not tb.has_steps("mid")
             site = None if sites is None else sites[f"mid:{i}"]
-            rows = _Rows(new.attention.out.in_features, base.spec.width, device=device, lost=carries_here)
-            for number, (t, s) in enumerate(pairs()):
-                t, s = cf.following(tb, t, s, "start")
-                aim, (mid, heads, _) = tb.attend(t).stream, new.attend(s)
-                assert heads is not None
-                update, lost = aim.x - new.going(s).x, None
-                if carries_here:
-                    out = tb.transform(aim).stream
-                    lost = cf.lookahead(base, small, i, out).x - out.x
-                rows.add(number, heads, update, lost, _weights(site, mid))
-            _refit_out(new.attention.out, rows, _metric(site, device))
+            folds = _Folds(new.attention.out.in_features, width, device=device, lost=carries_here)
+            for number, rows in enumerate(walk.attention(tb, new)):
+                lost = _lost(base, small, i, tb.transform(rows.aim).stream) if carries_here else None
+                folds.add(number, rows, lost, site)
+            out = new.attention.out
+            last = sublayers.Last(sublayers.double(out.weight).T, bias=out.bias is not None)
+            _refit(out, out.bias, last, folds, None, _metric(site, device))
             changed = True
-        if new.spec.mlp is not None and (i, "mlp") not in fixed and (changed or here or carries):
+        if new.spec.mlp is not None and (i, "mlp") not in fixed and (changed or keep is not None or carries):
             site = None if sites is None else sites[f"block:{i}"]
-            rows = _Rows(new.spec.mlp.hidden, base.spec.width, device=device, lost=carries)
-            for number, (t, s) in enumerate(pairs()):
-                t, s = cf.following(tb, t, s, "start")
-                t, s = cf.following(tb, tb.attend(t).stream, new.attend(s).stream, "mid")
-                aim = tb.transform(t).stream
-                lost = cf.lookahead(base, small, i, aim).x - aim.x if carries else None
-                rows.add(number, new.units(s), aim.x - s.x, lost, _weights(site, s))
-            _refit_last(new, rows, config.ridge, _metric(site, device))
+            folds = _Folds(new.spec.mlp.hidden, width, device=device, lost=carries)
+            for number, rows in enumerate(walk.mlp(tb, new)):
+                folds.add(number, rows, _lost(base, small, i, rows.aim) if carries else None, site)
+            _refit(new.mlp.reader, new.mlp.fc2.bias, _last_linear(new), folds, config.ridge, _metric(site, device))
             changed = True
-        if i + 1 < len(base.blocks):
-            changed = changed or here
-            _advance(theirs, ours, pairs(), tb, new, both=changed)
+        if i + 1 < count:
+            changed = changed or keep is not None
+            walk.advance(tb, new, apart=changed)
         if progress is not None:
             each = (time.monotonic() - began) / (i + 1)
-            progress("refit", i + 1, len(base.blocks), seconds_left=each * (len(base.blocks) - i - 1))
+            progress("refit", i + 1, count, seconds_left=each * (count - i - 1))
     return small
 
 
@@ -1007,30 +952,12 @@ def _loses_next(spec: ModelSpec, keeps: Sequence[Keep | None], index: int) -> bo
     return (block.attention is not None and not keep.attention) or (block.attention is None and not keep.mlp)
 
 
-def _advance(
-    theirs: cf.StreamCache,
-    ours: cf.StreamCache,
-    pairs: Iterator[tuple[Stream, Stream]],
-    tb: Block,
-    sb: Block,
-    *,
-    both: bool,
-) -> None:
-    """Both streams to the next block; the student's is held apart once it differs."""
-    theirs.begin()
-    ours.begin()
-    for t, s in pairs:
-        t, s = cf.following(tb, t, s, "start")
-        t, s = cf.following(tb, tb.attend(t).stream, sb.attend(s).stream, "mid")
-        t, s = cf.following(tb, tb.transform(t).stream, sb.transform(s).stream, "end")
-        theirs.put(t)
-        if both:
-            ours.put(s)
-    theirs.end()
-    ours.end()
+def _lost(base: Vit, small: Vit, index: int, stream: Stream) -> Tensor:
+    """What the teacher adds to its stream behind block `index` with the halves that the student has lost right there."""
+    return cf.lookahead(base, small, index, stream).x - stream.x
 
 
-class _Rows:
+class _Folds:
     """Regressions of one half in folds: of its own target, and of the update that is lost right behind it."""
 
     def __init__(self, inputs: int, width: int, *, device: torch.device, lost: bool) -> None:
@@ -1038,10 +965,10 @@ class _Rows:
         outputs = 2 * width if lost else width
         self.folds = [cf.Regression.empty(inputs, outputs, device=device) for _ in range(FOLDS)]
 
-    def add(self, number: int, x: Tensor, own: Tensor, lost: Tensor | None, weights_: Tensor | None) -> None:
-        """Batch `number`: inputs [B, N, M], targets [B, N, D]."""
-        y = own if lost is None else torch.cat([own, lost], dim=-1)
-        self.folds[number % FOLDS].add(x, y, weights_)
+    def add(self, number: int, rows: cf.Rows, lost: Tensor | None, site: cf.Sensitivity | None) -> None:
+        """Batch `number`.  lost: [B, N, D]."""
+        y = rows.goal if lost is None else torch.cat([rows.goal, lost], dim=-1)
+        self.folds[number % FOLDS].add(rows.inputs, y, _weights(site, rows.goal))
 
     def split(self) -> tuple[list[cf.Regression], list[cf.Regression]]:
         """Folds of the own target and of what is lost (none if nothing is)."""
@@ -1051,47 +978,35 @@ class _Rows:
         return ([f.on(eye[:, : self.width]) for f in self.folds], [f.on(eye[:, self.width :]) for f in self.folds])
 
 
-def _refit_out(out: nn.Linear, rows: _Rows, metric: Tensor | None) -> None:
-    """The output projection, towards its own target, and carrying what it can foretell of the lost update."""
-    linear = Linear(out.weight.detach().double().T, None, out.bias is not None)
-    w, b = _refit(linear, rows, None, metric)
-    out.weight.copy_(w.T.to(out.weight))
-    if b is not None:
-        out.bias.copy_(b.to(out.bias))
-
-
-def _refit_last(block: Block, rows: _Rows, ridge: float | None, metric: Tensor | None) -> None:
-    """The same of the MLP's last linear."""
-    linear = last_linear(block)
-    w, b = _refit(linear, rows, ridge, metric)
-    block.mlp.reader.weight.copy_(w.T.to(block.mlp.reader.weight))
-    if b is not None:
-        block.mlp.fc2.bias.copy_(b.to(block.mlp.fc2.bias))
-
-
-def _refit(linear: Linear, rows: _Rows, ridge: float | None, metric: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Weights and bias: the own target with a ridge towards the inherited weights, the lost update with one towards none."""
-    own, lost = rows.split()
-    w, b = solve_linear(_sum(own), linear, ridge=ridge or _left_out(own, linear, metric), keep=None, metric=metric)
+def _refit(
+    linear: nn.Linear,
+    bias: Tensor | None,
+    last: sublayers.Last,
+    folds: _Folds,
+    ridge: float | None,
+    metric: Tensor | None,
+) -> None:
+    """New weights and bias: the own target with a ridge towards the inherited weights, the lost update with one towards none."""
+    own, lost = folds.split()
+    ridge = ridge or _left_out(own, last, metric)
+    w, b = sublayers.refitted(_sum(own), last, metric, ridge=ridge, keep=None)
     if lost:
-        nothing = linear._replace(prior=torch.zeros_like(linear.prior))
-        more, shift = solve_linear(
-            _sum(lost),
-            nothing,
-            ridge=_left_out(lost, nothing, metric, (*cf.RIDGES, 10.0, 1e6)),
-            keep=None,
-            metric=metric,
-        )
+        nothing = last._replace(prior=torch.zeros_like(last.prior))
+        ridge = _left_out(lost, nothing, metric, (*cf.RIDGES, 10.0, 1e6))
+        more, shift = sublayers.refitted(_sum(lost), nothing, metric, ridge=ridge, keep=None)
         w, b = w + more, None if b is None or shift is None else b + shift
-    return w, b
+    linear.weight.copy_(w.T)
+    if b is not None:
+        assert bias is not None
+        bias.copy_(b)
 
 
 def _left_out(
-    folds: Sequence[cf.Regression], linear: Linear, metric: Tensor | None, ridges: Sequence[float] = cf.RIDGES
+    folds: Sequence[cf.Regression], last: sublayers.Last, metric: Tensor | None, ridges: Sequence[float] = cf.RIDGES
 ) -> float:
     """The ridge that does best on images left out."""
-    seen = [_seen(fold, linear, metric) for fold in folds]
-    return cf.choose_ridge([s for s, _ in seen], linear.prior, bias=linear.bias, metric=seen[0][1], ridges=ridges)
+    seen = [sublayers.seen(fold, last, metric) for fold in folds]
+    return cf.choose_ridge([s for s, _ in seen], last.prior, bias=last.bias, metric=seen[0][1], ridges=ridges)
 
 
 # ----------------------------------------------------------------------------------------------------------- fine-tuning
