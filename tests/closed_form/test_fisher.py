@@ -36,6 +36,15 @@ def test_the_mean_over_all_signs_is_the_fisher_matrix(monkeypatch):
     assert close(g.mT @ g / 8, expected)
 
 
+@pytest.mark.parametrize("classifies", [True, False])
+def test_divergence_is_zero_for_the_same_and_positive_for_others(classifies):
+    a, b = (fisher.outcome(torch.randn(4, 5), classifies=classifies) for _ in range(2))
+    assert close(fisher.divergence(a, a, classifies=classifies), torch.zeros(4, dtype=torch.float64), 1e-12)
+    assert (fisher.divergence(a, b, classifies=classifies) > 0).all()
+    if not classifies:
+        assert close(fisher.divergence(a, b, classifies=False), 2 - 2 * (a.double() * b.double()).sum(-1), 1e-6)
+
+
 def test_patches_that_nothing_reads_have_no_gradient():
     model, x = make(SPEC), images(SPEC, 2)
     g = fisher.gradients(model, x, ("mid:1", "block:1", "mid:0"), draws=2, generator=torch.Generator()).of

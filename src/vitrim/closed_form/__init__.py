@@ -6,7 +6,7 @@ from vitrim.closed_form.factors import TINY, Factors, factorise_linear, factoris
 from vitrim.closed_form.regression import RIDGES, Elimination, Regression, choose_ridge, eliminate, loss, refit
 from vitrim.closed_form.sensitivity import Sensitivity, sensitivity
 from vitrim.closed_form.statistics import BlockStatistics, Moments, calibrate, sees_inputs
-from vitrim.closed_form.streams import IN_MEMORY_BYTES, StreamCache, answers, divergence, following, lookahead
+from vitrim.closed_form.streams import IN_MEMORY_BYTES, StreamCache, answers, following, lookahead
 from vitrim.closed_form.walk import Rows, Walk
 
 __all__ = [
@@ -25,7 +25,6 @@ __all__ = [
     "answers",
     "calibrate",
     "choose_ridge",
-    "divergence",
     "eliminate",
     "factorise_linear",
     "factorise_qk",

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitrim.closed_form import fisher
 from vitrim.errors import DataError
 from vitrim.model import Block, Stream, Vit
 from vitrim.tokens import Undo
@@ -157,12 +156,6 @@ def _forced(theirs: Stream, undo: Undo, before: Stream) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------- answers
 
 
-def divergence(before: Tensor, after: Tensor, *, classifies: bool) -> float:
-    """`fisher.divergence` of results, a mean over images."""
-    ours, theirs = (fisher.outcome(result.double().cpu(), classifies=classifies) for result in (before, after))
-    return float(fisher.divergence(ours, theirs, classifies=classifies).mean())
-
-
 def answers(model: Vit, stream: Stream, start: int) -> Tensor:
     """`Vit.answer`, [B, ...]. Raises DataError where a number is not finite."""
     result = model.answer(stream, start)
@@ -171,4 +164,4 @@ def answers(model: Vit, stream: Stream, start: int) -> Tensor:
     return result
 
 
-__all__ = ["StreamCache", "answers", "divergence", "following", "lookahead"]
+__all__ = ["StreamCache", "answers", "following", "lookahead"]

@@ -42,7 +42,7 @@ from vitrim import data as opened
 from vitrim.allocation import knapsack
 from vitrim.budget import Budget, exceeded
 from vitrim.checkpoints import Journal, Piece
-from vitrim.closed_form import sublayers
+from vitrim.closed_form import fisher, sublayers
 from vitrim.codec import plain
 from vitrim.counting import ADDITIVE, FLOAT_BYTES, Cost, block_peak, cost
 from vitrim.data.draws import mix, ranked
@@ -783,12 +783,17 @@ def _measure(s: Scoring, index: int, run: Callable[[Stream], Stream]) -> float:
     """Divergence of the output on the probe images when block `index` is replaced by `run`."""
     device = next(s.base.parameters()).device
     found = [
-        cf.answers(s.base, run(stream), index + 1)
+        cf.answers(s.base, run(stream), index + 1).cpu()
         for number, stream in enumerate(s.held.batches(device))
         if number in s.probes
     ]
-    before = torch.cat(s.answers)
-    return cf.divergence(before, torch.cat([a.cpu() for a in found]), classifies=bool(s.base.spec.outputs))
+    return _divergence(torch.cat(s.answers), torch.cat(found), classifies=bool(s.base.spec.outputs))
+
+
+def _divergence(before: Tensor, after: Tensor, *, classifies: bool) -> float:
+    """A mean over images, from what networks answered [B, ...]."""
+    before, after = (fisher.outcome(answer.double(), classifies=classifies) for answer in (before, after))
+    return float(fisher.divergence(before, after, classifies=classifies).mean())
 
 
 @torch.no_grad()
@@ -1199,13 +1204,13 @@ def _narrow(student: Vit, index: int, hidden: int, config: DcvitConfig, *, draw:
 
 @torch.no_grad()
 def _mismatch(teacher: Vit, student: Vit, x: Tensor, batch_size: int) -> float:
-    """KL(teacher || student) on the metric images; of an encoder the relative error of its features."""
+    """KL(teacher || student) on the metric images; of an encoder the squared error of its features' directions."""
     like = next(teacher.parameters())
     before, after = (
         torch.cat([cf.answers(net, net.embed(part.to(like)), 0).cpu() for part in x.split(batch_size)])
         for net in (teacher, student)
     )
-    return cf.divergence(before, after, classifies=bool(teacher.spec.outputs))
+    return _divergence(before, after, classifies=bool(teacher.spec.outputs))
 
 
 def by_finetuning(
@@ -1478,7 +1483,7 @@ def _closed(
     predicted = sum(loss[option] for loss, option in zip(losses, chosen, strict=True))
     report = {
         "variant": "closed",
-        "metric": "KL to the given model" if model.spec.outputs else "relative error of the features",
+        "metric": "KL to the given model" if model.spec.outputs else "squared error of unit features",
         "predicted": predicted,
         "handed_over": config.hand_over,
         "images": inputs.count,
