@@ -2,7 +2,7 @@
 
 What a model reads is told by its class (or the first of its bases that is transformers' own); its parts are found by
 what they are within the module, never by the keys of a file, which transformers keeps in an older spelling. What the
-spec cannot say is refused by its name, and so is a tensor left over. Importing this file imports no transformers.
+spec cannot say is refused by its name, and so is a tensor left over.
 """
 
 from __future__ import annotations
