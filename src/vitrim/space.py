@@ -120,7 +120,8 @@ class BlockLevels:
 
 Form = Literal["kept", "factored", "refitted"]
 """How smaller parts are made. kept: units stay or go, and every bias with them. factored: products of weights are replaced, so
-that key biases go and value biases move into the output's. refitted: factored, and the last linears of what is fitted have biases."""
+that key biases go and value biases move into the output's. refitted: factored, and the last linears of what is fitted have biases; the
+ranks of an MLP stay what the base has."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,8 +170,9 @@ class Space:
     def _mlp(self, m: MlpSpec | None, choice: Choice) -> MlpSpec | None:
         if m is None or not choice.hidden:
             return None
-        bias = m.fc2_bias or self.form == "refitted"
-        return replace(m, hidden=choice.hidden, fc1_rank=choice.fc1, fc2_rank=choice.fc2, fc2_bias=bias)
+        if self.form == "refitted":
+            return replace(m, hidden=choice.hidden, fc2_bias=True)
+        return replace(m, hidden=choice.hidden, fc1_rank=choice.fc1, fc2_rank=choice.fc2)
 
     def spec(self, choices: Sequence[Choice]) -> ModelSpec:
         """The network of these choices."""

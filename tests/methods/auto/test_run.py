@@ -21,9 +21,10 @@ from vitrim.budget import RESOURCES, Budget, exceeded
 from vitrim.closed_form import fisher
 from vitrim.counting import cost
 from vitrim.errors import BudgetError, ConfigError, DataError, TrainingError
-from vitrim.methods.auto import AutoConfig
+from vitrim.methods.auto import AXES, AutoConfig, build, choose
 from vitrim.methods.auto import run as auto
-from vitrim.methods.auto.run import Candidate
+from vitrim.methods.auto import score as scoring
+from vitrim.methods.auto.choose import Candidate
 from vitrim.model import Vit
 from vitrim.spec import (
     AttentionSpec,
@@ -51,13 +52,13 @@ def pixels(spec: ModelSpec, count: int = 12) -> torch.Tensor:
     return images(spec, count)
 
 
-def working(model: Vit, config_: AutoConfig, folder: Path, data: torch.Tensor | None = None) -> auto.Work:
-    nets = auto.nets_of(model.spec, config_)
+def working(model: Vit, config_: AutoConfig, folder: Path, data: torch.Tensor | None = None) -> scoring.Work:
+    nets = choose.nets_of(model.spec, config_)
     given_ = pixels(model.spec, config_.images) if data is None else data
     return auto.work_of(model, config_, nets, given_, None, None, False, folder)
 
 
-def whole(nets: auto.Nets, width: int | None = None) -> Candidate:
+def whole(nets: choose.Nets, width: int | None = None) -> Candidate:
     return replace(nets.uncut(), width=width or nets.base.width)
 
 
@@ -74,7 +75,7 @@ def whole(nets: auto.Nets, width: int | None = None) -> Candidate:
 def test_any_network_is_brought_within_any_reachable_budget_and_close_to_it(spec, share, kind, score):
     model, x, whole_ = make(spec), pixels(spec, 9), cost(spec)
     try:
-        said = auto.plan(spec)
+        said = choose.plan(spec)
     except ConfigError:
         return  # nothing of it can be cut
     at = {name: low + share * (getattr(whole_, name) - low) for name, (low, _) in said["range"].items()}
@@ -97,14 +98,14 @@ def test_any_network_is_brought_within_any_reachable_budget_and_close_to_it(spec
 
 @pytest.mark.parametrize("keep", [0.6, 0.25, 0.1])
 def test_the_costs_that_plans_are_made_of_are_those_of_the_built_network(keep):
-    nets = auto.nets_of(WIDE, config(keep))
+    nets = choose.nets_of(WIDE, config(keep))
     losses = [
-        auto.Losses(*({n: 1.0 / (n + 1) for n in (*sizes, 0)} for sizes in (own.qk, own.v, own.hidden, own.hidden)))
+        choose.Losses(*({n: 1.0 / (n + 1) for n in (*sizes, 0)} for sizes in (own.qk, own.v, own.hidden, own.hidden)))
         for own in nets.levels
     ]
     for one, levels in zip(losses, nets.levels, strict=True):
         one.settle(levels.whole)
-    scores = auto.Scores(
+    scores = choose.Scores(
         tuple(losses), {w: 0.1 * (32 - w) for w in nets.widths}, (0.0, *(0.5,) * (len(nets.schedules) - 1))
     )
     for width in nets.widths:
@@ -125,18 +126,18 @@ def test_the_costs_that_plans_are_made_of_are_those_of_the_built_network(keep):
 def test_the_plan_predicts_no_more_than_any_plan_with_fewer_axes(tmp_path):
     model, reference = make(WIDE), cost(WIDE)
     full = config(0.5)
-    scores = auto.score(working(model, full, tmp_path))
-    nets = auto.nets_of(WIDE, full)
+    scores = scoring.score(working(model, full, tmp_path))
+    nets = choose.nets_of(WIDE, full)
     several = [(0.5, axes) for axes in (("qk", "vo", "mlp"), ("mlp", "attention", "block"), ("width", "mlp"))]
     single = [(0.9, (axis,)) for axis in ("qk", "vo", "mlp", "attention", "block", "width", "tokens")]
     compared = 0
     for keep, axes in several + single:
         limits = Budget(keep_macs=keep).limits(reference)
-        fewer = auto.nets_of(WIDE, config(keep, axes=axes))
+        fewer = choose.nets_of(WIDE, config(keep, axes=axes))
         if exceeded(cost(fewer.spec(fewer.lowest)), limits):
             continue
-        best = scores.total(nets, auto.best_candidates(nets, scores, limits, reference, count=1)[0])
-        plan = auto.best_candidates(fewer, scores, limits, reference, count=1)[0]
+        best = scores.total(nets, choose.best_candidates(nets, scores, limits, reference, count=1)[0])
+        plan = choose.best_candidates(fewer, scores, limits, reference, count=1)[0]
         assert best <= scores.total(nets, plan) * (1 + 1e-9)
         compared += 1
     assert compared >= 8
@@ -168,7 +169,7 @@ def test_rebuilding_without_a_cut_changes_nothing(kind, tmp_path):
     model = make(spec)
     model.config = replace(model.config, gate_policy="open")
     work = working(model, config(0.5), tmp_path)
-    small = auto.Refit(work, whole(work.nets), "all", "build").build()
+    small = build.Refit(work, whole(work.nets), "all", "build").build()
     assert close(small(pixels(spec)), model(pixels(spec)), 1e-8)
     assert small.spec.blocks[-1].steps == (Prefix(),)
 
@@ -179,7 +180,7 @@ def test_a_score_is_what_the_network_with_that_part_alone_loses(part, score, tmp
     """The `measured` score of a level is the divergence of the network with it; the `fisher` one is of its size."""
     model, x = make(WIDE), pixels(WIDE, 16)
     work = working(model, config(0.5, images=16, score=score, draws=200), tmp_path, x)
-    library = auto.all_parts(work)
+    library = scoring.all_parts(work)
     found = library[1].tensors
     size = {"qk": 8, "v": 8, "hidden": 32, "off": 64}[part]
     state = {name: value.clone() for name, value in model.state_dict().items()}
@@ -206,7 +207,7 @@ def test_a_score_is_what_the_network_with_that_part_alone_loses(part, score, tmp
         changed = surgery.with_spec(cut, cut.spec, state)
     assert changed.spec.blocks[1] != spec
     measured = work.divergence(changed)
-    scored = getattr(auto.score_blocks(work, library)[1], part)[size]
+    scored = getattr(scoring.score_blocks(work, library)[1], part)[size]
     if score == "measured":
         assert scored == pytest.approx(measured, rel=1e-6)
     else:
@@ -246,12 +247,12 @@ def test_the_tail_is_added_where_it_is_allowed_and_used_where_it_is_there():
         small = auto.compress(given_, config(0.5), data=pixels(WIDE))
         assert small.spec.blocks[-1].steps == (Prefix(),)
         assert small.report["exact_tail"]
-    off = tuple(axis for axis in auto.AXES if axis != "tail")
+    off = tuple(axis for axis in AXES if axis != "tail")
     assert auto.compress(make(WIDE), config(0.5, axes=off), data=pixels(WIDE)).spec.blocks[-1].steps == ()
     mean = replace(WIDE, pool=Pool(kind="mean"))
     assert auto.compress(make(mean), config(0.5), data=pixels(mean)).spec.blocks[-1].steps == ()
     with pytest.raises(ConfigError, match="axis 'tail' does not apply"):
-        auto.plan(mean, config(0.5, axes=("mlp", "tail")))
+        choose.plan(mean, config(0.5, axes=("mlp", "tail")))
 
 
 # ------------------------------------------------------------------------------------------------------------------ axes
@@ -366,7 +367,7 @@ def test_frozen_parts_keep_the_stream_and_stay_bit_for_bit():
     held = [n for n in before if n.startswith(("blocks.1.mlp.", "blocks.1.norm2.", "blocks.2."))]
     assert all(torch.equal(before[name], after[name]) for name in held)
     with pytest.raises(ConfigError, match=r"axis 'width' does not apply .* frozen"):
-        auto.plan(WIDE, config(0.7, axes=("width", "mlp"), freeze=("blocks.0",)))
+        choose.plan(WIDE, config(0.7, axes=("width", "mlp"), freeze=("blocks.0",)))
 
 
 # -------------------------------------------------------------------------------------------------------- runs and reports
@@ -449,11 +450,11 @@ def test_batches_set_the_memory_and_not_the_scores(tmp_path):
     found, grams = [], []
     for size in (3, 12):
         work = working(make(WIDE), config(0.3, batch_size=size), tmp_path)
-        found.append(auto.score(work))
+        found.append(scoring.score(work))
         grams.append(work.gram)
     assert close(*grams)
     for one, two in zip(found[0].blocks, found[1].blocks, strict=True):
-        for kind in auto.KINDS:
+        for kind in scoring.KINDS:
             ours, theirs = getattr(one, kind), getattr(two, kind)
             assert ours.keys() == theirs.keys()
             assert all(ours[n] == pytest.approx(theirs[n], rel=1e-6, abs=1e-12) for n in ours)
@@ -540,7 +541,7 @@ def test_every_setting_changes_something():
             torch.equal(a, b) for a, b in zip(other.model.parameters(), base.model.parameters(), strict=True)
         )
         assert not same, fields
-    sizes = [auto.nets_of(spec, config(0.3, align=n)).levels[0].hidden for n in (8, 4)]
+    sizes = [choose.nets_of(spec, config(0.3, align=n)).levels[0].hidden for n in (8, 4)]
     assert all(m % 8 == 0 for m in sizes[0])
     assert sizes[0] != sizes[1]
 
@@ -568,8 +569,8 @@ def test_an_attention_that_goes_before_a_frozen_mlp_is_scored_as_it_is_built(tmp
     model, x = make(WIDE), pixels(WIDE, 16)
     frozen = config(0.9, images=16, axes=("attention",), freeze=("blocks.1.mlp",), score="measured")
     work = working(model, frozen, tmp_path, x)
-    library = auto.all_parts(work)
-    scored = auto.score_blocks(work, library)[1].off[64]
+    library = scoring.all_parts(work)
+    scored = scoring.score_blocks(work, library)[1].off[64]
     gone = surgery.cut(model, [None, Keep(attention=False), None], method="test")
     assert scored == pytest.approx(work.divergence(gone), rel=1e-6)
 
@@ -580,8 +581,8 @@ def test_a_mean_is_not_put_in_front_of_a_frozen_attention(tmp_path):
     work = working(model, config(0.9, axes=("mlp",), freeze=("blocks.1.attention",)), tmp_path)
     plan = whole(work.nets)
     choices = tuple(c._replace(hidden=0) if i == 1 else c for i, c in enumerate(plan.choices))
-    student = auto.Refit(work, replace(plan, choices=choices), "all", "build")
-    untouched = auto.Refit(work, plan, "all", "other").build().state_dict()
+    student = build.Refit(work, replace(plan, choices=choices), "all", "build")
+    untouched = build.Refit(work, plan, "all", "other").build().state_dict()
     built = student.build().state_dict()
     assert torch.equal(built["blocks.0.mlp.fc2.bias"], untouched["blocks.0.mlp.fc2.bias"])
     assert "blocks.1.mlp.fc1.weight" not in built
@@ -617,13 +618,13 @@ def test_a_killed_scoring_goes_on_at_the_batch_where_it_was(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         auto.compress(model, one, data=x, folder=tmp_path, progress=stop)
     seen: list[int] = []
-    counted, calls = auto.batch_losses, []
+    counted, calls = scoring.batch_losses, []
 
     def count(*args: Any) -> Any:
         calls.append(1)
         return counted(*args)
 
-    auto.batch_losses = count
+    scoring.batch_losses = count
     try:
         again = auto.compress(
             model,
@@ -634,7 +635,7 @@ def test_a_killed_scoring_goes_on_at_the_batch_where_it_was(tmp_path):
             progress=lambda stage, done, *_, **__: seen.append(done) if stage == "score" else None,
         )
     finally:
-        auto.batch_losses = counted
+        scoring.batch_losses = counted
     assert seen == [5, 10]  # of ten held-out images, five at a time
     assert len(calls) == 1
     assert all(torch.equal(a, b) for a, b in zip(again.model.parameters(), unbroken.model.parameters(), strict=True))
@@ -667,7 +668,7 @@ def test_rebuilding_without_a_cut_changes_little_in_single_precision(tmp_path):
     model = make(WIDE, dtype=torch.float32)
     x = pixels(WIDE).float()
     work = working(model, config(0.5), tmp_path, x)
-    small = auto.Refit(work, whole(work.nets), "all", "build").build()
+    small = build.Refit(work, whole(work.nets), "all", "build").build()
     assert close(small(x), model(x), 1e-4)
 
 

@@ -1,0 +1,271 @@
+"""auto: a candidate is built front to back, each half refitted on the stream that the cut network has by then."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitrim import closed_form as cf
+from vitrim import surgery
+from vitrim.closed_form import stream_width as narrowing
+from vitrim.closed_form import sublayers as parts
+from vitrim.methods.auto.choose import Candidate
+from vitrim.methods.auto.score import Work, own_memory
+from vitrim.model import OPEN, Block, Stream, Vit
+from vitrim.spec import (
+    BlockSpec,
+    SelectionStep,
+    spec_hash,
+    token_walk,
+)
+
+FLAT = 1e-3
+"""Share of the identity in an output metric, which keeps its root invertible."""
+HEAD_RIDGE = 0.3
+"""Pull of a classifier towards the inherited one: its rows are one an image."""
+
+
+class Refit:
+    """A candidate's network as it is built, block by block, from the dense one in the candidate's stream."""
+
+    def __init__(self, work: Work, candidate: Candidate, part: str, name: str) -> None:
+        self.work, self.candidate, self.part, self.name = work, candidate, part, name
+        self.basis: narrowing.Basis | None = None
+        self.start = work.base
+        if candidate.width != work.base.spec.width:
+            self.start, self.basis = work.narrowed(candidate.width, part)
+        self.goal = work.nets.spec(candidate, tail=False)
+        self.state = dict(self.start.state_dict())
+        self.kept: list[Tensor | None] = []
+        """Hidden units that stay of each block; None: as they are, or none."""
+
+    def target(self, x: Tensor) -> Tensor:
+        """The dense stream as the student would have it.  B N D -> B N D'"""
+        return x if self.basis is None else x @ self.basis.down.to(x)
+
+    def metric(self, name: str) -> Tensor:
+        """The place's output metric in the student's stream, mean diagonal 1."""
+        wide = self.work.sites[name].metric
+        if self.basis is None:
+            return wide
+        f = self.basis.up.mT @ wide @ self.basis.up
+        mean, eye = float(f.diagonal().mean()), torch.eye(len(f), dtype=f.dtype)
+        return (f / mean + FLAT * eye) / (1 + FLAT) if mean > 0 else eye  # a narrow stream has one empty direction
+
+    def module(self, i: int, spec: BlockSpec) -> Block:
+        """Block `i` with the halves of `spec` and the weights so far."""
+        here = f"blocks.{i}."
+        with torch.device("meta"):
+            block = Block(spec, self.goal.width, self.goal.norm_eps, token_walk(self.goal)[i])
+        own = {name.removeprefix(here): value for name, value in self.state.items() if name.startswith(here)}
+        block.load_state_dict(own, strict=True, assign=True)
+        return block.eval()
+
+    def names(self, i: int) -> list[str]:
+        return [name for name in self.state if name.startswith(f"blocks.{i}.")]
+
+    def put(self, name: str, value: Tensor) -> None:
+        like = next(iter(self.start.parameters()))
+        self.state[name] = own_memory(value.to(like))
+
+    def forget(self, *modules: str) -> None:
+        for name in [n for n in self.state if n.startswith(tuple(f"{module}." for module in modules))]:
+            del self.state[name]
+
+    # -- one block
+
+    def attention(self, i: int, walk: cf.Walk) -> None:
+        """Cut and refit the attention of block `i` on the student's stream towards the dense one."""
+        before, after = self.start.spec.blocks[i].attention, self.goal.blocks[i].attention
+        if before is None or not self.work.nets.levels[i].refit[0]:
+            return
+        here, site = f"blocks.{i}.attention", f"mid:{i}"
+        if after is None:
+            self.forget(here, f"blocks.{i}.norm1")
+            return
+        spec = replace(self.goal.blocks[i], attention=before, mlp=self.start.spec.blocks[i].mlp)
+        if after.qk_dim < before.qk_dim:
+            block: Block = self.module(i, spec)
+            scores = parts.Scores()
+            for _, stream in walk.pairs():
+                entry = block.start(stream)
+                q, k, _ = block.attention.qkv_heads(block.norm1(entry.x))
+                scores.add(q, k, self.work.weights(site, q.shape[2]).to(q))
+            factors = scores.factors(block.attention).sliced(after.qk_dim)
+            _, _, v, _ = parts.head_weights(block.attention)
+            rows = [_rows(factors.left), _rows(factors.right.mT), _rows(v)]
+            self.put(f"{here}.qkv", torch.cat(rows))
+            self.state.pop(f"{here}.k_bias", None)
+            if factors.left_bias is not None:
+                self.put(f"{here}.q_bias", factors.left_bias.flatten())
+            before = replace(before, qk_dim=after.qk_dim, k_bias=False)
+            spec = replace(spec, attention=before)
+        block = self.module(i, spec)
+        teacher = self.work.base.blocks[i]
+        stats = cf.Regression.empty(before.heads * before.v_dim, self.goal.width, device=self.work.device)
+        for mixed, goal, _ in walk.attention(teacher, block):
+            stats.add(mixed, goal, self.work.weights(site, goal.shape[1]).to(goal))
+        if after.v_dim < before.v_dim:
+            found = parts.values(block.attention, stats, self.metric(site))
+            w, b = parts.output(stats, found, after.v_dim, block.attention.v_bias, ridge=self.work.config.output_ridge)
+            kept = parts.double(block.attention.qkv)[: 2 * before.heads * before.qk_dim]
+            self.put(f"{here}.qkv", torch.cat([kept, _rows(found.left[..., : after.v_dim])]))
+            self.state.pop(f"{here}.v_bias", None)
+        else:
+            w, shift = cf.refit(stats, parts.double(block.attention.out.weight).T, ridge=self.work.config.output_ridge)
+            assert shift is not None
+            b = shift
+        self.put(f"{here}.out.weight", w.T)
+        self.put(f"{here}.out.bias", b)
+
+    def mlp(self, i: int, walk: cf.Walk) -> tuple[Tensor | None, Tensor | None]:
+        """Cut and refit the MLP of block `i`; gives the hidden units that stay (None: all, or none).
+
+        Also what a block without any half should add to the stream, [D'], for the block before it.
+        """
+        before, after = self.start.spec.blocks[i].mlp, self.goal.blocks[i].mlp
+        levels = self.work.nets.levels[i]
+        lost = self.start.spec.blocks[i].attention is not None and self.goal.blocks[i].attention is None
+        if not levels.refit[1] and not (before is None and lost):
+            return None, None
+        here, site = f"blocks.{i}.mlp", f"block:{i}"
+        block: Block = self.module(i, replace(self.goal.blocks[i], mlp=before))
+        teacher = self.work.base.blocks[i]
+        stats = cf.Regression.empty(1 if after is None else before.hidden, self.goal.width, device=self.work.device)  # type: ignore[union-attr]
+        for hidden, goal, _ in walk.mlp(teacher, block, _ones if after is None else None):
+            stats.add(hidden, goal, self.work.weights(site, goal.shape[1]).to(goal))
+        if after is None:
+            self.forget(here, f"blocks.{i}.norm2")
+            mean = parts.mean_target(stats)
+            if self.goal.blocks[i].attention is None:
+                return None, mean
+            if levels.refit[0]:
+                bias = f"blocks.{i}.attention.out.bias"
+                self.put(bias, parts.double(self.state[bias]) + mean)
+            return None, None  # in front of a frozen attention the mean would change what it reads
+        assert before is not None
+        last, metric = parts.last_linear(block.mlp), self.metric(site)
+        keep = None
+        if after.hidden < before.hidden:
+            order = parts.elimination(stats, last, metric, ridge=self.work.config.ridge)
+            keep = order.kept(after.hidden)
+            rows = torch.cat([keep, keep + before.hidden]) if before.kind == "swiglu" else keep
+            for name in ("weight", "bias"):
+                if f"{here}.fc1.{name}" in self.state:
+                    value = self.state[f"{here}.fc1.{name}"]
+                    self.put(f"{here}.fc1.{name}", value[rows.to(value.device)])
+        w, b = parts.refitted(stats, last, metric, ridge=self.work.config.ridge, keep=keep)
+        assert b is not None
+        self.put(f"{here}.{'fc2' if last.outputs is None else 'fc2a'}.weight", w.T)
+        self.put(f"{here}.fc2.bias", b)
+        return keep, None
+
+    def hand_back(self, i: int, mean: Tensor) -> bool:
+        """Let the last half before block `i` add this too. False where there is none, or it is frozen."""
+        if not i:
+            return False
+        block, refit = self.goal.blocks[i - 1], self.work.nets.levels[i - 1].refit
+        if block.mlp is not None:
+            name, free = f"blocks.{i - 1}.mlp.fc2.bias", refit[1]
+        else:
+            name, free = f"blocks.{i - 1}.attention.out.bias", refit[0] and block.attention is not None
+        if free:
+            self.put(name, parts.double(self.state[name]) + mean)
+        return free
+
+    @torch.no_grad()
+    def build(self) -> Vit:
+        """The network, with the prefix step if the result has one."""
+        work, count = self.work, len(self.goal.blocks)
+        like = next(work.base.parameters())
+        walk = cf.Walk(
+            (work.base.embed(x.to(like)) for x in work.inputs.batches(self.part)),
+            (self.start.embed(x.to(like)) for x in work.inputs.batches(self.part)),
+            folder=work.scratch,
+            device=work.device,
+            target=self.target,
+        )
+        for i in range(count):
+            noted = work.journal.get(f"{self.name}-{i}")
+            shift: Tensor | None = None
+            if noted is None:
+                self.attention(i, walk)
+                keep, mean = self.mlp(i, walk)
+                if mean is not None and self.hand_back(i, mean):
+                    shift = mean
+                self.state |= {name: own_memory(self.state[name]) for name in self.names(i)}
+                tensors = {name: self.state[name] for name in self.names(i)}
+                extra = {"keep": keep, "shift": shift}
+                work.journal.put(
+                    f"{self.name}-{i}", {**tensors, **{f"/{n}": v for n, v in extra.items() if v is not None}}, {}
+                )
+            else:
+                self.forget(f"blocks.{i}")
+                self.state |= {
+                    name: value.to(like.device) for name, value in noted.tensors.items() if name.startswith("blocks.")
+                }
+                keep, shift = noted.tensors.get("/keep"), noted.tensors.get("/shift")
+                if shift is not None:
+                    self.hand_back(i, shift)
+            self.kept.append(keep)
+            if i + 1 < count:
+                student = self.module(i, self.goal.blocks[i])
+                walk.advance(work.base.blocks[i], student, shift=shift)
+            work.tell(self.name.split("-")[0], i + 1, count)
+        spec = work.nets.spec(self.candidate)
+        step_ = SelectionStep(
+            method="auto",
+            variant=work.config.score,
+            parent=spec_hash(work.model.spec),
+            refit=True,
+            blocks=tuple(self.record(i) for i in range(count)),
+        )
+        small = surgery.with_spec(work.model, spec, self.state, step_).eval()
+        self.refit_heads(small)
+        return small
+
+    def refit_heads(self, small: Vit) -> None:
+        """The last linear of each classifier, on what the student gives it, towards the dense logits."""
+        base, like = self.work.base, next(self.work.base.parameters())
+        found: dict[str, cf.Regression] = {}
+        for x in self.work.inputs.batches(self.part) if small.spec.outputs else ():
+            theirs = base(x.to(like), gates=OPEN, want=("outputs",))["outputs"]
+            for name, seen in small(x.to(like), gates=OPEN, want=("reads",))["reads"].items():
+                if name not in found:
+                    found[name] = cf.Regression.empty(seen.shape[1], theirs[name].shape[1], device=self.work.device)
+                found[name].add(seen, theirs[name])
+        for name, stats in found.items():
+            head = small.heads[name]
+            assert isinstance(head, nn.Linear)
+            w, b = cf.refit(stats, parts.double(head.weight).T, ridge=HEAD_RIDGE, bias=head.bias is not None)
+            head.weight.copy_(w.T)
+            if b is not None:
+                head.bias.copy_(b)
+
+    def record(self, i: int) -> dict[str, Any] | None:
+        """How block `i` was cut, for the selection."""
+        before, after = self.work.nets.base.blocks[i], self.goal.blocks[i]
+        levels = self.work.nets.levels[i]
+        entry: dict[str, Any] = {}
+        if before.attention is not None and levels.refit[0]:
+            entry["attention"] = "gone" if after.attention is None else "rotated"
+        if before.mlp is not None and levels.refit[1]:
+            keep = self.kept[i]
+            if after.mlp is None:
+                entry["mlp"] = "gone"
+            elif self.candidate.width != self.work.base.spec.width:
+                entry["mlp"] = "rotated"
+            else:
+                entry["mlp"] = {"hidden": None if keep is None else keep.tolist()}
+        return entry or None
+
+
+def _ones(stream: Stream) -> Tensor:  # B N D -> B N 1
+    return stream.x.new_ones(*stream.x.shape[:2], 1)
+
+
+def _rows(factor: Tensor) -> Tensor:  # H D R -> (H R) D
+    return factor.mT.flatten(0, 1)
