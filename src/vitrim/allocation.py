@@ -443,9 +443,7 @@ class Allocator:
             return None
         step = unit(i, part)
         after = (size // step + 1) * step
-        if (
-            top is None or self.space.form == "factored"
-        ):  # a rank: above the last that is cheaper than the whole, there are none
+        if top is None or self.space.form == "factored":  # a rank: behind the last one on offer comes the whole
             return now.sized(part, after if after <= getattr(levels, part)[1] else top)
         return now.sized(part, min(top, after))
 
