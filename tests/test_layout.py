@@ -43,6 +43,7 @@ ORDER = (
     "data",
     "tasks",
     "training",
+    "search",
     "methods",
     "timing",
     "reporting",

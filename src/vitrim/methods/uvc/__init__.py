@@ -25,4 +25,5 @@ METHOD = Method(
     sections=later("vitrim.methods.uvc.sections:sections"),
 )
 
-__getattr__, __dir__ = lazy.names(__name__, dict.fromkeys(__all__, "run"))
+HOMES = {"Controller": "controller", "Width": "controller", "Decisions": "decisions", "Search": "objective"}
+__getattr__, __dir__ = lazy.names(__name__, dict.fromkeys(__all__, "run") | HOMES)

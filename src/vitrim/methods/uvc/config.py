@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from pydantic import Field
@@ -13,56 +13,42 @@ from vitrim.errors import BudgetError, ConfigError
 from vitrim.methods.method import MethodConfig
 from vitrim.training.config import TrainConfig
 
-LOOP = (
-    "steps",
-    "accumulate",
-    "lr",
-    "augment",
-    "seed",
-    "workers",
-    "device",
-    "amp",
-    "world_size",
-    "grad_checkpoint",
-    "checkpoint_seconds",
-)
-"""What the training loop takes from the config as it is."""
 LEAST_LINES = 20
 """Lines of history that a short search writes at least, as far as it has steps."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rules:
-    """What a preset fixes. Shares are of the run; steps of `clean` are shares of a variable's range over the whole search."""
+    """What a preset fixes; the defaults are `clean`'s. Shares are of the run; steps are shares of a variable's range over the search."""
 
-    epochs: float
-    batch_size: int
-    warmup: float
+    epochs: float = 30
+    batch_size: int = 128
+    warmup: float = 0.1
     """Share of the run in which only weights learn: gates open, nothing removed."""
-    settle: float
+    settle: float = 0.3
     """Share at the end in which the final masks stand and only weights learn."""
-    ramp: float
+    ramp: float = 0.6
     """Share of the search over which the budget falls from 1 to its value; 0: at once."""
-    masked: bool
+    masked: bool = True
     """Whether the search's forward pass has soft masks, whose gradients price the counts."""
-    ceil: bool
+    ceil: bool = False
     """Whether the cost rounds removed counts up (straight through)."""
-    cold: float
+    cold: float = 0.25
     """Gate logits are divided by a temperature that falls from 1 to this."""
-    count_step: float
-    gate_step: float
-    y_step: float
-    z_steps: tuple[float, ...]
+    count_step: float = 3.0
+    gate_step: float = 3.0
+    y_step: float = 0.1
+    z_steps: tuple[float, ...] = (150.0,)
     """Of the budget's dual, in equal phases of the search."""
-    z_push: float
+    z_push: float = 20.0
     """Proportional part: prices are z + z_push * (cost - budget), an augmented Lagrangian's; 0: plain dual ascent."""
-    z_max: float
-    prox: float
+    z_max: float = 20.0
+    prox: float = 5.0
     """Shrinking of removed groups, on top of y; the paper's is the learning rate itself."""
-    gate_weight: float
-    gate_every: int
-    alpha: float
-    tau: float
+    gate_weight: float = 1.0
+    gate_every: int = 1
+    alpha: float = 0.5
+    tau: float = 2.0
     smoothing: float = 0.0
     mixup: float = 0.0
     cutmix: float = 0.0
@@ -72,29 +58,8 @@ class Rules:
 
 
 PRESETS = {
-    "clean": Rules(
-        epochs=30,
-        batch_size=128,
-        warmup=0.1,
-        settle=0.3,
-        ramp=0.6,
-        masked=True,
-        ceil=False,
-        cold=0.25,
-        count_step=3.0,
-        gate_step=3.0,
-        y_step=0.1,
-        z_steps=(150.0,),
-        z_push=20.0,
-        z_max=20.0,
-        prox=5.0,
-        gate_weight=1.0,
-        gate_every=1,
-        alpha=0.5,
-        tau=2.0,
-    ),
+    "clean": Rules(),
     "paper": Rules(
-        epochs=30,
         batch_size=1024,
         warmup=5 / 30,
         settle=0.0,
@@ -107,7 +72,6 @@ PRESETS = {
         y_step=1e-4,
         z_steps=(1.0, 5.0, 9.0, 13.0, 17.0),
         z_push=0.0,
-        z_max=20.0,
         prox=1.0,
         gate_weight=5e-4,
         gate_every=50,
@@ -216,7 +180,7 @@ class UvcConfig(MethodConfig):
         """The one loop's config."""
         rules = self.rules
         every = self.log_every if self.steps is None else min(self.log_every, max(1, self.steps // LEAST_LINES))
-        own = {name: getattr(self, name) for name in LOOP}
+        own = {field.name: getattr(self, field.name) for field in fields(TrainConfig) if hasattr(self, field.name)}
         given = {
             name: getattr(rules, name) for name in ("epochs", "batch_size", "smoothing", "mixup", "cutmix", "mix_share")
         }

@@ -15,7 +15,7 @@ TWO = """
 import os, sys, torch
 from pathlib import Path
 torch.set_num_threads(1)
-from tests.methods.test_uvc import WIDE, quick
+from tests.methods.uvc.kit import WIDE, quick
 from tests.training_kit import pictures, tiny, weights
 from vitrim.budget import Budget
 from vitrim.methods.uvc import compress
@@ -47,7 +47,7 @@ def test_both_ranks_decide_alike_and_hold_one_network(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    from tests.methods.test_uvc import WIDE
+    from tests.methods.uvc.kit import WIDE
     from vitrim.spec import from_json
 
     for name in ("block", "halves"):
