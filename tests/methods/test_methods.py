@@ -64,7 +64,6 @@ def test_a_record_says_what_its_config_says(name: str) -> None:
         assert default(method.config, "variant") == method.variants[0]
         for variant in method.variants:
             methods.configure(name, {"budget": {"keep_macs": 0.5}, "variant": variant})
-    assert method.sections({}) == ()
 
 
 def test_a_method_of_another_package_is_one_of_the_methods(offer: Any) -> None:
