@@ -14,6 +14,7 @@ from vitrim.allocation import Allocator, Move, Table, allocate, fill, knapsack, 
 from vitrim.budget import Constraints
 from vitrim.counting import FLOAT_BYTES, RESOURCES, cost
 from vitrim.space import BlockLevels, Choice, Form, Space
+from vitrim.spec import MlpSpec
 
 
 def tables(seed: int, blocks: int = 4, options: int = 6, resources: int = 1) -> list[Table]:
@@ -310,3 +311,28 @@ def test_filling_takes_the_worthiest_move_and_looks_again_where_it_touched():
     fill(["a", "b"], look, take)
     assert heights == {"a": 2, "b": 2}
     assert taken == ["a", "b", "a", "b"]
+
+
+@pytest.mark.parametrize("regain", [True, False])
+def test_halves_that_are_gone_come_back_only_where_they_may(regain):
+    """With room for everything: an attention, a factored MLP with its ranks, an MLP of one unit, which has no sizes."""
+    block = vit().blocks[0]
+    mlps = (MlpSpec(hidden=24), MlpSpec(hidden=24, fc1_rank=4, fc2_rank=6), MlpSpec(hidden=1))
+    blocks = tuple(replace(block, mlp=mlp) for mlp in mlps)
+    spec = replace(vit(blocks=3), blocks=blocks)
+    levels = tuple(
+        replace(BlockLevels.whole_of(one), hidden=tuple(range(one.mlp.hidden, 0, -8)), off=True, empty=True)
+        for one in blocks
+        if one.mlp is not None
+    )
+    space = Space(given=spec, base=spec, fixed=frozenset(), levels=levels, dense={})
+    allocator = Allocator(space, lambda i, choice: -float(sum(size or 0 for size in choice[:4])))
+    limits = {"macs": space.reference.macs, "params": space.reference.params}
+    filled = allocator.filled(space.lowest, limits, "macs", lambda i, part: 8, regain=regain)
+    if regain:
+        assert filled == space.whole
+    else:
+        assert not any(choice.attention for choice in filled)
+        assert [choice[3:] for choice in filled] == [(24, None, None), (24, 4, 6), (0, None, None)]
+    tight = {"macs": space.floor.macs + 1}
+    assert allocator.filled(space.lowest, tight, "macs", lambda i, part: 8, regain=regain) == space.lowest

@@ -20,6 +20,7 @@ import numpy as np
 
 from .budget import Constraints
 from .counting import ADDITIVE, FLOAT_BYTES
+from .freezing import HALVES
 from .space import Choice, Space
 
 CELLS = 4000
@@ -392,11 +393,17 @@ class Allocator:
         ]
 
     def filled(
-        self, choices: Sequence[Choice], limits: Mapping[str, int], currency: str, unit: Unit
+        self,
+        choices: Sequence[Choice],
+        limits: Mapping[str, int],
+        currency: str,
+        unit: Unit,
+        *,
+        regain: bool = False,
     ) -> tuple[Choice, ...]:
         """The choices with what is left of the limits spent: part by part, a unit at a time, where a unit is worth most.
 
-        currency: of `counting.ADDITIVE`, what a unit's worth is reckoned in.
+        currency: of `counting.ADDITIVE`, what a unit's worth is reckoned in. regain: whether halves that are gone may come back.
         """
         found = list(choices)
         used = self.space.total(found)
@@ -406,12 +413,12 @@ class Allocator:
         def look(place: tuple[int, str]) -> Move[tuple[int, str], Choice] | None:
             i, part = place
             now = found[i]
-            after = self._larger(i, part, now, unit)
+            after = self._regained(i, part, now) if part in HALVES else self._larger(i, part, now, unit)
             if after is None:
                 return None
             price = self.space.price(i, after)[column] - self.space.price(i, now)[column]
             gain = self.loss(i, now) - self.loss(i, after)
-            return Move(((gain + 1e-30) / max(price, 1), -i, Choice._fields.index(part)), place, after)
+            return Move(((gain + 1e-30) / max(price, 1), -i, PLACES.index(part)), place, after)
 
         def take(move: Move[tuple[int, str], Choice]) -> bool:
             i, _ = move.place
@@ -429,9 +436,25 @@ class Allocator:
                 peaks[i] = peak
             return True
 
-        places = [(i, part) for i in range(len(found)) for part in parts_of(self.space, i)]
-        fill(places, look, take, lambda place: [(place[0], part) for part in parts_of(self.space, place[0])])
+        places = [
+            [(i, part) for part in (*parts_of(self.space, i), *(HALVES if regain else ()))] for i in range(len(found))
+        ]
+        fill([place for here in places for place in here], look, take, lambda place: places[place[0]])
         return tuple(found)
+
+    def _regained(self, i: int, half: str, now: Choice) -> Choice | None:
+        """Block `i` with that half back at its least; None where it is there, never was, or may not be there alone."""
+        levels = self.space.levels[i]
+        whole, least = levels.whole, levels.least
+        if getattr(now, half) or not getattr(whole, half):
+            return None
+        if half == "attention":
+            found = now._replace(heads=least.heads, qk=least.qk, v=least.v)
+            fits = now.mlp or levels.bare or not whole.mlp
+        else:
+            found = now._replace(hidden=least.hidden, fc1=least.fc1, fc2=least.fc2)
+            fits = now.attention or levels.off or not whole.attention
+        return found if fits else None
 
     def _larger(self, i: int, part: str, now: Choice, unit: Unit) -> Choice | None:
         """Block `i` with a unit more of a part; None where there is no more of it, or its half is gone for good."""
@@ -441,6 +464,8 @@ class Allocator:
             return None
         if not now.attention and levels.whole.attention and not (part not in ATTENTION and levels.off):
             return None
+        if part == "hidden" and not size:  # its linears are as they were
+            now = now._replace(fc1=levels.least.fc1, fc2=levels.least.fc2)
         step = unit(i, part)
         after = (size // step + 1) * step
         if top is None or self.space.form == "factored":  # a rank: behind the last one on offer comes the whole
@@ -449,6 +474,8 @@ class Allocator:
 
 
 ATTENTION = ("heads", "qk", "v")
+PLACES = (*Choice._fields, *HALVES)
+"""Where `filled` looks, in the order that decides between equals."""
 
 
 def parts_of(space: Space, i: int) -> list[str]:

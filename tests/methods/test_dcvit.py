@@ -20,12 +20,13 @@ from tests.specs import close, images, make, specs, vit
 from vitrim import closed_form as cf
 from vitrim import data as opened
 from vitrim import surgery
+from vitrim.allocation import Allocator
 from vitrim.budget import RESOURCES, Budget, exceeded
 from vitrim.counting import cost
 from vitrim.data import Augment
 from vitrim.errors import BudgetError, ConfigError, DataError, TrainingError
 from vitrim.methods import comcat
-from vitrim.methods.dcvit import DcvitConfig, allocate, floor, narrowed, solve, space_of, step, tables
+from vitrim.methods.dcvit import DcvitConfig, allocate, floor, narrowed, solve, space_of, step
 from vitrim.methods.dcvit import run as dcvit
 from vitrim.model import Vit
 from vitrim.space import Choice, Space
@@ -328,11 +329,10 @@ def _losses(space: Space, seed: int) -> list[dict[Choice, float]]:
 @pytest.mark.parametrize("seed", range(3))
 def test_the_allocation_never_predicts_worse_than_equal_widths_or_than_a_smaller_budget(seed):
     losses = _losses(SPACE, seed)
-    rows = tables(SPACE, losses)
     last = float("inf")
     for keep in np.linspace(0.3, 1.0, 6):
         budget = Budget(keep_macs=float(keep))
-        chosen = allocate(SPACE, rows, budget)
+        chosen = allocate(SPACE, losses, budget)
         limit = budget.limits(cost(WIDE))
         assert not exceeded(cost(SPACE.spec(chosen)), limit)
         total = sum(loss[o] for loss, o in zip(losses, chosen, strict=True))
@@ -346,9 +346,9 @@ def test_the_allocation_never_predicts_worse_than_equal_widths_or_than_a_smaller
 
 
 def test_the_table_prices_are_those_of_the_built_specs():
-    rows = tables(SPACE, _losses(SPACE, 0))
-    for i, row in enumerate(rows):
-        for choice, macs, params in zip(row.options, row.macs, row.params, strict=True):
+    allocator = Allocator(SPACE, lambda i, choice: 0.0)
+    for i, (choices, table) in enumerate(zip(allocator.choices, allocator.tables, strict=True)):
+        for choice, (macs, params) in zip(choices, table.costs.tolist(), strict=True):
             one = cost(SPACE.spec(SPACE.with_choice(i, choice))).blocks[i]
             assert (one.macs, one.params) == (macs, params)
 
@@ -811,7 +811,7 @@ def test_two_limits_hold_in_both_forms_from_the_floor_up(data):
         space = space_of(spec, chosen)
         if variant == "closed":
             losses = [{o: (not o.attention) + 1 - o.hidden / 200 for o in levels.choices()} for levels in space.levels]
-            found = cost(space.spec(allocate(space, tables(space, losses), budget)))
+            found = cost(space.spec(allocate(space, losses, budget)))
             assert not exceeded(found, limits)
             continue
         try:
@@ -905,13 +905,12 @@ def test_streams_above_the_bound_lie_in_files(monkeypatch):
 def test_the_last_attention_stays_where_the_budget_allows_it():
     """Losses are added block by block, and say that attentions are worth little; the class token needs one."""
     losses = [{o: (2e-3 - 1e-3 * o.attention) + 1 - o.hidden / 64 for o in lv.choices()} for lv in SPACE.levels]
-    rows = tables(SPACE, losses)
     budget = Budget(keep_macs=0.45)
-    blind, sighted = (allocate(SPACE, rows, budget, sighted=way) for way in (False, True))
+    blind, sighted = (allocate(SPACE, losses, budget, sighted=way) for way in (False, True))
     assert not any(o.attention for o in blind)
     assert sum(o.attention for o in sighted) == 1
     limits = budget.limits(cost(WIDE))
     assert not exceeded(cost(SPACE.spec(sighted)), limits)
     least = cost(SPACE.spec([Choice()] * 4)).macs
     tight = Budget(max_macs=least + 1000)
-    assert not any(o.attention for o in allocate(SPACE, rows, tight, sighted=True))
+    assert not any(o.attention for o in allocate(SPACE, losses, tight, sighted=True))

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
         solve,
         space_of,
         step,
-        tables,
     )
 
 __all__ = [
@@ -35,7 +34,6 @@ __all__ = [
     "solve",
     "space_of",
     "step",
-    "tables",
 ]
 
 METHOD = Method(

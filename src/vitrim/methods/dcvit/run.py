@@ -39,12 +39,12 @@ from torch.nn import functional as F
 from vitrim import checkpoints, surgery
 from vitrim import closed_form as cf
 from vitrim import data as opened
-from vitrim.allocation import knapsack
+from vitrim.allocation import Allocator
 from vitrim.budget import Budget, exceeded
 from vitrim.checkpoints import Journal, Piece
 from vitrim.closed_form import fisher, sublayers
 from vitrim.codec import plain
-from vitrim.counting import ADDITIVE, FLOAT_BYTES, Cost, block_peak, cost
+from vitrim.counting import ADDITIVE, Cost, cost
 from vitrim.data.draws import mix, ranked
 from vitrim.errors import BudgetError, ConfigError, DataError
 from vitrim.freezing import Half, frozen
@@ -323,195 +323,34 @@ def widest(
 # -------------------------------------------------------------------------------------------------------------- allocation
 
 
-@dataclass(frozen=True, kw_only=True)
-class Table:
-    """The options of one block with their predicted loss and exact costs, all [options]. moments: bytes at its widest."""
+def allocate(
+    space: Space, losses: Sequence[Mapping[Choice, float]], budget: Budget, *, sighted: bool = False
+) -> tuple[Choice, ...]:
+    """The choices of least total predicted loss within the budget; what whole steps leave of it is filled.
 
-    options: list[Choice]
-    losses: np.ndarray
-    macs: np.ndarray
-    params: np.ndarray
-    moments: np.ndarray
-
-
-def tables(space: Space, losses: Sequence[Mapping[Choice, float]]) -> list[Table]:
-    """Costs of every option of every block.  losses: by block, of each of its options."""
-    found = []
-    for i, levels in enumerate(space.levels):
-        offered = levels.choices()
-        prices = np.array(space.prices(i, offered), dtype=np.int64)
-        moments = [FLOAT_BYTES * block_peak(space.block(i, o), space.walk[i], space.base.width) for o in offered]
-        found.append(
-            Table(
-                options=offered,
-                losses=np.array([losses[i][o] for o in offered], dtype=np.float64),
-                macs=prices[:, 0],
-                params=prices[:, 1],
-                moments=np.array(moments, dtype=np.int64),
-            )
-        )
-    return found
-
-
-def allocate(space: Space, rows: Sequence[Table], budget: Budget, *, sighted: bool = False) -> tuple[Choice, ...]:
-    """The options of least total predicted loss within the budget: exact dynamic programming over the blocks.
-
-    Costs are rounded up to a grid of at least `allocation.CELLS` (none at all where the costs have a common divisor that allows it),
-    so the result is never above; what rounding leaves is filled. Two limits are met by a sweep of their mixtures, limits on
-    memory by a sweep of caps on the widest moment. sighted: keep an attention if the budget allows it, whatever the sum of
-    losses says: what is added up block by block does not know that a class token behind none sees no image.
-    Raises BudgetError when even the cheapest options are above.
+    losses: by block, of each of its choices. sighted: keep an attention if the budget allows it, whatever the sum of losses
+    says: what is added up block by block does not know that a class token behind none sees no image.
+    Raises BudgetError when even the cheapest choices are above.
     """
-    reference, least = space.reference, space.floor
-    budget.refuse_unreachable(floor=least, reference=reference, method="dcvit")
-    limits = budget.limits(reference)
-    if not exceeded(cost(space.base), limits):
+    budget.refuse_unreachable(floor=space.floor, reference=space.reference, method="dcvit")
+    limits = budget.limits(space.reference)
+    allocator = Allocator(space, lambda i, choice: losses[i][choice])
+    if allocator.fits(space.whole, limits):
         return space.whole
-    fixed_macs, fixed_params = (space.outside[name] for name in ADDITIVE)
-    plans: list[tuple[float, list[int]]] = []
-    for cap in _caps(rows, limits, least):
-        rooms = {
-            "macs": limits.get("macs", math.inf) - fixed_macs,
-            "params": limits.get("params", math.inf) - fixed_params,
-        }
-        if "file_bytes" in limits:
-            rooms["params"] = min(rooms["params"], limits["file_bytes"] // FLOAT_BYTES - fixed_params)
-        if "memory_bytes" in limits:
-            left = limits["memory_bytes"] - max(cap, least.activation_bytes)
-            rooms["params"] = min(rooms["params"], left // FLOAT_BYTES - fixed_params)
-        allowed = [np.flatnonzero(row.moments <= cap) for row in rows]
-        if any(not len(a) for a in allowed):
-            continue
-        chosen = _programme(rows, allowed, rooms)
-        if chosen is None:
-            continue
-        starts = [chosen]
-        if sighted and not any(row.options[o].attention for row, o in zip(rows, chosen, strict=True)):
-            starts = [one for one in _sighted(rows, allowed, rooms) if one is not None] or starts
-        plans += [_filled(rows, allowed, start, rooms) for start in starts]
-    assert plans, "the cheapest options are within the budget, so some plan is"
-    _, best = min(plans, key=lambda plan_: plan_[0])
-    return tuple(row.options[o] for row, o in zip(rows, best, strict=True))
-
-
-def _sighted(
-    rows: Sequence[Table], allowed: Sequence[np.ndarray], rooms: Mapping[str, float]
-) -> Iterator[list[int] | None]:
-    """For each block that can keep its attention, the best options with it kept; None where the budget does not allow it."""
-    for i, row in enumerate(rows):
-        own = np.array([o for o in allowed[i] if row.options[o].attention], dtype=np.int64)
-        if len(own):
-            yield _programme(rows, [*allowed[:i], own, *allowed[i + 1 :]], rooms)
-
-
-def _caps(rows: Sequence[Table], limits: Mapping[str, int], least: Cost) -> list[float]:
-    """Caps on the widest moment to try: some two dozen of those that options have."""
-    if "memory_bytes" not in limits:
-        return [math.inf]
-    every = np.unique(np.concatenate([row.moments for row in rows]))
-    lowest = max(int(row.moments.min()) for row in rows)
-    every = every[(every >= lowest) & (every <= limits["memory_bytes"])]
-    if not len(every):
-        every = np.array([lowest])
-    return [float(v) for v in np.unique(np.append(every[:: max(1, len(every) // 24)], every[-1]))]
-
-
-def _programme(rows: Sequence[Table], allowed: Sequence[np.ndarray], rooms: Mapping[str, float]) -> list[int] | None:
-    """Option of each block with the least total loss within the rooms for MACs and parameters; None if none fits."""
-    bounded = [name for name, room in rooms.items() if math.isfinite(room)]
-    if any(
-        rooms[name] < sum(getattr(row, name)[a].min() for row, a in zip(rows, allowed, strict=True)) for name in bounded
-    ):
-        return None
-    if not bounded:
-        return [int(a[row.losses[a].argmin()]) for row, a in zip(rows, allowed, strict=True)]
-    if len(bounded) == 1:
-        return _best(
-            rows,
-            allowed,
-            [getattr(row, bounded[0])[a] for row, a in zip(rows, allowed, strict=True)],
-            int(rooms[bounded[0]]),
-        )
-
-    def fits(chosen: Sequence[int]) -> bool:
-        return all(sum(getattr(row, n)[o] for row, o in zip(rows, chosen, strict=True)) <= rooms[n] for n in bounded)
-
-    best: tuple[float, list[int]] | None = None
-    scale = 1 << 40
-    for share in (0.0, 0.1, 0.25, 0.4, 0.5, 0.6, 0.75, 0.9, 1.0):
-        prices = [
-            np.ceil(
-                scale
-                * np.minimum(  # what costs more than the whole room fits nowhere, however much more
-                    share * row.macs[a] / max(rooms["macs"], 1) + (1 - share) * row.params[a] / max(rooms["params"], 1),
-                    2.0,
-                )
-            ).astype(np.int64)
-            for row, a in zip(rows, allowed, strict=True)
-        ]
-        low, high = 0.0, 1.0  # how far the mixture must be tightened so that both hold
-        for attempt in range(12):
-            bound = high if attempt == 0 else (low + high) / 2
-            chosen = _best(rows, allowed, prices, int(bound * scale))
-            good = chosen is not None and fits(chosen)
-            if good:
-                assert chosen is not None
-                total = sum(float(row.losses[o]) for row, o in zip(rows, chosen, strict=True))
-                if best is None or total < best[0]:
-                    best = total, chosen
-                if attempt == 0:
-                    break
-                low = bound
-            elif chosen is None:
-                low = bound
-            else:
-                high = bound
-    if best is not None:
-        return best[1]
-    # no mixture meets both: the cheapest in the sum of shares does if anything simple does
-    chosen = [
-        int(a[(row.macs[a] / rooms["macs"] + row.params[a] / rooms["params"]).argmin()])
-        for row, a in zip(rows, allowed, strict=True)
+    starts = [allocator.solve(limits) or space.lowest]
+    if sighted and not any(choice.attention for choice in starts[0]):
+        seeing = [i for i, choice in enumerate(space.whole) if choice.attention]
+        found = [allocator.solve(limits, partial(_sees, seeing=i)) for i in seeing]
+        starts = [one for one in found if one is not None] or starts
+    currency = next((name for name in ADDITIVE if name in limits), "params")
+    plans = [
+        allocator.filled(one, limits, currency, lambda i, _: space.levels[i].hidden[-1], regain=True) for one in starts
     ]
-    return chosen if fits(chosen) else None
+    return min(plans, key=allocator.total)
 
 
-def _best(
-    rows: Sequence[Table], allowed: Sequence[np.ndarray], prices: Sequence[np.ndarray], room: int
-) -> list[int] | None:
-    found = knapsack([row.losses[a] for row, a in zip(rows, allowed, strict=True)], prices, room)
-    return None if found is None else [int(a[o]) for a, o in zip(allowed, found, strict=True)]
-
-
-def _filled(
-    rows: Sequence[Table], allowed: Sequence[np.ndarray], chosen: Sequence[int], rooms: Mapping[str, float]
-) -> tuple[float, list[int]]:
-    """Spend what is left: what lowers the loss most for its cost, then whatever fits. Nothing chosen gets smaller."""
-    chosen = list(chosen)
-    bounded = [name for name, room in rooms.items() if math.isfinite(room)]
-    left = {n: rooms[n] - sum(int(getattr(row, n)[o]) for row, o in zip(rows, chosen, strict=True)) for n in bounded}
-    while bounded:
-        best: tuple[float, float, int, int] | None = None
-        for i, (row, a) in enumerate(zip(rows, allowed, strict=True)):
-            now = chosen[i]
-            for o in a:
-                here, there = row.options[now], row.options[o]
-                if o == now or there.attention < here.attention or there.hidden < here.hidden:
-                    continue
-                needs = {n: int(getattr(row, n)[o]) - int(getattr(row, n)[now]) for n in bounded}
-                if any(needs[n] > left[n] for n in bounded):
-                    continue
-                share = max(needs[n] / max(rooms[n], 1) for n in bounded)
-                gain = float(row.losses[now] - row.losses[o]) / max(share, 1e-12)
-                if best is None or (gain, share) > best[:2]:
-                    best = gain, share, i, int(o)
-        if best is None:
-            break
-        _, _, i, o = best
-        for n in bounded:
-            left[n] -= int(getattr(rows[i], n)[o]) - int(getattr(rows[i], n)[chosen[i]])
-        chosen[i] = o
-    return sum(float(row.losses[o]) for row, o in zip(rows, chosen, strict=True)), chosen
+def _sees(i: int, choice: Choice, *, seeing: int) -> bool:
+    return i != seeing or choice.attention
 
 
 # ------------------------------------------------------------------------------------------------------------------ images
@@ -1471,7 +1310,7 @@ def _closed(
     progress: Progress | None,
 ) -> Compressed:
     losses = [one.losses(levels.choices()) for one, levels in zip(scores, space.levels, strict=True)]
-    chosen = allocate(space, tables(space, losses), budget, sighted=model.spec.pool.kind == "cls")
+    chosen = allocate(space, losses, budget, sighted=model.spec.pool.kind == "cls")
     keeps = keeps_of(space, chosen, scores)
     small = reconstruct(base, keeps, sites, inputs, config, fixed=space.fixed, room=room, progress=progress)
     if config.finetune_steps:
