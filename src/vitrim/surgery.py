@@ -146,7 +146,7 @@ def cut(
         attention = _cut_attention(state, i, block.attention, keep)
         mlp = _cut_mlp(state, i, block.mlp, keep)
         blocks.append(replace(block, attention=attention, mlp=mlp))
-        chosen.append(_record(block, keep))
+        chosen.append(record(block, keep))
     step = SelectionStep(method=method, variant=variant, parent=parent, blocks=tuple(chosen))
     return with_spec(model, replace(model.spec, blocks=tuple(blocks)), state, step)
 
@@ -402,7 +402,8 @@ def _new_mlp(state: dict[str, Tensor], i: int, m: MlpSpec, new: Factors) -> MlpS
     return m
 
 
-def _record(block: BlockSpec, keep: Keep) -> dict[str, Any]:
+def record(block: BlockSpec, keep: Keep) -> dict[str, Any]:
+    """The selection's entry of a block of which so much stays."""
     entry: dict[str, Any] = {}
     if block.attention is not None:
         entry["attention"] = {

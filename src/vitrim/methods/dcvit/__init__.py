@@ -10,17 +10,9 @@ from vitrim.methods.dcvit.config import DcvitConfig
 from vitrim.methods.method import Method
 
 if TYPE_CHECKING:
-    from vitrim.methods.dcvit.run import (
-        allocate,
-        compress,
-        compress_family,
-        floor,
-        narrowed,
-        plan,
-        solve,
-        space_of,
-        step,
-    )
+    from vitrim.methods.dcvit.closed import allocate
+    from vitrim.methods.dcvit.run import compress, compress_family
+    from vitrim.methods.dcvit.structure import floor, narrowed, plan, solve, space_of, step
 
 __all__ = [
     "METHOD",
@@ -41,10 +33,13 @@ METHOD = Method(
     cuts="whole attentions, MLP units, whole blocks",
     config=DcvitConfig,
     compress=later("vitrim.methods.dcvit.run:compress"),
-    plan=later("vitrim.methods.dcvit.run:plan"),
+    plan=later("vitrim.methods.dcvit.structure:plan"),
     variants=("closed", "finetune"),
     family=later("vitrim.methods.dcvit.run:compress_family"),
     sections=later("vitrim.methods.dcvit.sections:sections"),
 )
 
-__getattr__, __dir__ = lazy.names(__name__, dict.fromkeys(__all__, "run"))
+HOMES = {"allocate": "closed", "compress": "run", "compress_family": "run"}
+__getattr__, __dir__ = lazy.names(
+    __name__, {name: HOMES.get(name, "structure") for name in __all__ if name not in ("METHOD", "DcvitConfig")}
+)

@@ -1,0 +1,130 @@
+"""One run: its images, what is cut, and what it is known by."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitrim import data as opened
+from vitrim import surgery
+from vitrim.checkpoints import Journal
+from vitrim.codec import plain
+from vitrim.data.draws import ranked
+from vitrim.errors import DataError
+from vitrim.methods.dcvit.config import DcvitConfig
+from vitrim.model import Stream, Vit
+from vitrim.progress import Progress
+from vitrim.space import Space
+from vitrim.spec import spec_hash
+
+FOLDS = 4
+"""Parts of the images of which one is left out at a time."""
+_ORDER = 0x6463_6F72
+
+
+class Inputs:
+    """The images as the network takes them, read anew by each pass, in an order drawn by seed. Labels stay unread."""
+
+    def __init__(self, model: Vit, source: Any, config: DcvitConfig) -> None:
+        if source is None:
+            raise DataError(
+                "dcvit: no images were given; expected 50 to 1000 unlabelled ones. Pass data=, such as a folder."
+            )
+        feed = opened.calibration_images(
+            source, model.config.preprocess, count=config.images, seed=config.seed, method="dcvit"
+        )
+        self.images, self.mark, self.count = feed.images, feed.mark, len(feed)
+        self.feed = feed
+        if feed.images is not None:
+            self.feed = opened.CalibrationImages(
+                feed.preprocess, images=feed.images.subset(ranked(config.seed, _ORDER, feed.images.rows))
+            )
+        if not self.count:
+            raise DataError("dcvit: no images. Pass 50 to 1000 unlabelled ones.")
+        if self.count < 8:
+            warnings.warn(
+                f"dcvit: {self.count} images; expected 50 to 1000. The fit rests on their tokens alone.", stacklevel=4
+            )
+        self.batch_size = max(1, min(config.batch_size, self.count // (2 * FOLDS)))
+
+    def batches(self) -> Iterator[Tensor]:
+        """[B, C, h, w] each, the same in every pass."""
+        return self.feed.batches(self.batch_size)
+
+    def streams(self, model: Vit) -> Iterator[Stream]:
+        """What enters the first block. Raises DataError when all images are equal."""
+        like = next(model.parameters())
+        first: Tensor | None = None
+        differ = self.count == 1
+        for x in self.batches():
+            first = x[:1] if first is None else first
+            differ = differ or bool((x != first).any())
+            yield model.embed(x.to(like))
+        if not differ:
+            raise self.alike()
+
+    def alike(self) -> DataError:
+        return DataError(f"dcvit: all {self.count} images are equal; expected different photos. Check the folder.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One run.  model: as it was given. base: what is cut, LayerScale folded where it goes. room: for held streams.
+
+    folder: where partial state goes, or None.
+    """
+
+    model: Vit
+    base: Vit
+    space: Space
+    inputs: Inputs
+    config: DcvitConfig
+    room: Path
+    folder: Path | None = None
+    resume: bool = False
+    progress: Progress | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.base.parameters()).device
+
+    def place(self, name: str) -> Path | None:
+        """Where a part of the run keeps its state."""
+        return None if self.folder is None else self.folder / name
+
+    def journal(self, **more: Any) -> Journal:
+        """Of finished pieces.  more: plain values that must agree too for a run to be gone on with."""
+        names = [
+            "ridge",
+            "weighted",
+            "probe_images",
+            "batch_size",
+            "images",
+            "seed",
+            "align",
+            "freeze",
+            "variant",
+            "preset",
+        ]
+        if self.config.variant == "finetune":
+            names += ["steps", "lr", "metric_images", "metric_steps", "k", "augment"]
+        identity = {name: plain(getattr(self.config, name)) for name in names}
+        identity |= {
+            "spec": spec_hash(self.model.spec),
+            "weights": surgery.fingerprint(self.base),
+            "data": self.inputs.mark,
+        }
+        return Journal(self.folder, "dcvit", identity | more, resume=self.resume)
+
+    def tell(self, stage: str, done: int, total: int, began: float, fresh: int | None = None) -> None:
+        """Say how far a stage is.  began: by `time.monotonic`. fresh: of what is done, how much since then; None: all."""
+        if self.progress is not None:
+            each = (time.monotonic() - began) / (done if fresh is None else fresh)
+            self.progress(stage, done, total, seconds_left=each * (total - done))
