@@ -248,8 +248,6 @@ def by_finetuning(job: Job, budget: Budget) -> tuple[Vit, list[Keep | None], lis
         raise job.inputs.alike()
     shape, limits, paper = structure(space, config, budget), budget.limits(space.reference), config.preset == "paper"
     keeps: list[Keep | None] = [None] * len(base.blocks)
-    if not shape.k:
-        return base, keeps, [], {"k": 0}
     scores, best = _trials(job, shape, limits)
     ranking = sorted(scores, key=lambda i: (scores[i], i))
     if paper:
@@ -296,10 +294,9 @@ def _trials(job: Job, shape: Structure, limits: Mapping[str, int]) -> tuple[dict
             student, _ = narrow(job, job.base, i, shape.hidden[i])
             out, what = job.place(f"trial-{i}"), f"trial of block {i}, {done} of {len(found)}"
             finetune(job, student, last=i, steps=job.config.steps, out=out, what=what)
-            lost = mismatch(job.base, student, metric, job.config.batch_size)
-            if lost < min(scores.values(), default=math.inf):  # the best is not trained again
+            scores[i] = mismatch(job.base, student, metric, job.config.batch_size)
+            if scores[i] < min((lost for j, lost in scores.items() if j != i), default=math.inf):
                 weights = {name: tensor.detach().cpu().clone() for name, tensor in student.state_dict().items()}
-            scores[i] = lost
             journal.put(f"trial-{i}", weights, {"mismatch": scores[i]})
             if out is not None:
                 shutil.rmtree(out, ignore_errors=True)

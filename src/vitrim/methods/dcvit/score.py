@@ -61,15 +61,14 @@ class Curve:
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """What one block minds. whole: its curve with the attention kept; bare: without it; gone: the loss of its drop.
+    """What one block minds. whole: its curve with the attention kept; bare: without it; gone: the loss of all that it has.
 
-    lost: the loss of its attention where it has no MLP. None: not on offer.
+    None: not on offer.
     """
 
     whole: Curve | None = None
     bare: Curve | None = None
     gone: float | None = None
-    lost: float | None = None
 
     def losses(self, offered: Sequence[Choice]) -> dict[Choice, float]:
         """Of each option; the first is the dense one."""
@@ -78,9 +77,8 @@ class Score:
             if n == 0:
                 found[option] = 0.0
             elif option == Choice():
-                value = self.gone if self.gone is not None else self.lost
-                assert value is not None
-                found[option] = value
+                assert self.gone is not None
+                found[option] = self.gone
             else:
                 curve = self.whole if option.attention == offered[0].attention else self.bare
                 assert curve is not None
@@ -96,7 +94,7 @@ class Score:
         """From a journal."""
         values = checkpoints.unpack("", *piece)
         curves = {name: values[name] and Curve(**values[name]) for name in ("whole", "bare")}
-        return Score(**curves, gone=values["gone"], lost=values["lost"])
+        return Score(**curves, gone=values["gone"])
 
 
 @dataclass
@@ -110,8 +108,8 @@ class Scoring:
     probes: list[int]
     """Batches that measure; they are left out of the trial fits."""
 
-    def site(self, index: int, kind: str = "block") -> cf.Sensitivity | None:
-        return None if self.sites is None else self.sites[f"{kind}:{index}"]
+    def site(self, index: int) -> cf.Sensitivity | None:
+        return None if self.sites is None else self.sites[f"block:{index}"]
 
 
 def metric_of(site: cf.Sensitivity | None, device: torch.device) -> Tensor | None:
@@ -140,10 +138,7 @@ def score_block(s: Scoring, index: int) -> Score:
         if bares:
             bare = _curve(s, index, folds["bare"], attention=False)
     gone = _measure(s, index, partial(_without_block, block)) if levels.empty else None
-    lost = None
-    if not levels.whole.mlp:
-        lost, gone = gone, None
-    return Score(whole=whole, bare=bare, gone=gone, lost=lost)
+    return Score(whole=whole, bare=bare, gone=gone)
 
 
 def _without_block(block: Block, stream: Stream) -> Stream:
@@ -151,16 +146,11 @@ def _without_block(block: Block, stream: Stream) -> Stream:
 
 
 def _block_statistics(s: Scoring, index: int, *, whole: bool, bare: bool) -> dict[str, list[cf.Regression]]:
-    block = s.job.base.blocks[index]
-    site = s.site(index)
-    m = s.job.base.spec.blocks[index].mlp
-    assert m is not None
-    device = s.job.device
+    """In folds: of what the MLP adds (whole), and of what it would have to add without the attention (bare)."""
+    block, site, device = s.job.base.blocks[index], s.site(index), s.job.device
+    sizes = block.mlp.spec.hidden, s.job.base.spec.width
     names = [name for name, wanted in (("whole", whole), ("bare", bare)) if wanted]
-    folds = {
-        name: [cf.Regression.empty(m.hidden, s.job.base.spec.width, device=device) for _ in range(FOLDS)]
-        for name in names
-    }
+    folds = {name: [cf.Regression.empty(*sizes, device=device) for _ in range(FOLDS)] for name in names}
     for number, stream in enumerate(s.held.batches(device)):
         entry = block.start(stream)
         mid = block.attend(entry).stream
@@ -188,15 +178,10 @@ def _curve(s: Scoring, index: int, folds: list[cf.Regression], *, attention: boo
     ridge = s.job.config.ridge or cf.choose_ridge(
         inner, linear.prior, keep=torch.arange(0, hidden, 2), bias=linear.bias, metric=inner_metric
     )
-    total = summed(inner)
-    found = cf.eliminate(total, linear.prior, ridge=ridge, bias=linear.bias, metric=inner_metric)
+    found = cf.eliminate(summed(inner), linear.prior, ridge=ridge, bias=linear.bias, metric=inner_metric)
     trial = summed([fold for n, fold in enumerate(folds) if n % FOLDS != FOLDS - 1 and fold.weight > 0] or folds)
-    levels = _levels(
-        hidden,
-        unit(hidden, s.job.config.align),
-        top=not attention and s.job.base.spec.blocks[index].attention is not None,
-    )
-    losses = []
+    loses = not attention and s.job.space.levels[index].whole.attention
+    levels, losses = _levels(hidden, unit(hidden, s.job.config.align), top=loses), []
     for m in levels:
         keep = found.kept(m)
         w, b = sublayers.refitted(trial, linear, metric, ridge=ridge, keep=keep)
@@ -240,10 +225,9 @@ def _cut_block(
 
 def _measure(s: Scoring, index: int, run: Callable[[Stream], Stream]) -> float:
     """Divergence of the output on the probe images when block `index` is replaced by `run`."""
-    device = s.job.device
     found = [
         cf.answers(s.job.base, run(stream), index + 1).cpu()
-        for number, stream in enumerate(s.held.batches(device))
+        for number, stream in enumerate(s.held.batches(s.job.device))
         if number in s.probes
     ]
     return divergence(torch.cat(s.answers), torch.cat(found), classifies=bool(s.job.base.spec.outputs))
