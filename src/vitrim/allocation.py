@@ -481,22 +481,3 @@ PLACES = (*Choice._fields, *HALVES)
 def parts_of(space: Space, i: int) -> list[str]:
     """Parts of block `i` that have several sizes."""
     return [part for part in Choice._fields if len(getattr(space.levels[i], part)) > 1]
-
-
-__all__ = [
-    "CELLS",
-    "Allocator",
-    "Move",
-    "Point",
-    "Table",
-    "allocate",
-    "caps",
-    "fill",
-    "front",
-    "knapsack",
-    "pareto",
-    "parts_of",
-    "purchases",
-    "solve",
-    "total",
-]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from .counting import ADDITIVE, FLOAT_BYTES, RESOURCES, Cost
+from .counting import ADDITIVE, FLOAT_BYTES, Cost
 from .errors import BudgetError
 
 
@@ -129,6 +129,3 @@ def exceeded(cost: Cost, limits: Mapping[str, int]) -> list[str]:
 
 def _round_up(share: float) -> float:
     return math.ceil(share * 1000) / 1000
-
-
-__all__ = ["RESOURCES", "Budget", "Constraints", "exceeded"]

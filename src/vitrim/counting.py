@@ -277,25 +277,3 @@ def stem_peak(spec: ModelSpec) -> int:
         rows, cols = spec.grid
         return spec.channels * math.prod(spec.image_px) + (rows * cols + len(spec.prefix)) * spec.width
     return max(tokens * (width + 3 * spec.stem.token_dim) for tokens, width in _t2t_stages(spec))
-
-
-__all__ = [
-    "ADDITIVE",
-    "FLOAT_BYTES",
-    "RESOURCES",
-    "BlockCost",
-    "Cost",
-    "attention_macs",
-    "attention_params",
-    "attention_price",
-    "block_peak",
-    "cost",
-    "linear_macs",
-    "macs",
-    "mlp_macs",
-    "mlp_params",
-    "mlp_price",
-    "params",
-    "similarity_macs",
-    "stem_peak",
-]

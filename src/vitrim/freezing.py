@@ -37,6 +37,3 @@ def frozen(spec: ModelSpec, names: Iterable[str]) -> frozenset[Half]:
             raise ConfigError(f"freeze={name!r}: that part is gone from the model already; leave it out.")
         found |= there
     return frozenset(found)
-
-
-__all__ = ["HALVES", "Half", "frozen"]

@@ -307,15 +307,3 @@ def outlook(
         "needs": dict(needs),
         "dense": dict(dense),
     }
-
-
-__all__ = [
-    "BlockLevels",
-    "Choice",
-    "Form",
-    "Space",
-    "frozen_parts",
-    "jumps",
-    "outlook",
-    "sizes",
-]

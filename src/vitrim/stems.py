@@ -132,6 +132,3 @@ class TokensToTokens(nn.Module):
             grid = (x.shape[2] // stride, x.shape[3] // stride)
             x = stage(soft_split(x, kernel, stride)).transpose(1, 2).unflatten(2, grid)  # B e rows cols
         return self.project(soft_split(x, *self.splits[2]))
-
-
-__all__ = ["ConvPatches", "TokenPerformer", "TokenTransformer", "TokensToTokens", "padding", "soft_split"]

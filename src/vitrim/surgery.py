@@ -16,7 +16,7 @@ from torch import Tensor
 from .errors import SpecError
 from .freezing import Half
 from .model import Masks, Vit
-from .spec import AttentionSpec, BlockSpec, MlpSpec, ModelSpec, Prefix, Selection, SelectionStep, spec_hash
+from .spec import AttentionSpec, BlockSpec, MlpSpec, ModelSpec, Prefix, SelectionStep, spec_hash
 
 Indices = tuple[int, ...]
 
@@ -472,27 +472,3 @@ def hold(model: Vit, fixed: Collection[Half]) -> None:
         for name in (half, {"attention": "norm1", "mlp": "norm2"}[half]):
             if (module := getattr(block, name)) is not None:
                 module.requires_grad_(False)
-
-
-__all__ = [
-    "Factors",
-    "Keep",
-    "Selection",
-    "allows_exact_tail",
-    "copy",
-    "cut",
-    "drop",
-    "exact_tail",
-    "factorise",
-    "fingerprint",
-    "fold_layer_scale",
-    "has_exact_tail",
-    "hold",
-    "masked_twin",
-    "tail_refusal",
-    "with_exact_tail",
-    "with_folded",
-    "with_spec",
-    "without_empty",
-    "without_exact_tail",
-]

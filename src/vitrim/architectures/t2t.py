@@ -73,6 +73,3 @@ def resized(base: ModelSpec, rows: int, classes: int) -> ModelSpec:
         position=replace(base.position, grid=(side, side)),
         outputs=(Output(classes=classes),) if classes else (),
     )
-
-
-__all__ = ["EPS", "SIZES", "names", "resized", "spec", "specs"]

@@ -193,6 +193,3 @@ def _balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     both = (columns > 0) & (rows > 0)
     ratio = torch.where(both, rows / columns.where(both, torch.ones_like(columns)), torch.ones_like(rows)).sqrt()
     return left * ratio[..., None, :], right / ratio[..., :, None]
-
-
-__all__ = ["Factors", "factorise_linear", "factorise_qk", "factorise_vo", "fold_value_bias"]

@@ -83,6 +83,3 @@ def gradients(model: Vit, x: Tensor, names: Sequence[str], *, draws: int, genera
         for j, name in enumerate(names)
     }
     return Gradients(of=of, outcome=answer.detach(), classifies=classifies)
-
-
-__all__ = ["Gradients", "divergence", "gradients", "outcome", "random_signs"]

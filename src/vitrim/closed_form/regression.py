@@ -304,6 +304,3 @@ def eliminate(
     rising = torch.stack(costs).cumsum(0) if costs else p.new_zeros(0)
     errors = torch.cat([rising.flip(0), rising.new_zeros(1)]) + max(start, 0.0)  # by inputs kept: 0, 1, ..., M
     return Elimination(order=torch.stack(order).cpu(), errors=errors.cpu())
-
-
-__all__ = ["RIDGES", "Elimination", "Regression", "choose_ridge", "eliminate", "loss", "refit"]

@@ -110,6 +110,3 @@ def _count(site: Sensitivity, count: Tensor, g: Tensor, prefix: int) -> None:
     count[prefix] += len(g) * (g.shape[1] - prefix)
     flat = g.flatten(0, 1)
     site.matrix += (flat.mT @ flat).to("cpu", torch.float64)
-
-
-__all__ = ["Sensitivity", "sensitivity"]

@@ -130,6 +130,3 @@ def calibrate(
     if not done:
         raise DataError("calibration: no images. Pass a few hundred unlabelled ones, as a folder or a tensor.")
     return found
-
-
-__all__ = ["BlockStatistics", "Moments", "calibrate", "sees_inputs"]

@@ -395,19 +395,3 @@ class _Edit:
             constant = constant + self.get(bias)
         self.put(f"{first}.weight", torch.cat([weight for weight, _ in parts], dim=1), like)
         self.put(bias, constant, like)
-
-
-__all__ = [
-    "Basis",
-    "Reader",
-    "Stream",
-    "corrections",
-    "directions",
-    "helmert",
-    "narrow",
-    "narrowed_spec",
-    "normalised",
-    "readers",
-    "readings",
-    "refusal",
-]

@@ -162,6 +162,3 @@ def answers(model: Vit, stream: Stream, start: int) -> Tensor:
     if not torch.isfinite(result).all():
         raise DataError("the model's output is not finite. Check the weights and the images' normalisation.")
     return result
-
-
-__all__ = ["StreamCache", "answers", "following", "lookahead"]

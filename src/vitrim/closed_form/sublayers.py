@@ -189,22 +189,3 @@ def refitted(
 def mean_target(stats: Regression) -> Tensor:
     """[D] what an MLP without units leaves as a bias."""
     return (stats.y / stats.weight).cpu()
-
-
-__all__ = [
-    "Last",
-    "Scores",
-    "Values",
-    "double",
-    "elimination",
-    "head_weights",
-    "last_linear",
-    "linear_weight",
-    "mean_target",
-    "on_inputs",
-    "output",
-    "per_head",
-    "refitted",
-    "seen",
-    "values",
-]

@@ -100,6 +100,3 @@ class Walk:
 def _before_mlp(teacher: Block, student: Block, dense: Stream, stream: Stream) -> tuple[Stream, Stream]:
     dense, stream = following(student, dense, stream, "start")
     return following(student, teacher.attend(dense).stream, student.attend(stream).stream, "mid")
-
-
-__all__ = ["Rows", "Walk"]

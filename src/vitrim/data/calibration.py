@@ -74,6 +74,3 @@ class CalibrationImages:
         assert self.preprocess is not None
         for x, _ in batches(self.images, evaluation(self.preprocess), size):
             yield x
-
-
-__all__ = ["CalibrationImages"]

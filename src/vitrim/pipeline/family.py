@@ -140,6 +140,3 @@ def _check(folder: Path, *, resume: bool, force: bool) -> None:
             f"{str(folder)!r} is not empty. Pass resume (--resume) to go on with it, force (--force) to replace its members, or "
             "choose another folder."
         )
-
-
-__all__ = ["FamilyResult", "member_name", "run_family"]

@@ -224,6 +224,3 @@ def name_of(model: str | Path | Vit) -> str:
         return str(model.provenance.get("source") or "a model in memory")
     text = str(model)
     return Path(text).resolve().name if Path(text).exists() else text
-
-
-__all__ = ["Asked", "Job", "name_of", "settled"]

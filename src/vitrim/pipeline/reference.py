@@ -48,6 +48,3 @@ def given_spec(spec: ModelSpec, config: MethodConfig, *, wanted: bool) -> ModelS
 def blind(spec: ModelSpec) -> bool:
     """Whether what is read can depend on no patch: only prefix tokens are, and no attention is left."""
     return spec.pool.kind == "cls" and all(block.attention is None for block in spec.blocks)
-
-
-__all__ = ["blind", "gets_tail", "given_spec", "limited", "reference_of"]

@@ -119,6 +119,3 @@ def _through_all_stages(job: Job) -> RunResult:
         summary=told,
         redone=tuple(redone),
     )
-
-
-__all__ = ["RunResult", "run"]

@@ -253,6 +253,3 @@ def _macs(dense: Cost, small: Cost) -> dict[str, int]:
 def _said(text: str) -> list[str]:
     log.warning(text)
     return [text]
-
-
-__all__ = ["STAGES", "final"]

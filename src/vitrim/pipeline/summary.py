@@ -78,6 +78,3 @@ def _next_commands(name: str, data: str, predicts: bool) -> list[dict[str, str]]
             {"does": "Try it on a picture of your own", "command": f"vitrim predict {name} cat.jpg"},
         ]
     return rows
-
-
-__all__ = ["summary"]

@@ -99,6 +99,3 @@ def _plot(title: str, points: Sequence[tuple[str, float, float]], across: str) -
     line = Series(name="those that no other beats", points=tuple(best))
     percent = Axis(format="percent")
     return Curve(title=title, x=replace(percent, label=across), y=percent, series=(line, *dots)).to_dict()
-
-
-__all__ = ["SUMMARY", "render", "summary"]

@@ -32,6 +32,3 @@ def fill(template: str, result: Result, **values: Any) -> str:
     """A page from its template, which may ask for `at(path)`, a value, and `fig(path, form)`, a figure of the result."""
     own = {"at": partial(lookup, result), "fig": partial(figure, result), "charts": charts, "forms": FORMS}
     return _environment().get_template(template).render(own | values)
-
-
-__all__ = ["fill"]

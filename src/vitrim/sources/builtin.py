@@ -25,6 +25,3 @@ def load(name: str, root: Path = MODELS) -> Vit:
         there = f"known: {', '.join(known)}" if known else "this installation has none; install vitrim again"
         raise SourceError(f"no built-in model {name!r}{did_you_mean(name, known)}; {there}.")
     return artifact.load(root / name)
-
-
-__all__ = ["MODELS", "load", "names"]

@@ -177,6 +177,3 @@ def _around(spec: ModelSpec, family: Family) -> Iterator[str]:
 def _either(words: Collection[str]) -> str:
     *some, last = (repr(word) for word in words)
     return f"{', '.join(some)} or {last}" if some else last
-
-
-__all__ = ["ENCODER", "KINDS", "ON_POOL", "Family", "halves", "refusal", "require", "unsayable"]

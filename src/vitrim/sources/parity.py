@@ -115,6 +115,3 @@ def _answer(module: nn.Module, x: Tensor, answer: Answer, advice: str) -> Tensor
     if not found.isfinite().all():
         raise SourceError(f"{name} gives NaN or infinity on a random image: its weights are damaged. Load them again.")
     return found.cpu()
-
-
-__all__ = ["close", "verify"]

@@ -157,6 +157,3 @@ def dense_attention(
 def by_name(designs: Mapping[str, str]) -> dict[str, str]:
     """What sets a design apart, by name, from the names (apart by spaces) by what sets them apart."""
     return {name: what for what, names in designs.items() for name in names.split()}
-
-
-__all__ = ["ACTIVATIONS", "Reader", "by_name", "dense_attention", "valid"]

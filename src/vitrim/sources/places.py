@@ -144,6 +144,3 @@ def filled(
         model = Vit(config, provenance=provenance)
     model.load_state_dict(weights, strict=True, assign=True)
     return model.eval()
-
-
-__all__ = ["BlockNames", "Places", "filled", "given", "numbers_of", "taken"]

@@ -89,6 +89,3 @@ def _true_labels(model: Vit, images: Images) -> list[str] | None:
     index = match_labels(own, theirs) if theirs is not None else None
     named = readable(own)
     return [named[int(label) if index is None else int(index[label])] for label in labels]
-
-
-__all__ = ["data_uri", "samples"]

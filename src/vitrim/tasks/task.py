@@ -105,6 +105,3 @@ def named(progress: Progress | None, name: str) -> Progress | None:
     if progress is None:
         return None
     return lambda stage, done, total, **facts: progress(f"evaluate {name}", done, total, **facts)
-
-
-__all__ = ["METRICS", "QUALITY", "Metric", "Metrics", "Task", "named", "quality"]

@@ -260,6 +260,3 @@ def _described_whole(nets: Nets) -> dict[str, Any]:
             for i, levels in enumerate(nets.levels)
         ],
     }
-
-
-__all__ = ["compress", "compress_family", "predict"]

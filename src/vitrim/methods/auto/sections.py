@@ -40,6 +40,3 @@ def _row(one: Mapping[str, Any], told: Mapping[str, Any]) -> tuple[float | str |
         one["reached_kl"],
         "taken" if taken else "",
     )
-
-
-__all__ = ["sections"]

@@ -102,6 +102,3 @@ def applied(model: Vit, factors: Factored, ranks: Ranks, *, variant: str, share:
         for block, own, here in zip(model.blocks, factors, ranks, strict=True)
     ]
     return surgery.factorise(model, entries, method="comcat", variant=variant, share=share)
-
-
-__all__ = ["Factored", "Ranks", "applied", "factorise"]

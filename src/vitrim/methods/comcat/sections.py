@@ -26,6 +26,3 @@ def sections(facts: Mapping[str, Any]) -> tuple[Section, ...]:
             rows=tuple((str(block), *(lost.get((block, part)) for part in parts)) for block in blocks),
         ),
     )
-
-
-__all__ = ["sections"]

@@ -31,6 +31,3 @@ def _trials(trials: list[dict[str, Any]], order: list[int], metric: str) -> Tabl
             for i in (row["block"],)
         ),
     )
-
-
-__all__ = ["sections"]

@@ -101,6 +101,3 @@ def _saving(told: Mapping[str, Any], of_dense: Mapping[str, float]) -> Table:
     columns = (Column(heading=""), *(Column(heading=RESOURCES[name], format="percent") for name in told["saving"]))
     rows = tuple(zip(SAVED, *found, strict=True))
     return Table(title=TITLE, caption="Where the saving came from", columns=columns, rows=rows)
-
-
-__all__ = ["sections"]

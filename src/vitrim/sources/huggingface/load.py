@@ -390,6 +390,3 @@ def _preprocess(name: str, image_px: tuple[int, int] | None, channels: int) -> P
             LOG.info("%s: no settings of an image processor (%s).", name, str(error).splitlines()[0])
             return None
     return preprocess_of(said, image_px, channels)
-
-
-__all__ = ["answer", "describe", "fetching", "from_module", "load"]

@@ -95,6 +95,3 @@ def processor_of(preprocess: Preprocess) -> dict[str, Any]:
         "image_mean": list(preprocess.mean),
         "image_std": list(preprocess.std),
     }
-
-
-__all__ = ["INTERPOLATIONS", "preprocess_of", "processor_of", "share_of"]

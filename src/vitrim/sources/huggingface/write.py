@@ -287,6 +287,3 @@ def _place_tokens(spec: ModelSpec, numbers: dict[str, Tensor], package: str) -> 
     elif not inside:
         front = like.new_zeros(count, spec.width)
     numbers["position"] = torch.cat([front, patches])
-
-
-__all__ = ["family_of", "processor_of", "quiet", "to_module", "write"]

@@ -129,6 +129,3 @@ def _first(module: Any, x: torch.Tensor) -> Any:
     """A module's answer; UVC's copy gives its operations beside the logits."""
     found = module(x)
     return found[0] if isinstance(found, tuple) else found
-
-
-__all__ = ["from_module", "load"]

@@ -72,6 +72,3 @@ def write(model: Vit, out: Path) -> Path:
         partial.unlink(missing_ok=True)
     sync_folder(out.parent)
     return out
-
-
-__all__ = ["to_state", "write"]

@@ -232,6 +232,3 @@ def _provenance(name: str, module: nn.Module, weights: str | None) -> dict[str, 
         **({"base_model": hub} if hub else {}),
         **({"license": licence} if licence else {}),
     }
-
-
-__all__ = ["from_module", "load"]

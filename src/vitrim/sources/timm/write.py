@@ -174,6 +174,3 @@ def _state(model: Vit, shell: nn.Module) -> dict[str, Tensor]:
     there = spec_of(shell)
     shapes = {name: value.shape for name, value in shell.state_dict().items()}
     return given(numbers_of(model, there), places_of(shell, there), shapes)
-
-
-__all__ = ["to_module", "to_timm", "write"]

@@ -258,6 +258,3 @@ def _from_folder(
             "weights": path.name if pretrained or checkpoint is not None else "random",
         },
     )
-
-
-__all__ = ["from_module", "load", "module_named", "names", "weights_named"]

@@ -96,6 +96,3 @@ def _state(model: Vit, shell: nn.Module) -> dict[str, Tensor]:
     if "position" in numbers and not model.spec.position.prefix_rows:
         numbers["position"] = torch.cat([torch.zeros_like(numbers["position"][:1]), numbers["position"]])
     return given(numbers, places_of(shell, there), shapes)
-
-
-__all__ = ["to_module", "to_torchvision", "write"]
