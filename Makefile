@@ -1,12 +1,13 @@
 # make env   the environment in .venv, with the command .venv/bin/vitrim
 # make demo  the main job on built-in images and a built-in model, about three minutes
 # make test  the whole test suite
+# make quick a minute of it: laws on a few networks, the contract of one method, command and README texts
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: env demo test lint clean
+.PHONY: env demo test quick lint clean
 .DEFAULT_GOAL := env
 
 env: $(STAMP)
@@ -22,6 +23,9 @@ demo: env
 
 test: env
 	$(BIN)/python -m pytest
+
+quick: env
+	$(BIN)/python -m pytest --quick
 
 lint: env
 	$(BIN)/ruff check .

@@ -162,6 +162,7 @@ def test_law_6_factors_of_full_rank_are_exact(spec: ModelSpec, seed: int) -> Non
     assert params(result.spec) == sum(p.numel() for p in result.parameters())
 
 
+@pytest.mark.slow
 @given(specs())
 @settings(max_examples=8)
 def test_it_compiles_without_a_graph_break(spec: ModelSpec) -> None:
@@ -172,6 +173,7 @@ def test_it_compiles_without_a_graph_break(spec: ModelSpec) -> None:
         assert close(expected, torch.compile(model, backend="eager", fullgraph=True)(x))
 
 
+@pytest.mark.slow
 @given(specs())
 @settings(max_examples=6)
 def test_law_9_it_exports_with_a_dynamic_batch(spec: ModelSpec) -> None:

@@ -216,3 +216,26 @@ def test_no_module_reaches_for_a_private_name_of_another(path: Path) -> None:
 def test_a_block_and_its_parts_have_types(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert not re.findall(r"\b(?:block|attention|mlp|tb|sb): Any\b", text)
+
+
+TESTS = Path(__file__).parent
+ACROSS = {
+    "golden",
+    "test_laws",
+    "test_layout",
+    "test_readme",
+    "test_bad_input",
+    "test_adding_a_method",
+    "test_adding_a_source",
+}
+"""What stands across rooms; everything else lies where the package has what it tests."""
+
+
+@pytest.mark.parametrize("path", sorted(TESTS.rglob("test_*.py")), ids=lambda path: path.relative_to(TESTS).as_posix())
+def test_tests_lie_where_the_package_has_what_they_test(path: Path) -> None:
+    inside = path.relative_to(TESTS)
+    assert (PACKAGE / inside.parent).is_dir() or ACROSS & {*inside.parts}
+    if inside.parent == Path() and path.stem not in ACROSS:
+        rooms = {each.stem for each in PACKAGE.iterdir()}
+        name = path.stem.removeprefix("test_")
+        assert any(name == room or name.startswith(f"{room}_") for room in rooms)

@@ -63,6 +63,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", blocks("bash"), ids=["first steps", "own model and images"])
 def test_the_commands_work_in_the_order_they_stand(text: str, place: Path) -> None:
     for words in commands(text):
@@ -72,6 +73,7 @@ def test_the_commands_work_in_the_order_they_stand(text: str, place: Path) -> No
         assert done.stdout
 
 
+@pytest.mark.slow
 def test_the_python_works_and_leaves_what_it_says(place: Path) -> None:
     (code,) = blocks("python")
     assert len([line for line in code.splitlines() if line.strip() and not line.startswith("import")]) <= 10

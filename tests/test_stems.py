@@ -188,6 +188,7 @@ def test_law_2_params_and_torchs_operations_with_any_soft_splits(
     assert cost(spec).params == sum(p.numel() for p in model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stem", STEMS)
 def test_a_stem_compiles_whole_and_exports_with_any_batch(stem: T2TPerformer | T2TTransformer) -> None:
     model = make(small(stem, 32))

@@ -64,6 +64,7 @@ def test_an_image_is_augmented_alike_in_any_batch_and_subset(images, augment):
     assert torch.equal(whole[[30, 2]], some)
 
 
+@pytest.mark.slow
 def test_another_process_makes_the_same_batches(images):
     program = (
         "import hashlib; from vitrim import data; from tests.data.pictures import SMALL; "
@@ -178,6 +179,7 @@ def test_augment_says_what_it_does():
         data.training(SMALL, data.Augment(randaugment="strong"))
 
 
+@pytest.mark.slow
 def test_strong_randaugment_never_breaks_an_image(images):
     transform = data.training(SMALL, data.Augment(randaugment="rand-m10-n6-p1-mstd2-inc1"))
     assert sum(len(x) for epoch in range(4) for x, _ in collect(images, transform, epoch=epoch)) == 160

@@ -51,6 +51,7 @@ def test_the_contract_holds_for_it(name: str, installed: Path, tmp_path: Path) -
     test(**{key: value for key, value in given.items() if key in inspect.signature(test).parameters})
 
 
+@pytest.mark.slow
 def test_the_command_lists_it_runs_it_and_reports_it(installed: Path, tmp_path: Path) -> None:
     first, second = re.findall(r"^(vitrim (?:methods|compress) .*)$", PAGE, re.MULTILINE)
     run = f"import sys; sys.path.insert(0, {str(installed)!r}); from vitrim.cli import main; main()"

@@ -17,9 +17,9 @@ from tests.specs import close, images, make, specs, vit
 from vitrim import closed_form as cf
 from vitrim import surgery
 from vitrim.allocation import Allocator
-from vitrim.budget import RESOURCES, Budget, exceeded
+from vitrim.budget import Budget, exceeded
 from vitrim.closed_form import fisher
-from vitrim.counting import cost
+from vitrim.counting import RESOURCES, cost
 from vitrim.errors import BudgetError, ConfigError, DataError, TrainingError
 from vitrim.methods.auto import AXES, AutoConfig, build, choose
 from vitrim.methods.auto import run as auto
@@ -399,6 +399,7 @@ def killed(stage: str, at: int) -> Callable[..., None]:
     return progress
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["sensitivity", "parts", "score", "widths", "build", "final"])
 def test_a_killed_run_goes_on_to_the_same_network(stage, tmp_path):
     model, asked = make(WIDE), config(0.3)
@@ -461,6 +462,7 @@ def test_batches_set_the_memory_and_not_the_scores(tmp_path):
     assert found[0].widths == pytest.approx(found[1].widths, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_more_images_do_better_on_others():
     model, other = make(WIDE), images(WIDE, 64, seed=77)
     with torch.no_grad():
@@ -532,6 +534,7 @@ def test_too_few_images_for_the_unknowns_are_said_with_the_number_that_would_do(
     assert auto.compress(make(WIDE), config(0.5), data=pixels(WIDE)).report["warnings"] == []
 
 
+@pytest.mark.slow
 def test_every_setting_changes_something():
     spec = vit(blocks=2, width=32, heads=2, head_dim=16, hidden=128)
     base = auto.compress(make(spec), config(0.3), data=pixels(spec, 16))
@@ -549,6 +552,7 @@ def test_every_setting_changes_something():
 # ------------------------------------------------------------------------------------------------------------- end to end
 
 
+@pytest.mark.slow
 def test_the_built_in_model_keeps_its_accuracy_at_a_seventh_of_its_operations():
     model = vitrim.load("builtin:cifar10-vit-micro")
     assert isinstance(model.config.preprocess, Preprocess)

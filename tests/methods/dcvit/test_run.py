@@ -175,6 +175,7 @@ def test_an_encoder_and_a_single_block_are_compressed():
         assert cost(small.spec).macs <= 0.7 * cost(spec).macs
 
 
+@pytest.mark.slow
 def test_fifty_photos_keep_the_built_in_model(tmp_path):
     model = vitrim.load("builtin:cifar10-vit-micro")
     family = dcvit.compress_family(

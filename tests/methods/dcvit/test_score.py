@@ -86,6 +86,7 @@ def test_a_killed_scoring_goes_on_behind_the_last_block(tmp_path, at):
         assert torch.equal(a, b)
 
 
+@pytest.mark.slow
 def test_a_process_killed_in_the_scoring_goes_on(tmp_path):
     script = textwrap.dedent(
         """
@@ -117,6 +118,7 @@ def test_a_process_killed_in_the_scoring_goes_on(tmp_path):
         assert torch.equal(a, b)
 
 
+@pytest.mark.slow
 def test_blocks_are_ranked_as_real_images_rank_their_plain_cuts(tmp_path: Path) -> None:
     model = vitrim.load("builtin:cifar10-vit-micro")
     config = DcvitConfig(images=64, probe_images=16)

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from tests.methods.dcvit.kit import SPACE, WIDE, config, deit, tuning
 from tests.specs import vit
 from vitrim.allocation import Allocator
-from vitrim.budget import RESOURCES, Budget, exceeded
-from vitrim.counting import cost
+from vitrim.budget import Budget, exceeded
+from vitrim.counting import RESOURCES, cost
 from vitrim.errors import BudgetError
 from vitrim.methods import dcvit
 from vitrim.methods.dcvit import DcvitConfig, allocate, floor, narrowed, solve, space_of

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from tests.specs import vit
-from tests.training_kit import tiny
+from tests.training.kit import tiny
 from vitrim.budget import Budget
 from vitrim.data import Augment
 from vitrim.methods.uvc.config import UvcConfig

@@ -11,7 +11,7 @@ import torch
 
 from tests.methods.uvc.kit import WIDE, at, searching
 from tests.specs import close
-from tests.training_kit import tiny
+from tests.training.kit import tiny
 from vitrim.search import squared_norms
 from vitrim.surgery import cut, masked_twin
 from vitrim.training import Batch

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from vitrim.counting import cost
@@ -16,7 +17,7 @@ import os, sys, torch
 from pathlib import Path
 torch.set_num_threads(1)
 from tests.methods.uvc.kit import WIDE, quick
-from tests.training_kit import pictures, tiny, weights
+from tests.training.kit import pictures, tiny, weights
 from vitrim.budget import Budget
 from vitrim.methods.uvc import compress
 from vitrim.spec import to_json
@@ -34,6 +35,7 @@ assert bool(seen) == (rank == "0")
 """
 
 
+@pytest.mark.slow
 def test_both_ranks_decide_alike_and_hold_one_network(tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     (tmp_path / "two.py").write_text(TWO)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 
 from tests.methods.uvc.kit import HALF, QUICK, WIDE, kinds, quick
 from tests.specs import images, make, specs
-from tests.training_kit import pictures, tiny, weights
+from tests.training.kit import pictures, tiny, weights
 from vitrim.budget import Budget
 from vitrim.counting import cost
 from vitrim.errors import BudgetError, ConfigError, DataError, TrainingError, VitrimError
@@ -231,6 +231,7 @@ def test_how_a_search_ended_is_judged_from_its_last_quarter() -> None:
     assert judged(trace(*quiet, -0.1, -0.1, -0.1, -0.1))[0] == "below the budget"
 
 
+@pytest.mark.slow
 def test_every_setting_changes_something() -> None:
     """No dead flags: each of these gives another network, other weights or another history."""
     base = compress(tiny(WIDE), quick(), data=pictures())
@@ -280,6 +281,7 @@ def test_plan_reads_nothing_and_says_what_is_needed() -> None:
     assert plan(WIDE, quick(freeze=("blocks.1.mlp",)))["dense"]["block 1 mlp"] == "frozen"
 
 
+@pytest.mark.slow
 def test_the_built_in_model_is_searched_from_end_to_end() -> None:
     import vitrim
 

@@ -20,7 +20,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import Tensor, nn
 
-from tests.training_kit import BASE, CLASSES, Searching, as_lists, pictures, settings, tiny, weights
+from tests.training.kit import BASE, CLASSES, Searching, as_lists, pictures, settings, tiny, weights
 from vitrim import checkpoints
 from vitrim.config import read
 from vitrim.data import Augment
@@ -452,7 +452,7 @@ def test_the_world_size_is_asserted() -> None:
 TWO = """
 import json, os, sys, torch
 from pathlib import Path
-from tests.training_kit import Searching, pictures, settings, tiny, weights
+from tests.training.kit import Searching, pictures, settings, tiny, weights
 from vitrim.training import fit
 torch.set_num_threads(1)
 world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -468,6 +468,7 @@ for name, parts in (("plain", 1), ("parts", 2)):
 """
 
 
+@pytest.mark.slow
 def test_two_processes_train_what_one_trains(tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     (tmp_path / "two.py").write_text(TWO)

@@ -20,7 +20,7 @@ import json, os, signal, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from tests.training_kit import Searching, pictures, settings, tiny
+from tests.training.kit import Searching, pictures, settings, tiny
 from vitrim import checkpoints
 from vitrim.data import Augment
 from vitrim.training import fit
@@ -130,6 +130,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_s")} for line in found]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in RUNS if name != "undisturbed"])
 def test_killed_and_resumed_equals_never_killed(lives: Path, name: str) -> None:
     whole, values = state(lives / "undisturbed")

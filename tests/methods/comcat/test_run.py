@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from tests.specs import close, images, make, specs, vit
 from vitrim import surgery
 from vitrim.allocation import Allocator, parts_of
-from vitrim.budget import RESOURCES, Budget
-from vitrim.counting import cost
+from vitrim.budget import Budget
+from vitrim.counting import RESOURCES, cost
 from vitrim.errors import BudgetError, ConfigError, DataError
 from vitrim.methods import compress, configure, plan
 from vitrim.methods.comcat import ComcatConfig, allocate, floor, losses, ranks_of, space_of, step, with_ranks

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 import vitrim
-from tests.test_pipeline import COMCAT, JUDGE, MEASURE, RECOVER, pictures, tiny
+from tests.pipeline.test_running import COMCAT, JUDGE, MEASURE, RECOVER, pictures, tiny
 from vitrim import counting, pipeline, reporting
 from vitrim.budget import Budget
 from vitrim.cli import main
@@ -110,6 +110,7 @@ def test_bad_families_are_refused_before_anything_is_written(tmp_path: Path) -> 
         family(tmp_path / "mine")
 
 
+@pytest.mark.slow
 def test_the_command_makes_a_family_from_a_list_of_shares(tmp_path: Path) -> None:
     words = (
         "compress --model builtin:cifar10-vit-micro --method comcat --variant svd --keep-macs 0.7,0.5 --recover-steps 0"

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tests.specs import make, vit
-from tests.training_kit import CLASSES, SPEC, as_lists, config_of, pictures, settings, tiny, weights
+from tests.training.kit import CLASSES, SPEC, as_lists, config_of, pictures, settings, tiny, weights
 from vitrim import artifact, recipes
 from vitrim.config import read
 from vitrim.errors import ConfigError, DataError, TrainingError
