@@ -9,29 +9,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 import click
 
 from vitrim import __version__
-from vitrim.cli import (
-    compress,
-    cost,
-    demo,
-    doctor,
-    evaluate,
-    export,
-    measure,
-    methods,
-    plan,
-    predict,
-    push,
-    recover,
-    report,
-    train,
-)
 from vitrim.cli.options import Failed
 from vitrim.errors import VitrimError, did_you_mean
+
+VERBS = (
+    "cost", "methods", "plan", "compress", "recover", "train", "evaluate", "predict", "measure", "report", "export", "push",
+    "doctor", "demo",
+)  # fmt: skip
+"""In the order of the work; each is a function of a module of that name."""
 
 
 class Verbs(click.Group):
@@ -93,20 +84,5 @@ def main() -> None:
     """
 
 
-for _verb in (
-    cost.cost,
-    methods.methods,
-    plan.plan,
-    compress.compress,
-    recover.recover,
-    train.train,
-    evaluate.evaluate,
-    predict.predict,
-    measure.measure,
-    report.report,
-    export.export,
-    push.push,
-    doctor.doctor,
-    demo.demo,
-):
-    main.add_command(_verb)
+for _verb in VERBS:
+    main.add_command(getattr(import_module(f"vitrim.cli.{_verb}"), _verb))

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from vitrim import methods
+from vitrim.budget import Budget
 from vitrim.cli import options, settings, tables
 from vitrim.cli.progress import progress_on_stderr
 from vitrim.tasks.task import METRICS, QUALITY
 
 if TYPE_CHECKING:
-    from vitrim.budget import Budget
     from vitrim.methods.method import MethodConfig
-
 
 SECTIONS = ("settings", "recover", "evaluate", "measure")
 """Of a --config file: of the method, the recovery, the comparison and the timing."""
@@ -69,11 +69,9 @@ def compress(
     config: Path | None,
     resume: bool,
     force: bool,
-    checkpoint: Path | None,
-    no_pretrained: bool,
-    no_verify: bool,
-    as_json: bool,
-    quiet: bool,
+    limits: options.Limits,
+    weights: options.Weights,
+    output: options.Output,
     **flags: Any,
 ) -> None:
     """Cut MODEL to a budget, recover it, and report: the whole job.
@@ -93,38 +91,29 @@ def compress(
     name = model or values.get("model")
     if name is None:
         raise click.UsageError("--model is missing; pass one, such as --model timm:deit_small_patch16_224.")
-    from vitrim.methods import DEFAULT, configure, method_named
-
-    chosen, init = method_named(method or values.get("method") or DEFAULT), init or values.get("init")
+    chosen, init = methods.method_named(method or values.get("method") or methods.DEFAULT), init or values.get("init")
     if init is not None:
-        method_named(init)
+        methods.method_named(init)
     source = options.data_for(data, name)
-    machine = {key: flags.pop(key) for key in ("device", "threads", "amp", "workers", "seed")}
-    typed = settings.asked(assigned, {**machine, **{key: flags.pop(key) for key in settings.ALIASES if key in flags}})
-    limits = options.Limits(**flags)
-    budgets = limits.budgets() if limits else []
+    machine = {key: flags[key] for key in ("device", "threads", "amp", "workers", "seed")}
+    typed, budgets = settings.asked(assigned, flags), limits.budgets()
     own = settings.applied(chosen, typed, options.section(values, "settings"))
     if budgets and any(key.startswith("budget") for _, key, _ in typed):
         raise click.UsageError("--set budget and the flags of a budget contradict each other; pass one of them.")
     own["budget"] = budgets[0] if budgets else options.budget_in(own)
-    how = configure(chosen.name, own)
+    how = methods.configure(chosen.name, own)
     options.check_out(out, force=force, resume=resume)
     options.use_threads(machine["threads"])
-    recovery = (
-        None
-        if recover_steps == 0 or values.get("recover", {}) is None
-        else {
-            **options.section(values, "recover"),
-            **options.given({"epochs": recover_epochs, "steps": recover_steps}),
-        }
-    )
-    if recovery is not None and recover_epochs is not None:
-        recovery.pop("steps", None)
-    timed = None if no_measure or values.get("measure", {}) is None else options.section(values, "measure")
+    recovery = timed = None
+    if recover_steps != 0 and values.get("recover", {}) is not None:
+        length = options.given({"epochs": recover_epochs, "steps": recover_steps})
+        recovery = {**options.section(values, "recover"), **length}
+        if recover_epochs is not None:
+            recovery.pop("steps", None)
+    if not no_measure and values.get("measure", {}) is not None:
+        timed = options.section(values, "measure")
     result = run_with(
-        name
-        if checkpoint is None and not no_pretrained and not no_verify
-        else options.load_model(name, checkpoint=checkpoint, no_pretrained=no_pretrained, no_verify=no_verify),
+        name if weights == options.Weights() else weights.load(name),
         how,
         fixed=own,
         data=source,
@@ -133,7 +122,7 @@ def compress(
         judging=options.section(values, "evaluate"),
         timed=timed,
         machine=machine,
-        quiet=quiet,
+        quiet=output.quiet,
         resume=resume,
         force=force,
         relative_to=relative_to or values.get("relative_to") or "given",
@@ -141,17 +130,15 @@ def compress(
         init=init,
         budgets=budgets,
     )
-    if as_json:
+    if output.as_json:
         tables.show_json(result.summary)
         return
-    if len(budgets) > 1:
-        show_family(result.summary)
-        tables.say(f"made {result.folder} (a folder for each budget) and {result.report} (open it in a browser)")
-        tables.say(f"next: cp -r {out}/{result.summary['members'][0]['name']} small/")
-        return
-    show_run(result.summary)
-    tables.say(f"made {result.folder} (the model) and {result.report} (open it in a browser)")
-    tables.say(f"next: vitrim cost {out}")
+    several = len(budgets) > 1
+    (show_family if several else show_run)(result.summary)
+    what = "a folder for each budget" if several else "the model"
+    tables.say(f"made {result.folder} ({what}) and {result.report} (open it in a browser)")
+    following = f"cp -r {out}/{result.summary['members'][0]['name']} small/" if several else f"vitrim cost {out}"
+    tables.say(f"next: {following}")
 
 
 def run_with(
@@ -175,59 +162,44 @@ def run_with(
     from vitrim.config import keys, read
     from vitrim.pipeline import EvaluateConfig, MeasureConfig, RecoverConfig, run, run_family
 
-    place = options.device_named(machine["device"])
-    how = options.given({"workers": machine["workers"], "amp": machine["amp"], "device": place})
-    learn = None
+    machine = options.given({**machine, "device": options.device_named(machine.get("device"))})
+
+    def picked(*names: str) -> dict[str, Any]:
+        return {name: machine[name] for name in names if name in machine}
+
+    how = picked("workers", "amp", "device")
+    kind = {"device": machine["device"].split(":")[0]}  # as the training loop takes it: the first of its kind
+    learn = target = None
     if recovery is not None:
-        seed = options.given({"seed": machine["seed"]})
-        learn = read(RecoverConfig, {**recovery, **how, **seed, **kind_of(place)}, where="recover")
-    target = None
+        learn = read(RecoverConfig, {**recovery, **how, **picked("seed"), **kind}, where="recover")
     if timed is not None:
-        aim = options.given({"threads": machine["threads"], "device": place})
-        target = read(MeasureConfig, {**timed, **aim}, where="measure")
-    rest |= {
-        "recover": learn,
-        "measure": target,
-        "evaluate": read(EvaluateConfig, {**judging, **how}, where="evaluate"),
-    }
+        target = read(MeasureConfig, {**timed, **picked("threads", "device")}, where="measure")
+    judge = read(EvaluateConfig, {**judging, **how}, where="evaluate")
+    rest |= {"recover": learn, "measure": target, "evaluate": judge}
     loose = {*keys(type(config))} - {*fixed}
-    config = replace(config, **{key: value for key, value in {**how, **kind_of(place)}.items() if key in loose})
+    config = replace(config, **{key: value for key, value in {**how, **kind}.items() if key in loose})
     with progress_on_stderr(quiet) as progress:
         if len(budgets) > 1:
             return run_family(model, config, budgets, progress=progress, **rest)
         return run(model, config, progress=progress, **rest)
 
 
-def kind_of(device: str) -> dict[str, str]:
-    """The device as the training loop takes it: the first of its kind."""
-    return {"device": device.split(":")[0]}
+COSTS = (
+    ("macs", "MACs (the papers' FLOPs)", tables.count_text),
+    ("params", "parameters", tables.count_text),
+    ("memory_bytes", "memory MB (estimated)", lambda count: f"{count / 1e6:.1f}"),
+)
+"""Rows of a run's table: key, title, and how a number is shown."""
 
 
 def show_run(result: Mapping[str, Any]) -> None:
     """The one table of a run: what it was, what it is, and what that cost and gained."""
-    costs, metrics = result["costs"], result["metrics"]
-    dense, small = costs["dense"], costs["compressed"]
+    dense, small = (result["costs"][state] for state in ("dense", "compressed"))
     rows = [
-        [
-            "MACs (the papers' FLOPs)",
-            tables.count_text(dense["macs"]),
-            tables.count_text(small["macs"]),
-            tables.share_text(small["macs"], dense["macs"]),
-        ],
-        [
-            "parameters",
-            tables.count_text(dense["params"]),
-            tables.count_text(small["params"]),
-            tables.share_text(small["params"], dense["params"]),
-        ],
-        [
-            "memory MB (estimated)",
-            f"{dense['memory_bytes'] / 1e6:.1f}",
-            f"{small['memory_bytes'] / 1e6:.1f}",
-            tables.share_text(small["memory_bytes"], dense["memory_bytes"]),
-        ],
+        [title, show(dense[key]), show(small[key]), tables.share_text(small[key], dense[key])]
+        for key, title, show in COSTS
     ]
-    rows += accuracy_rows(metrics, result.get("difference"))
+    rows += accuracy_rows(result["metrics"], result.get("difference"))
     for gain in (result.get("timing") or {}).get("speedups", ()):
         rows.append(speed_row(gain, result["timing"]["rows"]))
     method = result["method"]
@@ -238,28 +210,12 @@ def show_run(result: Mapping[str, Any]) -> None:
 def show_family(found: Mapping[str, Any]) -> None:
     """The members of a family in one table."""
     word = "quality" if found["quality"] is None else METRICS[found["quality"]].short
-    rows = [
-        [
-            "dense",
-            tables.count_text(found["dense"]["macs"]),
-            "100 %",
-            "",
-            tables.percent_text(found["dense"]["quality"]),
-            "",
-        ]
-    ]
+    dense = found["dense"]
+    rows = [["dense", tables.count_text(dense["macs"]), "100 %", "", tables.percent_text(dense["quality"]), ""]]
     for row in found["members"]:
-        speed = row["speed"][0] if row["speed"] else None
-        rows.append(
-            [
-                row["name"],
-                tables.count_text(row["macs"]),
-                tables.percent_text(row["kept_macs"]),
-                tables.percent_text(row["before_recovery"]),
-                tables.percent_text(row["quality"]),
-                "" if speed is None else f"{speed['measured']:.2f} x of ideal {speed['ideal']:.2f} x",
-            ]
-        )
+        shares = (tables.percent_text(row[key]) for key in ("kept_macs", "before_recovery", "quality"))
+        speed = gain_text(row["speed"][0]) if row["speed"] else ""
+        rows.append([row["name"], tables.count_text(row["macs"]), *shares, speed])
     heads = ["folder", "MACs", "kept", f"{word}, cut", f"{word}, final", "measured speed"]
     tables.show_table(f"{found['model']}: a family", heads, rows)
 
@@ -286,10 +242,11 @@ def accuracy_rows(metrics: Mapping[str, Any], difference: Mapping[str, Any] | No
 def speed_row(gain: Mapping[str, Any], timed: list[dict[str, Any]]) -> list[str]:
     """Measured time of one runtime and batch size, with the speed-up beside the ideal one."""
     alike = [row for row in timed if all(row[key] == gain[key] for key in ("runtime", "batch"))]
-    times = {row["model"]: row["median_ms"] for row in alike}
-    return [
-        f"ms, {gain['runtime']}, batch {gain['batch']}",
-        f"{times[gain['reference']]:.2f}",
-        f"{times[gain['model']]:.2f}",
-        f"{gain['measured']:.2f} x of ideal {gain['ideal']:.2f} x",
-    ]
+    times = {row["model"]: f"{row['median_ms']:.2f}" for row in alike}
+    title = f"ms, {gain['runtime']}, batch {gain['batch']}"
+    return [title, times[gain["reference"]], times[gain["model"]], gain_text(gain)]
+
+
+def gain_text(gain: Mapping[str, Any]) -> str:
+    """A measured speed-up beside the ideal one."""
+    return f"{gain['measured']:.2f} x of ideal {gain['ideal']:.2f} x"

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
+from vitrim import counting
 from vitrim.cli import options, tables
 from vitrim.errors import ArtifactError
-
-if TYPE_CHECKING:
-    from vitrim.spec import ModelSpec
-
+from vitrim.spec import Config, ModelSpec
 
 TABLES = ("timm", "torchvision", "t2t")
 """Families whose named models stand in tables, so that nothing else is imported for them."""
@@ -24,17 +21,15 @@ BUILT_IN = Path(__file__).parents[1] / "assets" / "models"
 @click.argument("model")
 @click.option("--against", metavar="MODEL", help="Give shares of this model's cost too.")
 @options.OUTPUT
-def cost(model: str, against: str | None, as_json: bool, quiet: bool) -> None:
+def cost(model: str, against: str | None, output: options.Output) -> None:
     """Count MODEL's operations and parameters, per block.
 
     Needs no weights: vitrim cost timm:deit_small_patch16_224
     """
-    from vitrim.counting import cost as count
-
     spec = spec_named(model)
-    counted = count(spec)
-    dense = None if against is None else (against, count(spec_named(against)))
-    if as_json:
+    counted = counting.cost(spec)
+    dense = None if against is None else (against, counting.cost(spec_named(against)))
+    if output.as_json:
         values = {"model": model, **counted.to_dict()}
         if dense is not None:
             values["against"] = {"model": dense[0], "macs": dense[1].macs, "params": dense[1].params}
@@ -66,8 +61,6 @@ def spec_named(name: str) -> ModelSpec:
 
 def spec_in(file: Path) -> ModelSpec:
     """The spec in an artifact's config.json."""
-    from vitrim.spec import Config
-
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -20,7 +20,7 @@ DEMO_CALIBRATION = 64
 @options.FORCE
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads; all by default.")
 @options.OUTPUT
-def demo(out: Path, force: bool, threads: int | None, as_json: bool, quiet: bool) -> None:
+def demo(out: Path, force: bool, threads: int | None, output: options.Output) -> None:
     """Show the main job on built-in images, in about two minutes.
 
     Compress to half the operations, recover for a minute, compare, time, save, and report.
@@ -30,7 +30,6 @@ def demo(out: Path, force: bool, threads: int | None, as_json: bool, quiet: bool
     from vitrim.budget import Budget
     from vitrim.methods.auto import AutoConfig
 
-    machine = {"device": "cpu", "threads": threads, "amp": None, "workers": None, "seed": 0}
     result = run_with(
         DEMO_MODEL,
         AutoConfig(budget=Budget(keep_macs=0.5), images=DEMO_CALIBRATION),
@@ -40,11 +39,11 @@ def demo(out: Path, force: bool, threads: int | None, as_json: bool, quiet: bool
         recovery={"steps": DEMO_STEPS, "batch_size": 64, "eval_every": DEMO_STEPS // 3},
         judging={"limit": DEMO_IMAGES},
         timed={"runtimes": ("eager",)},
-        machine=machine,
-        quiet=quiet,
+        machine={"device": "cpu", "threads": threads, "seed": 0},
+        quiet=output.quiet,
         force=force,
     )
-    if as_json:
+    if output.as_json:
         tables.show_json(result.summary)
         return
     show_run(result.summary)

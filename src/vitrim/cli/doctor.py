@@ -9,12 +9,12 @@ from vitrim.cli import options, tables
 
 @click.command()
 @options.OUTPUT
-def doctor(as_json: bool, quiet: bool) -> None:
+def doctor(output: options.Output) -> None:
     """Show versions, processor features, compiler and extras."""
     from vitrim.doctor import examine
 
     found = examine()
-    if as_json:
+    if output.as_json:
         tables.show_json(found)
         return
     tables.say(f"vitrim {found['vitrim']}, Python {found['python']}, {found['system']}")

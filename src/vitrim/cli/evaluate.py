@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
 from vitrim.cli import options, tables
@@ -36,16 +34,13 @@ def evaluate(
     batch: int,
     limit: int | None,
     skip_broken: bool,
-    checkpoint: Path | None,
-    no_pretrained: bool,
-    no_verify: bool,
+    weights: options.Weights,
     device: str | None,
     threads: int | None,
     amp: str | None,
     workers: int | None,
     seed: int | None,
-    as_json: bool,
-    quiet: bool,
+    output: options.Output,
 ) -> None:
     """Score MODEL on labelled images: top-1, top-5, loss. An encoder is scored against another model, without labels.
 
@@ -54,8 +49,8 @@ def evaluate(
     source = options.data_for(data, model)
     options.use_threads(threads)
     where = options.device_named(device)
-    network = options.load_model(model, checkpoint=checkpoint, no_pretrained=no_pretrained, no_verify=no_verify)
-    reference = None if against is None else options.load_model(against)
+    network = weights.load(model)
+    reference = None if against is None else options.Weights().load(against)
     if not network.spec.outputs and reference is None:
         raise ConfigError(
             f"{model} has no classifier to score. Pass --against DENSE to compare its features with a model's."
@@ -69,7 +64,7 @@ def evaluate(
     )
     if limit is not None:
         images = images.take(limit, seed or 0)
-    with progress_on_stderr(quiet) as progress:
+    with progress_on_stderr(output.quiet) as progress:
         metrics = score(
             network,
             images,
@@ -83,7 +78,7 @@ def evaluate(
     for key, reason in images.broken.items():
         tables.note(f"skipped {key}: {reason}")
     kept = {name: metrics[name] for name in (*METRICS, "count") if metrics.get(name) is not None}
-    if as_json:
+    if output.as_json:
         tables.show_json({"model": model, "data": images.fingerprint(), "split": split, **kept})
     else:
         tables.say(f"{model} on {kept['count']} images of {images.name} ({split})")

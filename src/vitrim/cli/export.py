@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from vitrim.cli import options, tables
+from vitrim.cli import options
 from vitrim.errors import ConfigError
 
 
@@ -23,17 +23,7 @@ from vitrim.errors import ConfigError
 @options.FORCE
 @options.SOURCE
 @options.OUTPUT
-def export(
-    model: str,
-    kind: str,
-    out: Path,
-    force: bool,
-    checkpoint: Path | None,
-    no_pretrained: bool,
-    no_verify: bool,
-    as_json: bool,
-    quiet: bool,
-) -> None:
+def export(model: str, kind: str, out: Path, force: bool, weights: options.Weights, output: options.Output) -> None:
     """Write MODEL as another library's own checkpoint, with the same answers.
 
     Where that library cannot say the model, the block in the way is named. vitrim export small/ --format timm --out for-timm/
@@ -43,13 +33,5 @@ def export(
     if out.exists() and not force:
         raise ConfigError(f"--out {str(out)!r} is there already. Pass --force to replace it, or choose another name.")
     options.check_place(out)
-    place = write(
-        options.load_model(model, checkpoint=checkpoint, no_pretrained=no_pretrained, no_verify=no_verify),
-        kind,
-        out,
-        force=force,
-    )
-    if as_json:
-        tables.show_json({"format": kind, "out": str(place)})
-    else:
-        tables.say(f"wrote {place} for {kind}")
+    place = write(weights.load(model), kind, out, force=force)
+    output.tell({"format": kind, "out": str(place)}, f"wrote {place} for {kind}")

@@ -34,8 +34,7 @@ def measure(
     dtype: str,
     device: str | None,
     threads: int | None,
-    as_json: bool,
-    quiet: bool,
+    output: options.Output,
 ) -> None:
     """Time MODEL's forward pass: median and spread, here and now.
 
@@ -50,7 +49,7 @@ def measure(
 
     names = [model] if against is None else [against, model]
     networks = {name: for_timing(name) for name in names}
-    with progress_on_stderr(quiet) as progress:
+    with progress_on_stderr(output.quiet) as progress:
         rows = time_models(
             networks,
             batch_sizes=batch,
@@ -63,7 +62,7 @@ def measure(
         )
     macs = {name: count(network).macs for name, network in networks.items()}
     gains = [] if against is None else speedups(rows, against, macs)
-    if as_json:
+    if output.as_json:
         tables.show_json({"rows": rows, "speedups": gains, "macs": macs})
     else:
         show_times(rows, gains)

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from vitrim import methods as known
 from vitrim.cli import options, tables
+from vitrim.cli.cost import spec_named
 
 if TYPE_CHECKING:
     from vitrim.methods.method import Method
@@ -21,18 +23,16 @@ EXAMPLE = "builtin:cifar10-vit-micro"
 @click.command()
 @click.argument("name", required=False)
 @options.OUTPUT
-def methods(name: str | None, as_json: bool, quiet: bool) -> None:
+def methods(name: str | None, output: options.Output) -> None:
     """List the methods; with NAME, the settings that --set takes.
 
     vitrim methods auto
     """
-    from vitrim.methods import METHODS, method_named
-
     if name is not None:
-        show_settings(method_named(name), as_json)
+        show_settings(known.method_named(name), output.as_json)
         return
-    rows = [described(method) for method in METHODS.values()]
-    if as_json:
+    rows = [described(method) for method in known.METHODS.values()]
+    if output.as_json:
         tables.show_json({"methods": rows})
         return
     body = [
@@ -52,13 +52,10 @@ def methods(name: str | None, as_json: bool, quiet: bool) -> None:
 
 def described(method: Method) -> dict[str, Any]:
     """A method, and what each of its variants needs for the example; "" where it has no variants."""
-    from vitrim.cli.cost import spec_named
-    from vitrim.methods import configure
-
     spec, needs = spec_named(EXAMPLE), {}
     for variant in method.variants or ("",):
         whole: dict[str, Any] = {"budget": {"keep_macs": 1.0}} | ({"variant": variant} if variant else {})
-        needs[variant] = method.plan(spec, configure(method.name, whole))["needs"]
+        needs[variant] = method.plan(spec, known.configure(method.name, whole))["needs"]
     return {
         "name": method.name,
         "cuts": method.cuts,

@@ -4,47 +4,44 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
+from vitrim.budget import Budget
+from vitrim.cli import tables
 from vitrim.errors import ConfigError, MeasureError, VitrimError, did_you_mean
 
 if TYPE_CHECKING:
-    from vitrim.budget import Budget
     from vitrim.model import Vit
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
 
 
 class Listed(click.ParamType):
-    """A comma-separated list of numbers, each checked: "1,8" -> (1, 8)."""
+    """A comma-separated list of numbers, each checked: "1,8" -> (1, 8).  range_text: what `fits` asks of one, in words."""
 
-    def __init__(self, kind: type[int] | type[float], *, low: float, high: float | None = None, open_low: bool = False):
-        self.kind, self.low, self.high, self.open_low = kind, low, high, open_low
-        self.name = "number[,number...]"
+    name = "number[,number...]"
+
+    def __init__(self, kind: type[int] | type[float], fits: Callable[[float], bool], range_text: str):
+        self.kind, self.fits, self.range_text = kind, fits, range_text
+        self.word = "a whole number" if kind is int else "a number"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
         if isinstance(value, tuple):
             return value
-        low = f"above {self.low:g}" if self.open_low else f"{self.low:g} or more"
-        range_text = low if self.high is None else f"{low} and at most {self.high:g}"
-        word = "a whole number" if self.kind is int else "a number"
         numbers: list[float] = []
-        for part in str(value).split(","):
+        for part in map(str.strip, str(value).split(",")):
             try:
-                number = self.kind(part.strip())
+                numbers.append(self.kind(part))
             except ValueError:
-                self.fail(
-                    f"{part.strip()!r} is not {word}; expected numbers separated by commas, as in 1,8.", param, ctx
-                )
-            inside = number > self.low if self.open_low else number >= self.low
-            if not inside or (self.high is not None and number > self.high):
-                self.fail(f"{part.strip()} is out of range; expected {word} {range_text}.", param, ctx)
-            numbers.append(number)
+                self.fail(f"{part!r} is not {self.word}; expected numbers separated by commas, as in 1,8.", param, ctx)
+            if not self.fits(numbers[-1]):
+                self.fail(f"{part} is out of range; expected {self.word} {self.range_text}.", param, ctx)
         return tuple(numbers)
 
 
@@ -66,8 +63,8 @@ class Named(click.ParamType):
         return str(value)
 
 
-SHARE = Listed(float, low=0, high=1, open_low=True)
-COUNTS = Listed(int, low=1, open_low=False)
+SHARE = Listed(float, lambda share: 0 < share <= 1, "above 0 and at most 1")
+COUNTS = Listed(int, lambda count: count >= 1, "1 or more")
 POSITIVE = click.FloatRange(min=0, min_open=True)
 
 
@@ -82,7 +79,77 @@ def stack(*options: Callable[[Verb], Verb]) -> Callable[[Verb], Verb]:
     return decorate
 
 
-OUTPUT = stack(
+def bundle(name: str, kind: type, *options: Callable[[Verb], Verb]) -> Callable[[Verb], Verb]:
+    """The same, of whose values the verb gets one dataclass, as `name`."""
+
+    def decorate(verb: Verb) -> Verb:
+        @wraps(verb)
+        def call(**flags: Any) -> Any:
+            own = {field.name: flags.pop(field.name) for field in fields(kind)}
+            return verb(**flags, **{name: kind(**own)})
+
+        return stack(*options)(cast("Verb", call))
+
+    return decorate
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Output:
+    """How a verb tells its result."""
+
+    as_json: bool
+    quiet: bool
+
+    def tell(self, value: Any, *lines: str) -> None:
+        """The result on stdout: the value as JSON, or the lines."""
+        if self.as_json:
+            tables.show_json(value)
+        else:
+            tables.say("\n".join(lines))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Weights:
+    """Where a model's weights come from."""
+
+    checkpoint: Path | None = None
+    no_pretrained: bool = False
+    no_verify: bool = False
+
+    def load(self, name: str) -> Vit:
+        """A model by name or folder."""
+        if self.checkpoint is not None and self.no_pretrained:
+            raise click.UsageError("--checkpoint and --no-pretrained contradict each other; pass one of them.")
+        from vitrim.sources import load
+
+        return load(name, pretrained=not self.no_pretrained, checkpoint=self.checkpoint, verify=not self.no_verify)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """The budget flags as given; keep_* may hold several values."""
+
+    keep_macs: tuple[float, ...] | None
+    keep_params: tuple[float, ...] | None
+    max_macs: int | None
+    max_params: int | None
+    max_memory_mb: float | None
+    max_file_mb: float | None
+
+    def budgets(self) -> list[Budget]:
+        """One budget for each value of the one list given; the other limits hold for all of them. Empty without flags."""
+        fixed = given(asdict(self))
+        if not fixed:
+            return []
+        macs, params = fixed.pop("keep_macs", (None,)), fixed.pop("keep_params", (None,))
+        if len(macs) > 1 and len(params) > 1:
+            raise click.UsageError("--keep-macs and --keep-params are both lists; give a list to one of them only.")
+        return [Budget(keep_macs=a, keep_params=b, **fixed) for a in macs for b in params]
+
+
+OUTPUT = bundle(
+    "output",
+    Output,
     click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout."),
     click.option("--quiet", is_flag=True, help="Show no progress."),
 )
@@ -94,7 +161,9 @@ COMPUTE = stack(
 AMP = click.option("--amp", type=Named("no", "bf16", "fp16"), help="Mixed precision; no by default.")
 WORKERS = click.option("--workers", type=click.IntRange(min=0), help="Decoding processes; none by default.")
 SEED = click.option("--seed", type=click.IntRange(min=0), help="Of every random draw; 0 by default.")
-SOURCE = stack(
+SOURCE = bundle(
+    "weights",
+    Weights,
     click.option(
         "--checkpoint", type=click.Path(path_type=Path), help="Weights for a named model: .safetensors, .pth, .pt."
     ),
@@ -103,7 +172,9 @@ SOURCE = stack(
 )
 FORCE = click.option("--force", is_flag=True, help="Replace what is already at --out.")
 DATA = click.option("--data", metavar="DATA", help="Images; the built-in sample for built-in models.")
-BUDGET = stack(
+BUDGET = bundle(
+    "limits",
+    Limits,
     click.option("--keep-macs", type=SHARE, metavar="SHARE", help="Share of the MACs to keep, in (0, 1]."),
     click.option("--keep-params", type=SHARE, metavar="SHARE", help="Share of the parameters to keep, in (0, 1]."),
     click.option("--max-macs", type=click.IntRange(min=1), help="At most so many MACs, at batch 1."),
@@ -130,75 +201,28 @@ def data_for(data: str | None, model: str) -> str:
     )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Limits:
-    """The budget flags as given; keep_* may hold several values."""
-
-    keep_macs: tuple[float, ...] | None = None
-    keep_params: tuple[float, ...] | None = None
-    max_macs: int | None = None
-    max_params: int | None = None
-    max_memory_mb: float | None = None
-    max_file_mb: float | None = None
-
-    def __bool__(self) -> bool:
-        return any(getattr(self, f.name) is not None for f in fields(self))
-
-    def budgets(self) -> list[Budget]:
-        """One budget for each value of the one list given; the other limits hold for all of them."""
-        from vitrim.budget import Budget
-
-        fixed: dict[str, Any] = {
-            "max_macs": self.max_macs,
-            "max_params": self.max_params,
-            "max_memory_mb": self.max_memory_mb,
-            "max_file_mb": self.max_file_mb,
-        }
-        if not (self.keep_macs or self.keep_params or any(value is not None for value in fixed.values())):
-            raise click.UsageError(
-                "no budget was given; pass one, for example --keep-macs 0.5 to halve the operations."
-            )
-        macs: Sequence[float | None] = self.keep_macs or (None,)
-        params: Sequence[float | None] = self.keep_params or (None,)
-        if len(macs) > 1 and len(params) > 1:
-            raise click.UsageError("--keep-macs and --keep-params are both lists; give a list to one of them only.")
-        return [Budget(keep_macs=a, keep_params=b, **fixed) for a in macs for b in params]
-
-    def budget(self) -> Budget:
-        """The one budget; several values are a misuse."""
-        budgets = self.budgets()
-        if len(budgets) > 1:
-            raise click.UsageError(
-                "several budgets were given; one run takes one. To compare them, use `vitrim plan`; to make them, run once for each."
-            )
-        return budgets[0]
+def no_budget() -> click.UsageError:
+    return click.UsageError("no budget was given; pass one, for example --keep-macs 0.5 to halve the operations.")
 
 
 def device_named(name: str | None) -> str:
     """The device to compute on, checked to be there. auto, or None: cuda, else mps, else cpu."""
     import torch
 
-    name = name or "auto"
-    kind = name.split(":")[0]
-    kinds = ("auto", "cpu", "cuda", "mps")
-    if kind not in kinds:
-        hint = did_you_mean(kind, kinds) or "."
-        raise MeasureError(f"device {name!r} is not known; expected one of auto, cpu, cuda, cuda:N, mps{hint}")
-    has_mps = bool(torch.backends.mps.is_available())
+    kind, _, index = (name or "auto").partition(":")
+    found = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
     if kind == "auto":
-        return "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
-    missing = (kind == "cuda" and not torch.cuda.is_available()) or (kind == "mps" and not has_mps)
-    if missing:
+        return next(kind for kind, count in found.items() if count)
+    if kind not in found:
+        hint = did_you_mean(kind, ("auto", *found)) or "."
+        raise MeasureError(f"device {name!r} is not known; expected one of auto, cpu, cuda, cuda:N, mps{hint}")
+    if not found[kind]:
         raise MeasureError(
             f"device {name!r} was asked for, but torch finds none here. Pass --device cpu, or install a torch build for it."
         )
-    if kind == "cuda" and ":" in name:
-        index = name.partition(":")[2]
-        if not index.isdigit() or int(index) >= torch.cuda.device_count():
-            raise MeasureError(
-                f"device {name!r} is not there; expected cuda:0 to cuda:{torch.cuda.device_count() - 1}."
-            )
-    return name
+    if kind == "cuda" and ":" in str(name) and not (index.isdigit() and int(index) < found["cuda"]):
+        raise MeasureError(f"device {name!r} is not there; expected cuda:0 to cuda:{found['cuda'] - 1}.")
+    return str(name)
 
 
 def use_threads(threads: int | None) -> None:
@@ -209,15 +233,14 @@ def use_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def load_model(
-    name: str, *, checkpoint: Path | None = None, no_pretrained: bool = False, no_verify: bool = False
-) -> Vit:
-    """A model by name or folder, with the flags that say where its weights come from."""
-    if checkpoint is not None and no_pretrained:
-        raise click.UsageError("--checkpoint and --no-pretrained contradict each other; pass one of them.")
-    from vitrim.sources import load
-
-    return load(name, pretrained=not no_pretrained, checkpoint=checkpoint, verify=not no_verify)
+def for_training(config: Path | None, flags: Mapping[str, Any], threads: int | None, **base: Any) -> dict[str, Any]:
+    """A training's settings: of `base`, the file, and the flags, the later before the earlier. The device has to be there."""
+    values = {**base, **read_json(config), **given(flags)}
+    if flags["epochs"] is not None and flags["steps"] is None:
+        values.pop("steps", None)
+    use_threads(threads)
+    device_named(values.get("device"))
+    return values
 
 
 def check_place(folder: Path) -> None:
@@ -277,13 +300,13 @@ def section(values: dict[str, Any], name: str) -> dict[str, Any]:
 
 def budget_in(settings: dict[str, Any]) -> Budget | None:
     """The budget of a config's settings; None where explicit ranks stand for it."""
-    from vitrim.budget import Budget
     from vitrim.config import read
 
-    values = section(settings, "budget")
-    if not values:
-        return None if settings.get("ranks") else Limits().budget()
-    return read(Budget, values, where="budget")
+    if values := section(settings, "budget"):
+        return read(Budget, values, where="budget")
+    if settings.get("ranks"):
+        return None
+    raise no_budget()
 
 
 def check_keys(values: dict[str, Any], known: Sequence[str], *, place: str) -> None:
@@ -294,7 +317,7 @@ def check_keys(values: dict[str, Any], known: Sequence[str], *, place: str) -> N
             raise ConfigError(f"{place}: unknown key {key!r}; expected some of {', '.join(known)}{hint}")
 
 
-def given(flags: dict[str, Any]) -> dict[str, Any]:
+def given(flags: Mapping[str, Any]) -> dict[str, Any]:
     """The flags that were passed: those that are not None."""
     return {name: value for name, value in flags.items() if value is not None}
 

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from vitrim import counting, methods
+from vitrim.budget import Budget
 from vitrim.cli import options, settings, tables
 from vitrim.cli.cost import spec_named
 from vitrim.cli.progress import progress_on_stderr
 from vitrim.errors import BudgetError
+from vitrim.spec import ModelSpec
 
 if TYPE_CHECKING:
-    from vitrim.budget import Budget
     from vitrim.model import Vit
-    from vitrim.spec import ModelSpec
 
 
 @click.command()
@@ -38,12 +38,10 @@ def plan(
     method: str | None,
     assigned: tuple[str, ...],
     data: str | None,
-    checkpoint: Path | None,
-    no_pretrained: bool,
-    no_verify: bool,
     device: str | None,
-    as_json: bool,
-    quiet: bool,
+    limits: options.Limits,
+    weights: options.Weights,
+    output: options.Output,
     **flags: Any,
 ) -> None:
     """Say what each method would reach, cost and need; train nothing.
@@ -52,43 +50,44 @@ def plan(
 
     vitrim plan --model timm:deit_small_patch16_224 --keep-macs 0.9,0.7,0.5
     """
-    from vitrim.methods import DEFAULT, METHODS, configure, method_named
-
-    aliases = {key: flags.pop(key) for key in settings.ALIASES if key in flags}
-    typed = settings.asked(assigned, aliases)
-    names = method.split(",") if method is not None else [DEFAULT] if data is not None else [*METHODS]
-    known = [method_named(name.strip()) for name in names]
+    typed = settings.asked(assigned, flags)
+    every = [methods.DEFAULT] if data is not None else [*methods.METHODS]
+    known = [methods.method_named(name.strip()) for name in (method.split(",") if method is not None else every)]
     # of all methods those that have what was typed; where none has, the first says what is wrong
     chosen = known if method is not None else [one for one in known if settings.has(one, typed)] or known[:1]
     own = {one.name: settings.applied(one, typed, {}) for one in chosen}
-    budgets = options.Limits(**flags).budgets()
+    budgets = limits.budgets()
+    if not budgets:
+        raise options.no_budget()
     for name, given in own.items():
-        configure(name, {"budget": budgets[0], **given})
+        methods.configure(name, {"budget": budgets[0], **given})
     if data is not None:
         if len(own) > 1:
             raise click.UsageError(f"--data goes with one method; {method} are several.")
         ((name, given),) = own.items()
         given = {"device": options.device_named(device), **given}
-        network = options.load_model(model, checkpoint=checkpoint, no_pretrained=no_pretrained, no_verify=no_verify)
-        show_predictions(model, name, predicted(network, name, budgets, data, given, quiet), as_json)
+        rows = predicted(weights.load(model), name, budgets, data, given, output.quiet)
+        show_predictions(model, name, rows, output.as_json)
         return
-    seen = [checkpoint, device, *(aliases[key] for key in ("images", "axes", "score", "seed"))]
-    if no_pretrained or any(value is not None for value in seen):
+    seen = [weights.checkpoint, device, *(flags[key] for key in ("images", "axes", "score", "seed"))]
+    if weights.no_pretrained or any(value is not None for value in seen):
         raise click.UsageError(
             "--checkpoint, --no-pretrained, --images, --axes, --score, --device and --seed go with --data; without it only the shape counts."
         )
     spec = spec_named(model)
     rows = [planned(name, spec, budget, given) for budget in budgets for name, given in own.items()]
-    if as_json:
-        from vitrim.counting import cost as count
-
-        whole = count(spec)
+    if output.as_json:
+        whole = counting.cost(spec)
         tables.show_json({"model": model, "macs": whole.macs, "params": whole.params, "plans": rows})
         return
     heads = ["method", "budget", "asks MACs", "asks params", "reaches MACs", "reaches params", "needs", "within reach"]
     tables.show_table(f"{model}: what each method would reach", heads, [plan_row(row) for row in rows])
+    note_refusals(rows)
+
+
+def note_refusals(rows: list[dict[str, Any]]) -> None:
     for row in rows:
-        if row["refused"]:
+        if row.get("refused"):
             tables.note(row["refused"])
 
 
@@ -96,13 +95,11 @@ def predicted(
     network: Vit, method: str, budgets: list[Budget], data: str, given: dict[str, Any], quiet: bool
 ) -> list[dict[str, Any]]:
     """What the method expects of each budget, from images."""
-    from vitrim.methods import METHODS, configure
-
-    predict = METHODS[method].predict
+    predict = methods.METHODS[method].predict
     if predict is None:
-        known = ", ".join(name for name, other in METHODS.items() if other.predict is not None)
+        known = ", ".join(name for name, other in methods.METHODS.items() if other.predict is not None)
         raise click.UsageError(f"--data: method {method!r} cannot say it before building; expected {known}.")
-    config = configure(method, given)
+    config = methods.configure(method, given)
     refused = {budget: out_of_reach(network.spec, method, config, budget) for budget in budgets}
     open_ = [budget for budget in budgets if refused[budget] is None]
     if not open_:
@@ -117,10 +114,8 @@ def predicted(
 
 def out_of_reach(spec: ModelSpec, method: str, config: Any, budget: Budget) -> str | None:
     """Why the method cannot meet the budget; None where it can."""
-    from vitrim.methods import plan as plan_of
-
     try:
-        plan_of(method, spec, replace(config, budget=budget))
+        methods.plan(method, spec, replace(config, budget=budget))
     except BudgetError as error:
         return str(error)
     return None
@@ -131,71 +126,47 @@ def show_predictions(model: str, method: str, rows: list[dict[str, Any]], as_jso
     if as_json:
         tables.show_json({"model": model, "method": method, "predictions": rows})
         return
-    body = []
-    for row in rows:
-        budget = ", ".join(f"{name} {value:g}" for name, value in row["budget"].items())
-        if "refused" in row:
-            body.append([budget, "out of reach", *[""] * 5])
-            continue
-        now, was = row["width"]
-        tokens = [f"{step['kind']} in block {step['block']}" for step in row["steps"]]
-        tokens += ["exact tail"] if row["exact_tail"] else []
-        blocks = "  ".join(f"{b['qk'][0]}/{b['v'][0]}/{b['hidden'][0]}" for b in row["blocks"])
-        body.append(
-            [
-                budget,
-                tables.count_text(row["macs"]),
-                tables.count_text(row["params"]),
-                f"{row['predicted_kl']:.2g}",
-                f"{now} of {was}",
-                ", ".join(tokens) or "all kept",
-                blocks,
-            ]
-        )
+    body = [prediction_row(row) for row in rows]
     heads = ["budget", "MACs", "params", "predicted loss", "stream", "tokens", "blocks: q/k rank / v rank / MLP units"]
     tables.show_table(f"{model}: what {method} expects (divergence of the outputs from the dense ones)", heads, body)
-    for row in rows:
-        if "refused" in row:
-            tables.note(row["refused"])
+    note_refusals(rows)
+
+
+def prediction_row(row: dict[str, Any]) -> list[str]:
+    """A prediction as a row of the table."""
+    budget = budget_text(row["budget"])
+    if "refused" in row:
+        return [budget, "out of reach", *[""] * 5]
+    now, was = row["width"]
+    tokens = [f"{step['kind']} in block {step['block']}" for step in row["steps"]]
+    tokens += ["exact tail"] if row["exact_tail"] else []
+    blocks = "  ".join(f"{b['qk'][0]}/{b['v'][0]}/{b['hidden'][0]}" for b in row["blocks"])
+    counts = [tables.count_text(row[key]) for key in ("macs", "params")]
+    return [budget, *counts, f"{row['predicted_kl']:.2g}", f"{now} of {was}", ", ".join(tokens) or "all kept", blocks]
+
+
+def budget_text(budget: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in budget.items())
 
 
 def planned(name: str, spec: ModelSpec, budget: Budget, given: dict[str, Any]) -> dict[str, Any]:
     """One method at one budget; out of reach is an answer here, not a failure."""
-    from vitrim.counting import cost as count
-    from vitrim.methods import configure
-    from vitrim.methods import plan as plan_of
     from vitrim.pipeline.reference import given_spec
 
-    row: dict[str, Any] = {
-        "method": name,
-        "budget": budget.to_dict(),
-        "limits": budget.limits(count(spec)),
-        "refused": None,
-    }
-    loose = configure(name, {"budget": type(budget)(keep_macs=1.0), **given})
+    whole = counting.cost(spec)
+    row: dict[str, Any] = {"method": name, "budget": budget.to_dict(), "limits": budget.limits(whole), "refused": None}
+    loose = methods.configure(name, {"budget": Budget(keep_macs=1.0), **given})
     # as `compress` does; shares refer to the model as it is
-    budget, spec = budget.absolute(count(spec)), given_spec(spec, loose, wanted=True)
+    budget, spec = budget.absolute(whole), given_spec(spec, loose, wanted=True)
     try:
-        return row | plan_of(name, spec, configure(name, {"budget": budget, **given}))
+        return row | methods.plan(name, spec, methods.configure(name, {"budget": budget, **given}))
     except BudgetError as error:
-        return row | plan_of(name, spec, loose) | {"refused": str(error)}
+        return row | methods.plan(name, spec, loose) | {"refused": str(error)}
 
 
 def plan_row(row: dict[str, Any]) -> list[str]:
     """A plan as a row of the table."""
-
-    def reach(name: str) -> str:
-        low, high = row["range"][name]
-        return f"{tables.count_text(low)} to {tables.count_text(high)}"
-
     asks = [tables.count_text(row["limits"][name]) if name in row["limits"] else "-" for name in ("macs", "params")]
-    budget = ", ".join(f"{name} {value:g}" for name, value in row["budget"].items())
-    return [
-        f"{row['method']} ({row['variant']})",
-        budget,
-        *asks,
-        reach("macs"),
-        reach("params"),
-        tables.needs_text(row["needs"]),
-        "no" if row["refused"] else "yes",
-    ]
+    reaches = [" to ".join(map(tables.count_text, row["range"][name])) for name in ("macs", "params")]
+    name, answer = f"{row['method']} ({row['variant']})", "no" if row["refused"] else "yes"
+    return [name, budget_text(row["budget"]), *asks, *reaches, tables.needs_text(row["needs"]), answer]

@@ -25,13 +25,10 @@ def predict(
     model: str,
     files: tuple[Path, ...],
     top: int,
-    checkpoint: Path | None,
-    no_pretrained: bool,
-    no_verify: bool,
+    weights: options.Weights,
     device: str | None,
     threads: int | None,
-    as_json: bool,
-    quiet: bool,
+    output: options.Output,
 ) -> None:
     """Name what MODEL sees on each IMAGE.
 
@@ -43,9 +40,9 @@ def predict(
             raise DataError(f"{str(file)!r} {what}; expected an image file, such as cat.jpg.")
     options.use_threads(threads)
     where = options.device_named(device)
-    network = options.load_model(model, checkpoint=checkpoint, no_pretrained=no_pretrained, no_verify=no_verify)
+    network = weights.load(model)
     answers = {str(file): names_on(network, file, top=top, device=where) for file in files}
-    if as_json:
+    if output.as_json:
         tables.show_json({"model": model, "predictions": answers})
         return
     for name, found in answers.items():

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from vitrim.cli import options, tables
+from vitrim.cli import options
 
 
 @click.command()
@@ -14,7 +14,7 @@ from vitrim.cli import options, tables
 @click.argument("repo", metavar="USER/NAME")
 @click.option("--include-report", is_flag=True, help="Send report.html too.")
 @options.OUTPUT
-def push(folder: Path, repo: str, include_report: bool, as_json: bool, quiet: bool) -> None:
+def push(folder: Path, repo: str, include_report: bool, output: options.Output) -> None:
     """Send a saved FOLDER to the Hugging Face Hub.
 
     Uses the login of `hf auth login`. vitrim push small/ me/deit-small-half
@@ -22,7 +22,4 @@ def push(folder: Path, repo: str, include_report: bool, as_json: bool, quiet: bo
     from vitrim.hub import push as send
 
     url = send(folder, repo, include_report=include_report)
-    if as_json:
-        tables.show_json({"repo": repo, "url": str(url)})
-    else:
-        tables.say(f"pushed {folder} to {url}")
+    output.tell({"repo": repo, "url": str(url)}, f"pushed {folder} to {url}")

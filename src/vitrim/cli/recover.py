@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from vitrim.cli import options, tables
+from vitrim.cli import options
 from vitrim.cli.progress import duration_text, progress_on_stderr
 
 
@@ -37,8 +37,7 @@ def recover(
     config: Path | None,
     resume: bool,
     threads: int | None,
-    as_json: bool,
-    quiet: bool,
+    output: options.Output,
     **settings: Any,
 ) -> None:
     """Train a compressed MODEL to answer as the dense one did.
@@ -51,34 +50,24 @@ def recover(
             "--teacher is missing; pass the dense model, or --objective supervised to learn from labels alone."
         )
     options.check_out(out, force=False, resume=resume)
-    values = {**options.read_json(config), **options.given(settings)}
-    if settings["epochs"] is not None and settings["steps"] is None:
-        values.pop("steps", None)
-    options.use_threads(threads)
-    options.device_named(values.get("device"))
+    values = options.for_training(config, settings, threads)
     from vitrim.codec import plain
     from vitrim.config import read
     from vitrim.pipeline import RecoverConfig
     from vitrim.pipeline import recover as train_again
 
     how = read(RecoverConfig, values, where="recover")
-    small = options.load_model(model)
-    dense = None if teacher is None else options.load_model(teacher)
-    with progress_on_stderr(quiet) as progress:
+    small = options.Weights().load(model)
+    dense = None if teacher is None else options.Weights().load(teacher)
+    with progress_on_stderr(output.quiet) as progress:
         result = train_again(small, teacher=dense, data=source, config=how, out=out, resume=resume, progress=progress)
-    scores = [line for line in result.history if line["kind"] == "validate"]
-    last = {
-        key: value for key, value in (scores[-1] if scores else {}).items() if key not in ("kind", "step", "seconds")
-    }
+    scores: dict[str, Any] = next((line for line in reversed(result.history) if line["kind"] == "validate"), {})
+    last = {key: value for key, value in scores.items() if key not in ("kind", "step", "seconds")}
     told = {"recovery": plain(how), "metrics": {**small.provenance.get("metrics", {}), "after": last}}
     result.save(out, provenance=told, force=True)
-    facts = {"out": str(out), "validation": last, **result.report["recovery"]}
-    if as_json:
-        tables.show_json(facts)
-        return
     spent = result.report["recovery"]
-    tables.say(
-        f"recovered in {spent['steps']} steps, {duration_text(spent['seconds'])} ({spent['objective']}); saved to {out}"
+    output.tell(
+        {"out": str(out), "validation": last, **spent},
+        f"recovered in {spent['steps']} steps, {duration_text(spent['seconds'])} ({spent['objective']}); saved to {out}",
+        *(f"{key:<10} {value:.4f}" for key, value in last.items()),
     )
-    for key, value in last.items():
-        tables.say(f"{key:<10} {value:.4f}")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from vitrim.cli import options, tables
+from vitrim.cli import options
 from vitrim.errors import ConfigError
 
 
@@ -14,7 +14,7 @@ from vitrim.errors import ConfigError
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="Instead of report.html in FOLDER.")
 @options.OUTPUT
-def report(folder: Path, out: Path | None, as_json: bool, quiet: bool) -> None:
+def report(folder: Path, out: Path | None, output: options.Output) -> None:
     """Write the page about a finished run: one file, no network.
 
     vitrim report small/
@@ -25,7 +25,4 @@ def report(folder: Path, out: Path | None, as_json: bool, quiet: bool) -> None:
     from vitrim.reporting import write
 
     written = write(folder, place)
-    if as_json:
-        tables.show_json({"report": str(written)})
-    else:
-        tables.say(f"wrote {written}; open it in a browser")
+    output.tell({"report": str(written)}, f"wrote {written}; open it in a browser")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from vitrim.cli import options
 from vitrim.errors import ConfigError, did_you_mean
+from vitrim.methods import METHODS
 
 if TYPE_CHECKING:
     from vitrim.methods.method import Method
@@ -127,14 +128,7 @@ def _within(kind: type, root: str, settings: Mapping[str, Any]) -> dict[str, Any
 def _not_of(method: Method, origin: str, key: str) -> str:
     from vitrim.config import keys
 
-    known, others = keys(method.config), ", ".join(_with_key(key))
+    known = keys(method.config)
+    others = ", ".join(name for name, other in METHODS.items() if key in keys(other.config))
     hint = f"; {others} has it." if others else did_you_mean(key, known) or "."
     return f"{origin}: {method.name} has no setting {key!r}{hint} Known: {', '.join(known)}."
-
-
-def _with_key(key: str) -> Iterator[str]:
-    """The methods that have a setting."""
-    from vitrim.config import keys
-    from vitrim.methods import METHODS
-
-    yield from (name for name, method in METHODS.items() if key in keys(method.config))

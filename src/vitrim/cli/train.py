@@ -7,8 +7,10 @@ from typing import Any
 
 import click
 
+from vitrim import recipes
 from vitrim.cli import options, tables
 from vitrim.cli.progress import duration_text, progress_on_stderr
+from vitrim.spec import Config
 from vitrim.tasks.task import METRICS, quality
 
 
@@ -35,12 +37,9 @@ def train(
     out: Path,
     resume: bool,
     config: Path | None,
-    checkpoint: Path | None,
-    no_pretrained: bool,
-    no_verify: bool,
+    weights: options.Weights,
     threads: int | None,
-    as_json: bool,
-    quiet: bool,
+    output: options.Output,
     **settings: Any,
 ) -> None:
     """Train on labelled images: from scratch, or from MODEL.
@@ -55,40 +54,24 @@ def train(
         )
     source = options.data_for(data, model or f"builtin:{recipe}")
     options.check_out(out, force=False, resume=resume)
-    prepared = {} if recipe is None else recipe_named(recipe)
-    values = {**prepared.get("train", {}), **options.read_json(config), **options.given(settings)}
-    if settings["steps"] is None and settings["epochs"] is not None:
-        values.pop("steps", None)
-    options.use_threads(threads)
+    prepared = {} if recipe is None else recipes.read(recipe)
+    values = options.for_training(config, settings, threads, **prepared.get("train", {}))
     from vitrim.config import read
-    from vitrim.spec import Config
     from vitrim.training import TrainConfig
     from vitrim.training.objectives import train as fit
 
-    options.device_named(values.get("device"))
     training = read(TrainConfig, values, where="train")
-    if model is not None:
-        start: Any = options.load_model(model, checkpoint=checkpoint, no_pretrained=no_pretrained, no_verify=no_verify)
-    else:
-        start = Config.from_dict(prepared["model"])
+    start = Config.from_dict(prepared["model"]) if model is None else weights.load(model)
     told = {"source": model or f"recipe {recipe}", **({} if recipe is None else {"recipe": recipe})}
-    with progress_on_stderr(quiet) as progress:
+    with progress_on_stderr(output.quiet) as progress:
         result = fit(
             start, source, training, out=out, resume=resume, new_head=new_head, provenance=told, progress=progress
         )
     scores: dict[str, Any] = next((line for line in reversed(result.history) if line["kind"] == "validate"), {})
-    facts = {"out": str(out), "steps": result.steps, "seconds": round(result.seconds, 1), "validation": scores}
-    if as_json:
-        tables.show_json(facts)
-        return
-    tables.say(f"trained {result.steps} steps in {duration_text(result.seconds)}; saved to {out}")
-    if (key := quality(scores)) is not None:
-        tables.say(f"{METRICS[key].short} on the validation images: {tables.percent_text(scores[key])}")
-    tables.say(f"next: vitrim compress --model {out} --keep-macs 0.5 --data {source} --out smaller")
-
-
-def recipe_named(name: str) -> dict[str, Any]:
-    """A packaged recipe; an unknown name is refused with the near miss."""
-    from vitrim import recipes
-
-    return recipes.read(name)
+    key = quality(scores)
+    output.tell(
+        {"out": str(out), "steps": result.steps, "seconds": round(result.seconds, 1), "validation": scores},
+        f"trained {result.steps} steps in {duration_text(result.seconds)}; saved to {out}",
+        *([f"{METRICS[key].short} on the validation images: {tables.percent_text(scores[key])}"] if key else []),
+        f"next: vitrim compress --model {out} --keep-macs 0.5 --data {source} --out smaller",
+    )
