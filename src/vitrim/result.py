@@ -5,11 +5,12 @@ Torch is needed where a network is saved, not to describe a table.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from vitrim.codec import plain
 from vitrim.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ class Table:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return {"kind": "table", **_plain(self)}
+        return {"kind": "table", **plain(self)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,21 +97,10 @@ class Curve:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return {"kind": "curve", **_plain(self)}
+        return {"kind": "curve", **plain(self)}
 
 
 Section = Table | Curve
-
-
-def _plain(section: Section) -> dict[str, Any]:
-    return {name: _lists(value) for name, value in asdict(section).items()}
-
-
-def _lists(value: Any) -> Any:
-    """Tuples as JSON has them."""
-    if isinstance(value, Mapping):
-        return {name: _lists(inner) for name, inner in value.items()}
-    return [_lists(inner) for inner in value] if isinstance(value, Iterable) and not isinstance(value, str) else value
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,6 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -238,12 +237,10 @@ def _ready(model: nn.Module, where: torch.device, dtype: torch.dtype) -> Iterato
 
 def _call(model: nn.Module, runtime: str) -> Callable[[Tensor], Any]:
     # A plain function around the model: compiling the module itself would leave a wrapper on the caller's object.
-    forward = partial(_forward, model)
+    def forward(images: Tensor) -> Any:
+        return model(images)
+
     return torch.compile(forward, dynamic=False) if runtime == "compile" else forward
-
-
-def _forward(model: nn.Module, images: Tensor) -> Any:
-    return model(images)
 
 
 def _warm(call: Callable[[Tensor], Any], images: Tensor, where: torch.device, warmup: int, name: str) -> int:

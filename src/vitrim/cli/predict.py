@@ -40,8 +40,8 @@ def predict(
             raise DataError(f"{str(file)!r} {what}; expected an image file, such as cat.jpg.")
     options.use_threads(threads)
     where = options.device_named(device)
-    network = weights.load(model)
-    answers = {str(file): names_on(network, file, top=top, device=where) for file in files}
+    network = weights.load(model).to(where)
+    answers = {str(file): names_on(network, file, top) for file in files}
     if output.as_json:
         tables.show_json({"model": model, "predictions": answers})
         return
@@ -51,13 +51,11 @@ def predict(
         )
 
 
-def names_on(network: Vit, file: Path, *, top: int, device: str) -> list[dict[str, Any]]:
-    """The likeliest classes of one image file: label (its number where the model has no names) and probability."""
-    import torch
-
-    from vitrim.data import readable
+def names_on(network: Vit, file: Path, top: int) -> list[dict[str, Any]]:
+    """The likeliest classes of one image file, as `answers` has them."""
+    from vitrim.data import evaluation
     from vitrim.data.images import decode
-    from vitrim.data.transforms import evaluation
+    from vitrim.tasks.samples import answers
 
     if not network.spec.outputs:
         raise ConfigError(
@@ -66,11 +64,4 @@ def names_on(network: Vit, file: Path, *, top: int, device: str) -> list[dict[st
     if network.config.preprocess is None:
         raise ConfigError("this model says no preprocessing (mean, std, size). Save it again from a source that does.")
     image = evaluation(network.config.preprocess)(decode(file, key=str(file)))  # C h w
-    with torch.inference_mode():
-        shares = network.to(device)(image.unsqueeze(0).to(device)).float().softmax(-1)[0]  # classes
-    values, indices = shares.topk(min(top, len(shares)))
-    labels = readable(network.config.labels or ())
-    return [
-        {"label": labels[i] if labels else f"class {i}", "index": i, "probability": value}
-        for value, i in zip(values.tolist(), indices.tolist(), strict=True)
-    ]
+    return answers(network, image.unsqueeze(0), top=top)[0]

@@ -8,7 +8,7 @@ OUT/report.html                               accuracy against operations and ag
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from vitrim.checkpoints import replace_text
 from vitrim.errors import ConfigError
 from vitrim.methods.method import MethodConfig
 from vitrim.model import Vit
-from vitrim.pipeline.folder import written_or_said
+from vitrim.pipeline.folder import check_place, written_or_said
 from vitrim.pipeline.reference import given_spec, reference_of
 from vitrim.pipeline.running import RunResult, run
 from vitrim.progress import Progress
@@ -57,44 +57,39 @@ def run_family(
     if len(budgets) < 2 or len({member_name(budget) for budget in budgets}) < len(budgets):
         raise ConfigError(f"budgets={tuple(b.to_dict() for b in budgets)!r}; expected two or more different ones.")
     folder = Path(out)
-    _check(folder, resume=resume, force=force)
+    check_place(folder, resume=resume, force=force)
     dense = load(model) if isinstance(model, str | Path) else model
     reference = reference_of(dense, settings.get("relative_to", "given"))
-    asked = {member_name(budget): budget.absolute(reference) for budget in budgets}
+    asked = [budget.absolute(reference) for budget in budgets]
     method = methods.method_of(method_config)
     wanted = settings.get("exact_tail", True)
     method_config = method_config if wanted else method_config.without_tail()
     spec = given_spec(dense.spec, method_config, wanted=wanted)
-    for limit in asked.values():
+    for limit in asked:
         methods.plan(method, spec, replace(method_config, budget=limit))
-    together = (
-        methods.METHODS[method].family is not None and settings.get("init") is None
-    )  # each member has a start of its own there
-    once = _Once(tuple(asked.values()), folder / "scoring") if together else methods.compress
+    # with an init each member has a start of its own
+    together = methods.METHODS[method].family is not None and settings.get("init") is None
+    scoring = folder / "scoring"
+    compressor = _for_all(tuple(asked), scoring) if together else methods.compress
     if not resume:
-        shutil.rmtree(folder / "scoring", ignore_errors=True)  # of a killed run that this one replaces
+        shutil.rmtree(scoring, ignore_errors=True)  # of a killed run that this one replaces
     members = []
     for index, budget in enumerate(budgets):
         place = folder / member_name(budget)
         begun = (place / "stages" / "config.json").is_file()
         if progress is not None:
             progress("family", index, len(budgets), now=place.name)
-        members.append(
-            run(
-                model,
-                replace(method_config, budget=budget),
-                data=data,
-                out=place,
-                resume=resume and begun,
-                force=force and place.is_dir(),
-                progress=progress,
-                compressor=once,
-                **settings,
-            )
-        )
+        how: dict[str, Any] = {
+            "out": place,
+            "resume": resume and begun,
+            "force": force and place.is_dir(),
+            "compressor": compressor,
+        }
+        own = replace(method_config, budget=budget)
+        members.append(run(model, own, data=data, progress=progress, **how, **settings))
     summary = reporting.family.summary({m.folder.name: m.summary for m in members}, name=folder.resolve().name)
     with written_or_said(folder):
-        shutil.rmtree(folder / "scoring", ignore_errors=True)
+        shutil.rmtree(scoring, ignore_errors=True)
         reporting.write_page(reporting.family.render(summary), folder / "report.html")
         replace_text(folder / reporting.family.SUMMARY, reporting.as_text(summary))
     return FamilyResult(folder=folder, report=folder / "report.html", members=tuple(members), summary=summary)
@@ -105,38 +100,14 @@ def member_name(budget: Budget) -> str:
     return "_".join(f"{limit}-{value:g}" for limit, value in budget.to_dict().items())
 
 
-class _Once:
+def _for_all(budgets: tuple[Budget, ...], folder: Path) -> Callable[..., Compressed]:
     """`vitrim.compress` for members of one family: the method runs for all budgets when the first is asked for."""
+    made: dict[Budget | None, Compressed] = {}
 
-    def __init__(self, budgets: tuple[Budget, ...], folder: Path) -> None:
-        self.budgets, self.folder = budgets, folder
-        self.made: dict[Budget, Compressed] = {}
+    def compressor(model: Vit, config: MethodConfig, **how: Any) -> Compressed:
+        if not made:
+            how |= {"folder": folder, "resume": folder.is_dir()}
+            made.update(zip(budgets, methods.compress_family(model, config, budgets, **how), strict=True))
+        return made[config.budget]
 
-    def __call__(
-        self, model: Vit, config: MethodConfig, *, data: Any, progress: Progress | None, **_: Any
-    ) -> Compressed:
-        if not self.made:
-            found = methods.compress_family(
-                model,
-                config,
-                self.budgets,
-                data=data,
-                progress=progress,
-                folder=self.folder,
-                resume=self.folder.is_dir(),
-            )
-            self.made = dict(zip(self.budgets, found, strict=True))
-        assert config.budget is not None
-        return self.made[config.budget]
-
-
-def _check(folder: Path, *, resume: bool, force: bool) -> None:
-    if resume and force:
-        raise ConfigError("resume and force contradict each other; pass one: go on with the family, or start it anew.")
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"{str(folder)!r} is a file; expected a folder, new or empty. Choose another name.")
-    if folder.is_dir() and any(folder.iterdir()) and not (resume or force):
-        raise ConfigError(
-            f"{str(folder)!r} is not empty. Pass resume (--resume) to go on with it, force (--force) to replace its members, or "
-            "choose another folder."
-        )
+    return compressor

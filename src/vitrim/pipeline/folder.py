@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from vitrim import reporting
 from vitrim.checkpoints import replace_text
 from vitrim.codec import flat
 from vitrim.errors import ArtifactError, ConfigError
@@ -33,19 +34,11 @@ class Folder:
     def __init__(self, out: Path, *, resume: bool, force: bool) -> None:
         self.out, self.resume = out, resume
         self.stages = out / "stages"
-        if resume and force:
-            raise ConfigError("resume and force contradict each other; pass one: go on with the run, or start it anew.")
-        if out.exists() and not out.is_dir():
-            raise ConfigError(f"{str(out)!r} is a file; expected a folder, new or empty. Choose another name.")
+        filled = check_place(out, resume=resume, force=force)
         begun = (self.stages / "config.json").is_file()
         if resume and not begun:
             raise ConfigError(
                 f"nothing to resume in {str(out)!r}; expected the folder of a run. To start one, leave resume out."
-            )
-        filled = out.is_dir() and any(out.iterdir())
-        if filled and not (resume or force):
-            raise ConfigError(
-                f"{str(out)!r} is not empty. Pass resume (--resume) to go on with it, force (--force) to replace it, or choose another folder."
             )
         if filled and force and not begun and not (out / "provenance.json").is_file():
             raise ConfigError(
@@ -102,16 +95,24 @@ class Folder:
         return self.stages / f"{stage}.json"
 
     def _write(self, stage: str, value: Mapping[str, Any]) -> None:
-        replace_text(self._path(stage), json.dumps(value, indent=1, sort_keys=True) + "\n")
+        replace_text(self._path(stage), reporting.as_text(value))
 
     def _read(self, stage: str) -> dict[str, Any]:
-        try:
-            found = json.loads(self._path(stage).read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ArtifactError(f"{str(self._path(stage))!r} is damaged ({error}). Remove it and resume.") from error
-        if not isinstance(found, dict):
-            raise ArtifactError(f"{str(self._path(stage))!r} is damaged: no JSON object. Remove it and resume.")
-        return found
+        return reporting.read_object(self._path(stage), mend="Remove it and resume.")
+
+
+def check_place(out: Path, *, resume: bool, force: bool) -> bool:
+    """Refuses a place where no run, or family of them, can go; gives whether there is anything already."""
+    if resume and force:
+        raise ConfigError("resume and force contradict each other; pass one: go on with what is there, or start anew.")
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{str(out)!r} is a file; expected a folder, new or empty. Choose another name.")
+    filled = out.is_dir() and any(out.iterdir())
+    if filled and not (resume or force):
+        raise ConfigError(
+            f"{str(out)!r} is not empty. Pass resume (--resume) to go on with it, force (--force) to replace it, or choose another folder."
+        )
+    return filled
 
 
 @contextmanager

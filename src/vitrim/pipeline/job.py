@@ -20,7 +20,7 @@ from vitrim.errors import ConfigError, DataError
 from vitrim.freezing import frozen
 from vitrim.methods import METHODS, configure, method_named, method_of
 from vitrim.methods import plan as plan_of
-from vitrim.methods.method import Method, MethodConfig, Plan
+from vitrim.methods.method import MethodConfig
 from vitrim.model import Vit
 from vitrim.pipeline.configs import EvaluateConfig, MeasureConfig, RecoverConfig
 from vitrim.pipeline.folder import Folder
@@ -52,32 +52,33 @@ class Asked:
     compressor: Callable[..., Compressed]
 
 
-@dataclass(frozen=True, kw_only=True)
 class Job:
-    """One run, settled. asked: as the caller said it. config: its shares turned into limits. given: what the method is given.
+    """One run, settled: what was asked, checked and made definite, with the folder that it goes to.
 
-    tail: whether that has an exact tail. first: the config of `init`, or None. train, held: training and validation images.
+    asked: as the caller said it. method, config: its shares turned into limits. tail: whether the network that the method is
+    given, `given`, has an exact tail. first: the config of `init`, or None. train, held: training and validation images.
     warnings: said so far. dense_top1: of the dense model on a few images, where it was looked at.
     """
 
-    asked: Asked
-    folder: Folder
-    method: Method
-    config: MethodConfig
-    given: Vit
-    tail: bool
-    first: MethodConfig | None
-    planned: Plan
-    train: Images
-    held: Images
-    recovery: RecoverConfig | None
-    warnings: tuple[str, ...]
-    dense_top1: float | None
-    progress: Progress | None
-
-    @property
-    def dense(self) -> Vit:
-        return self.asked.dense
+    def __init__(self, asked: Asked, folder: Folder, progress: Progress | None) -> None:
+        """Refuses an unreachable budget, images that would not do, and a dense model that guesses."""
+        self.asked = asked = asked if asked.tail else dataclasses.replace(asked, config=asked.config.without_tail())
+        self.folder, self.progress = folder, progress
+        self.dense, judging = asked.dense, asked.judging
+        self.warnings: list[str] = []
+        self.method = METHODS[method_of(asked.config)]
+        self.config = limited(asked.config, reference_of(self.dense, asked.relative_to))
+        self.tail = gets_tail(self.dense.spec, self.config, wanted=asked.tail)
+        self.given = surgery.exact_tail(self.dense) if self.tail else self.dense
+        self.planned = plan_of(self.method.name, self.given.spec, self.config)
+        self.first = None if asked.init is None else self._first_config(asked.init)
+        self.train, self.held = self._images()
+        if self.method.check is not None:
+            self.method.check(self.given.spec, self.config, self.train)
+        self.recovery = None if asked.recovery is None else self._recovery(asked.recovery)
+        self.dense_top1: float | None = None
+        if judging.check_dense and not folder.resume:
+            self.dense_top1 = self.task.refuse_untrained(self.dense, self.held, seed=judging.seed, **judging.how)
 
     @property
     def task(self) -> Task:
@@ -120,102 +121,62 @@ class Job:
             "init": asked.init,
         }
 
-
-def settled(asked: Asked, folder: Folder, progress: Progress | None) -> Job:
-    """The job, or a refusal: of an unreachable budget, of images that would not do, of a dense model that guesses."""
-    warnings: list[str] = []
-
-    def warn(text: str) -> None:
+    def _warn(self, text: str) -> None:
         log.warning(text)
-        warnings.append(text)
+        self.warnings.append(text)
 
-    asked = asked if asked.tail else dataclasses.replace(asked, config=asked.config.without_tail())
-    dense, judging = asked.dense, asked.judging
-    method = METHODS[method_of(asked.config)]
-    config = limited(asked.config, reference_of(dense, asked.relative_to))
-    tail = gets_tail(dense.spec, config, wanted=asked.tail)
-    given = surgery.exact_tail(dense) if tail else dense
-    planned = plan_of(method.name, given.spec, config)
-    first = None if asked.init is None else _first_config(asked, method, config, given, warn)
-    train, held = _images(asked, planned, warn)
-    if method.check is not None:
-        method.check(given.spec, config, train)
-    recovery = asked.recovery
-    if recovery is not None:
-        fixed = tuple(dict.fromkeys((*recovery.freeze, *config.freeze)))
-        frozen(dense.spec, fixed)
-        recovery = dataclasses.replace(recovery, freeze=fixed)
-        if len(train) < recovery.batch_size == RecoverConfig().batch_size:  # nobody chose it
-            few = max(1, len(train) // 8 * 8 or len(train))
-            warn(f"The recovery takes batches of {few}, since there are {len(train)} training images.")
-            recovery = dataclasses.replace(recovery, batch_size=few)
-        objective_named(recovery, dense, labelled=train.labelled)
-        ready(recovery, train)
-    top1 = None
-    if judging.check_dense and not folder.resume:
-        top1 = task_of(dense.spec).refuse_untrained(dense, held, seed=judging.seed, **judging.how)
-    return Job(
-        asked=asked,
-        folder=folder,
-        method=method,
-        config=config,
-        given=given,
-        tail=tail,
-        first=first,
-        planned=planned,
-        train=train,
-        held=held,
-        recovery=recovery,
-        warnings=tuple(warnings),
-        dense_top1=top1,
-        progress=progress,
-    )
+    def _recovery(self, wanted: RecoverConfig) -> RecoverConfig:
+        """With the method's frozen parts among its own, and a batch that the images fill. Raises where it cannot begin."""
+        freeze = tuple(dict.fromkeys((*wanted.freeze, *self.config.freeze)))
+        frozen(self.dense.spec, freeze)
+        wanted = dataclasses.replace(wanted, freeze=freeze)
+        count = len(self.train)
+        if count < wanted.batch_size == RecoverConfig().batch_size:  # nobody chose it
+            few = max(1, count // 8 * 8 or count)
+            self._warn(f"The recovery takes batches of {few}, since there are {count} training images.")
+            wanted = dataclasses.replace(wanted, batch_size=few)
+        objective_named(wanted, self.dense, labelled=self.train.labelled)
+        ready(wanted, self.train)
+        return wanted
 
+    def _first_config(self, init: str) -> MethodConfig:
+        """The config of `init`, at twice the limits. Raises ConfigError where it does not go with the method or its budget."""
+        config, budget = self.config, self.config.budget
+        if init == self.method.name or budget is None:
+            raise ConfigError(f"init={init!r}: expected another method than {self.method.name!r}, and a budget.")
+        twice = {key: 2 * value for key, value in budget.to_dict().items()}
+        loose = Budget(**{key: min(1.0, value) if key.startswith("keep_") else value for key, value in twice.items()})
+        both = {"seed", "freeze", "device", "images"} & {*keys(type(config))} & {*keys(method_named(init).config)}
+        shared = {key: value for key in both if (value := getattr(config, key)) not in (None, "auto")}
+        first: MethodConfig = configure(init, {"budget": loose, **shared})
+        first = first if self.asked.tail else first.without_tail()
+        whole = cost(self.given)
+        if not exceeded(whole, loose.limits(whole)):
+            self._warn(f"init={init!r} changes nothing here: the network meets twice the budget as it is.")
+        if plan_of(init, self.given.spec, first)["needs"]["training"]:
+            raise ConfigError(f"init={init!r} trains; expected a method of closed forms, such as auto.")
+        return first
 
-def _first_config(
-    asked: Asked, method: Method, config: MethodConfig, given: Vit, warn: Callable[[str], None]
-) -> MethodConfig:
-    """The config of `init`, at twice the limits. Raises ConfigError where it does not go with the method or its budget."""
-    assert asked.init is not None
-    budget = config.budget
-    if asked.init == method.name or budget is None:
-        raise ConfigError(f"init={asked.init!r}: expected another method than {method.name!r}, and a budget.")
-    twice = {key: 2 * value for key, value in budget.to_dict().items()}
-    loose = Budget(**{key: min(1.0, value) if key.startswith("keep_") else value for key, value in twice.items()})
-    both = {"seed", "freeze", "device", "images"} & {*keys(type(config))} & {*keys(method_named(asked.init).config)}
-    shared = {key: value for key in both if (value := getattr(config, key)) not in (None, "auto")}
-    first = configure(asked.init, {"budget": loose, **shared})
-    first = first if asked.tail else first.without_tail()
-    whole = cost(given)
-    if not exceeded(whole, loose.limits(whole)):
-        warn(f"init={asked.init!r} changes nothing here: the network meets twice the budget as it is.")
-    if plan_of(asked.init, given.spec, first)["needs"]["training"]:
-        raise ConfigError(f"init={asked.init!r} trains; expected a method of closed forms, such as auto.")
-    return first
+    def _images(self) -> tuple[Images, Images]:
+        """Train and validation; without labels where nothing needs them and they are of other classes."""
+        asked = self.asked
 
+        def opened(split: str, labelled: bool | None = None) -> Images:
+            return rooms.open(asked.data, split=split, seed=asked.judging.seed, labelled=labelled)
 
-def _images(asked: Asked, planned: Plan, warn: Callable[[str], None]) -> tuple[Images, Images]:
-    """Train and validation; without labels where nothing needs them and they are of other classes."""
-
-    def opened(labelled: bool | None = None) -> tuple[Images, Images]:
-        seed = asked.judging.seed
-        train, held = (
-            rooms.open(asked.data, split=split, seed=seed, labelled=labelled) for split in ("train", "validation")
-        )
-        return train, held
-
-    train, held = opened()
-    learns = asked.recovery is not None and asked.recovery.objective in ("distilled", "supervised")
-    if train.labelled or held.labelled:
+        train, held = opened("train"), opened("validation")
+        learns = asked.recovery is not None and asked.recovery.objective in ("distilled", "supervised")
+        if not (train.labelled or held.labelled):
+            return train, held
         try:
             for images in (train, held):
-                task_of(asked.dense.spec).check_labels(asked.dense.config, images)
+                self.task.check_labels(self.dense.config, images)
         except DataError as error:
-            if planned["needs"]["labels"] or learns:
+            if self.planned["needs"]["labels"] or learns:
                 raise
-            warn(f"Judged without labels, by agreement with the dense model: {error}")
-            return opened(labelled=False)
-    return train, held
+            self._warn(f"Judged without labels, by agreement with the dense model: {error}")
+            return opened("train", False), opened("validation", False)
+        return train, held
 
 
 def name_of(model: str | Path | Vit) -> str:

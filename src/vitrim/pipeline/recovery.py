@@ -45,36 +45,14 @@ def recover(
     labelled = False if config.objective == "label_free" else None
     images, held = (rooms.open(data, split=split, labelled=labelled) for split in ("train", "validation"))
     model = small.model if isinstance(small, Compressed) else small
-    fitted, objective = train_again(model, teacher, images, held, config, out=out, resume=resume, progress=progress)
-    method, variant = (small.method, small.variant) if isinstance(small, Compressed) else ("recover", objective)
-    report = dict(small.report) if isinstance(small, Compressed) else {}
-    spent = {"objective": objective, "steps": fitted.steps, "seconds": round(fitted.seconds, 1)}
-    return Compressed(
-        model=fitted.model, method=method, variant=variant, history=fitted.history, report={**report, "recovery": spent}
+    place = None if out is None else Path(out)
+    fitted, objective = train_again(
+        model, teacher, images, config, held=held, out=place, resume=resume, progress=progress
     )
-
-
-def train_again(
-    model: Vit,
-    teacher: Vit | None,
-    images: Images,
-    held: Images,
-    config: RecoverConfig,
-    *,
-    out: str | os.PathLike[str] | None,
-    resume: bool,
-    progress: Progress | None,
-) -> tuple[FitResult, str]:
-    """Fit a copy of the model; gives the result and the objective's name as it was resolved. images: train; held: validation."""
-    return _again(
-        model,
-        teacher,
-        images,
-        config,
-        out=Path(out) if out is not None else None,
-        resume=resume,
-        validate=_validator(held, teacher, config),
-        progress=progress,
+    made = small if isinstance(small, Compressed) else Compressed(model=model, method="recover", variant=objective)
+    spent = {"objective": objective, "steps": fitted.steps, "seconds": round(fitted.seconds, 1)}
+    return dataclasses.replace(
+        made, model=fitted.model, history=fitted.history, report={**made.report, "recovery": spent}
     )
 
 
@@ -89,21 +67,34 @@ def training_speeds(
     rates: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(rounds):
         for name, model in models.items():
-            history = _again(model, teacher, images, short)[0].history
+            history = train_again(model, teacher, images, short)[0].history
             rates[name] += [line["images_per_s"] for line in history[1:]]
     return {name: statistics.median(found) for name, found in rates.items()}
 
 
-def _again(model: Vit, teacher: Vit | None, images: Images, config: RecoverConfig, **how: Any) -> tuple[FitResult, str]:
-    """Fit a copy by the objective that the config asks for; how: as `fit` takes it."""
+def train_again(
+    model: Vit,
+    teacher: Vit | None,
+    images: Images,
+    config: RecoverConfig,
+    *,
+    held: Images | None = None,
+    **how: Any,
+) -> tuple[FitResult, str]:
+    """Fit a copy of the model; gives the result and the objective's name as it was resolved.
+
+    images: learned.  held: validation images.  how: out, resume and progress, as `fit` takes them.
+    """
     name = objective_named(config, model, labelled=images.labelled)
     objective = _objective(name, config, model, teacher, images)
     # a label-free run never looks at labels, which may be of other classes than the model's
-    label_map = None if name == "label_free" else _label_map(model, images)
+    labels = None if name == "label_free" else images.classes
+    label_map = class_index(model.config.labels, labels, classes=model.spec.classes)
+    validate = None if held is None else _validator(held, teacher, config)
     student = copy.deepcopy(model)
     learns = {name: parameter.requires_grad for name, parameter in student.named_parameters()}
     surgery.hold(student, frozen(student.spec, config.freeze))
-    fitted = fit(student, objective, images, config, label_map=label_map, **how)
+    fitted = fit(student, objective, images, config, label_map=label_map, validate=validate, **how)
     for key, parameter in fitted.model.named_parameters():
         parameter.requires_grad_(learns[key])
     return fitted, name
@@ -156,10 +147,6 @@ def taps_for(model: Vit, teacher: Vit) -> tuple[str, ...]:
     usable = [i for i in whole if i < before]
     thirds = sorted({usable[(len(usable) * part) // 3 - 1] for part in (1, 2, 3) if (len(usable) * part) // 3})
     return tuple(f"block:{i}" for i in thirds)
-
-
-def _label_map(model: Vit, images: Images) -> Any:
-    return class_index(model.config.labels, images.classes, classes=model.spec.classes)
 
 
 def _validator(held: Images, teacher: Vit | None, config: RecoverConfig) -> Callable[[Vit], Mapping[str, Any]]:

@@ -16,7 +16,7 @@ from vitrim.methods.method import MethodConfig
 from vitrim.model import Vit
 from vitrim.pipeline.configs import EvaluateConfig, MeasureConfig, RecoverConfig
 from vitrim.pipeline.folder import Folder, written_or_said
-from vitrim.pipeline.job import Asked, Job, name_of, settled
+from vitrim.pipeline.job import Asked, Job, name_of
 from vitrim.pipeline.stages import STAGES, final
 from vitrim.pipeline.summary import summary
 from vitrim.progress import Progress
@@ -93,7 +93,7 @@ def run(
         init=init,
         compressor=compressor,
     )
-    job = settled(asked, folder, progress)
+    job = Job(asked, folder, progress)
     with written_or_said(folder.out):
         return _through_all_stages(job)
 

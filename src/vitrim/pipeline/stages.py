@@ -118,8 +118,8 @@ def recover(job: Job, found: Found) -> dict[str, Any]:
         small,
         job.dense,
         job.train,
-        job.held,
         job.recovery,
+        held=job.held,
         out=job.folder.stages / "recover",
         resume=job.folder.partial_recovery,
         progress=job.progress,
@@ -216,13 +216,7 @@ def report(job: Job, found: Found) -> dict[str, Any]:
 
 Stage = Callable[[Job, Found], dict[str, Any]]
 STAGES: dict[str, Stage] = {
-    "plan": plan,
-    "compress": compress,
-    "recover": recover,
-    "evaluate": evaluate,
-    "measure": measure,
-    "save": save,
-    "report": report,
+    stage.__name__: stage for stage in (plan, compress, recover, evaluate, measure, save, report)
 }
 
 

@@ -52,7 +52,7 @@ def read(folder: Path) -> dict[str, Any]:
             f"{str(folder)!r} has no {SUMMARY}; expected the folder of a finished `vitrim compress`. "
             "If the run was stopped, finish it with --resume."
         )
-    result = _object(place)
+    result = read_object(place)
     if result.get("schema") != 1:
         raise ArtifactError(
             f"{str(place)!r} has schema {result.get('schema')!r}; expected 1. Write it with this version of vitrim."
@@ -63,7 +63,7 @@ def read(folder: Path) -> dict[str, Any]:
 def read_samples(folder: Path) -> dict[str, Any]:
     """Samples and their note, which a run keeps apart since images are long; empty if there are none."""
     place = folder / SAMPLES
-    return _object(place) if place.is_file() else {}
+    return read_object(place) if place.is_file() else {}
 
 
 def as_text(value: Mapping[str, Any]) -> str:
@@ -71,13 +71,14 @@ def as_text(value: Mapping[str, Any]) -> str:
     return json.dumps(value, indent=1, sort_keys=True) + "\n"
 
 
-def _object(place: Path) -> dict[str, Any]:
+def read_object(place: Path, *, mend: str = "Run `vitrim compress` again.") -> dict[str, Any]:
+    """The JSON object in a file of a run. Raises ArtifactError where there is none, with how to mend it."""
     try:
         found = json.loads(place.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ArtifactError(f"{str(place)!r} is damaged: {error}. Run `vitrim compress` again.") from error
+        raise ArtifactError(f"{str(place)!r} is damaged: {error}. {mend}") from error
     if not isinstance(found, dict):
-        raise ArtifactError(f"{str(place)!r} is damaged: no JSON object. Run `vitrim compress` again.")
+        raise ArtifactError(f"{str(place)!r} is damaged: no JSON object. {mend}")
     return found
 
 
@@ -87,7 +88,7 @@ def write(source: Mapping[str, Any] | str | Path, out: str | Path) -> Path:
     source: a result, or the folder of a run or of a family.
     """
     if not isinstance(source, Mapping) and (Path(source) / family.SUMMARY).is_file():
-        return write_page(family.render(_object(Path(source) / family.SUMMARY)), Path(out))
+        return write_page(family.render(read_object(Path(source) / family.SUMMARY)), Path(out))
     return write_page(render(source if isinstance(source, Mapping) else read(Path(source))), Path(out))
 
 
@@ -103,4 +104,4 @@ def write_page(page: str, place: Path) -> Path:
     return place
 
 
-__all__ = ["SUMMARY", "as_text", "family", "read", "read_samples", "write", "write_page"]
+__all__ = ["SUMMARY", "as_text", "family", "read", "read_object", "read_samples", "write", "write_page"]

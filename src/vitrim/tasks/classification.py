@@ -276,7 +276,19 @@ def _short(values: Sequence[float]) -> tuple[float, ...]:
 # ------------------------------------------------------------------------------------------------------------- as tasks
 
 
-class Classification:
+class Features(Task):
+    """`Task` of encoders without a classifier: their features beside the dense model's."""
+
+    name = "features"
+
+    def check_labels(self, config: Config, images: Images) -> None:
+        """Labels are not looked at."""
+
+    def evaluate(self, model: Vit, images: Images, *, reference: Any = None, **how: Any) -> Metrics:
+        return evaluate(model, images, reference=reference, **how)
+
+
+class Classification(Features):
     """`Task` of networks with a classifier."""
 
     name = "classification"
@@ -287,9 +299,6 @@ class Classification:
 
     def refuse_untrained(self, model: Vit, images: Images, **how: Any) -> float | None:
         return refuse_chance(model, images, **how)
-
-    def evaluate(self, model: Vit, images: Images, *, reference: Any = None, **how: Any) -> Metrics:
-        return evaluate(model, images, reference=reference, **how)
 
     def reference_of(self, dense: Vit, facts: Metrics) -> Any:
         return facts
@@ -305,33 +314,6 @@ class Classification:
         self, models: Mapping[str, Vit], facts: Mapping[str, Metrics], images: Images, *, count: int, seed: int
     ) -> dict[str, Any]:
         return shown(models, facts, images, count=count, seed=seed) if count else {"samples": []}
-
-
-class Features:
-    """`Task` of encoders without a classifier: their features beside the dense model's."""
-
-    name = "features"
-    predicts = False
-
-    def check_labels(self, config: Config, images: Images) -> None:
-        """Labels are not looked at."""
-
-    def refuse_untrained(self, model: Vit, images: Images, **how: Any) -> float | None:
-        return None
-
-    def evaluate(self, model: Vit, images: Images, *, reference: Any = None, **how: Any) -> Metrics:
-        return evaluate(model, images, reference=reference, **how)
-
-    def reference_of(self, dense: Vit, facts: Metrics) -> Any:
-        return dense
-
-    def successes(self, facts: Metrics, dense: Metrics | None = None) -> list[bool] | None:
-        return None
-
-    def samples(
-        self, models: Mapping[str, Vit], facts: Mapping[str, Metrics], images: Images, *, count: int, seed: int
-    ) -> dict[str, Any]:
-        return {"samples": []}
 
 
 def task_of(spec: ModelSpec) -> Task:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor
 
 from vitrim.data import Images, evaluation, match_labels, readable
 from vitrim.model import Vit
@@ -33,14 +33,16 @@ def samples(
     view = evaluation(preprocess)
     pictures = [images[readable[i]][0] for i in picked]
     batch = torch.stack([view(picture) for picture in pictures])  # B C h w
-    said = {name: _answers(model, batch) for name, model in models.items()}
+    said = {name: [first for first, *_ in answers(model, batch)] for name, model in models.items()}
     labels = _true_labels(models["dense"], images)
     cards = [
         {
             "image": data_uri(picture),
             "name": images.keys[readable[i]],
             "label": labels[readable[i]] if labels else None,
-            "predictions": {name: answers[place] for name, answers in said.items()},
+            "predictions": {
+                name: {key: of[place][key] for key in ("label", "probability")} for name, of in said.items()
+            },
         }
         for place, (i, picture) in enumerate(zip(picked, pictures, strict=True))
     ]
@@ -66,15 +68,19 @@ def data_uri(picture: Image.Image) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(held.getvalue()).decode()}"
 
 
-def _answers(model: nn.Module, batch: torch.Tensor) -> list[dict[str, Any]]:
+def answers(model: Vit, batch: Tensor, *, top: int = 1) -> list[list[dict[str, Any]]]:
+    """The likeliest classes of each image: label (its number where the model has no names) and probability.  batch: B C h w."""
+    first = next(model.parameters())
     with torch.inference_mode():
-        first = next(model.parameters())
         chances = model(batch.to(first.device, first.dtype)).float().softmax(-1).cpu()  # B classes
-    tops, indices = chances.max(-1)
-    labels = readable(model.config.labels or ()) if isinstance(model, Vit) else None
+    values, indices = chances.topk(min(top, chances.shape[-1]))
+    labels = readable(model.config.labels or ())
     return [
-        {"label": labels[i] if labels else f"class {i}", "probability": top}
-        for top, i in zip(tops.tolist(), indices.tolist(), strict=True)
+        [
+            {"label": labels[i] if labels else f"class {i}", "index": i, "probability": share}
+            for i, share in zip(places, shares, strict=True)
+        ]
+        for places, shares in zip(indices.tolist(), values.tolist(), strict=True)
     ]
 
 

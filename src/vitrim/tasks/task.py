@@ -73,10 +73,10 @@ def quality(metrics: Mapping[str, Any]) -> str | None:
 
 
 class Task(Protocol):
-    """What networks of one kind are judged by."""
+    """What networks of one kind are judged by. What a task does not say stands here, as for one without labels or answers."""
 
     name: str
-    predicts: bool
+    predicts: bool = False
     """Whether single images have answers that a person reads."""
 
     def check_labels(self, config: Config, images: Images) -> None:
@@ -84,20 +84,25 @@ class Task(Protocol):
 
     def refuse_untrained(self, model: Vit, images: Images, **how: Any) -> float | None:
         """Raise DataError where the dense model only guesses; its quality on a few images, or None where nothing says so."""
+        return None
 
     def evaluate(self, model: Vit, images: Images, *, reference: Any = None, **how: Any) -> Metrics:
         """Score a network in one pass.  reference: of `reference_of`, or a model; how: as `classification.evaluate` has it."""
+        ...
 
     def reference_of(self, dense: Vit, facts: Metrics) -> Any:
         """What the networks cut from a dense one are compared with.  facts: the dense one's own."""
+        return dense
 
     def successes(self, facts: Metrics, dense: Metrics | None = None) -> list[bool] | None:
         """By image, whether it was right; without labels, whether it was as the dense model has it. None: neither is known."""
+        return None
 
     def samples(
         self, models: Mapping[str, Vit], facts: Mapping[str, Metrics], images: Images, *, count: int, seed: int
     ) -> dict[str, Any]:
         """Images to look at with what each model says of them, and how they were chosen; no `samples` where nothing can be shown."""
+        return {"samples": []}
 
 
 def named(progress: Progress | None, name: str) -> Progress | None:
