@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from vitrim.cli import options, tables
@@ -17,7 +19,9 @@ SPLITS = ("train", "validation", "val", "test", "all")
 @click.option("--against", metavar="MODEL", help="Also how much it agrees with this one; the score of an encoder.")
 @options.DATA
 @click.option("--split", type=options.Named(*SPLITS), default="validation", show_default=True, help="Part of the data.")
-@click.option("--batch", type=click.IntRange(min=1), default=64, show_default=True, help="Images at a time.")
+@click.option(
+    "--batch", "batch_size", type=click.IntRange(min=1), default=64, show_default=True, help="Images at a time."
+)
 @click.option("--limit", type=click.IntRange(min=1), help="Only so many images, balanced over the classes.")
 @click.option("--skip-broken", is_flag=True, help="Leave out images that cannot be read, and say which.")
 @options.SOURCE
@@ -31,16 +35,14 @@ def evaluate(
     against: str | None,
     data: str | None,
     split: str,
-    batch: int,
     limit: int | None,
     skip_broken: bool,
     weights: options.Weights,
     device: str | None,
     threads: int | None,
-    amp: str | None,
-    workers: int | None,
     seed: int | None,
     output: options.Output,
+    **how: Any,
 ) -> None:
     """Score MODEL on labelled images: top-1, top-5, loss. An encoder is scored against another model, without labels.
 
@@ -65,16 +67,8 @@ def evaluate(
     if limit is not None:
         images = images.take(limit, seed or 0)
     with progress_on_stderr(output.quiet) as progress:
-        metrics = score(
-            network,
-            images,
-            batch_size=batch,
-            device=where,
-            amp=amp or "no",
-            workers=workers or 0,
-            reference=reference,
-            progress=progress,
-        )
+        how = options.given({**how, "device": where, "reference": reference})
+        metrics = score(network, images, progress=progress, **how)
     for key, reason in images.broken.items():
         tables.note(f"skipped {key}: {reason}")
     kept = {name: metrics[name] for name in (*METRICS, "count") if metrics.get(name) is not None}

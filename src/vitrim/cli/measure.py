@@ -9,6 +9,7 @@ import click
 
 from vitrim.cli import options, tables
 from vitrim.cli.progress import progress_on_stderr
+from vitrim.counting import cost
 
 if TYPE_CHECKING:
     from vitrim.model import Vit
@@ -17,7 +18,14 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("model")
 @click.option("--against", metavar="MODEL", help="Interleave with this one, and give the speed-up.")
-@click.option("--batch", type=options.COUNTS, default="1,8", show_default=True, help="Batch sizes, comma-separated.")
+@click.option(
+    "--batch",
+    "batch_sizes",
+    type=options.COUNTS,
+    default="1,8",
+    show_default=True,
+    help="Batch sizes, comma-separated.",
+)
 @click.option(
     "--runtime", type=options.Named("eager", "compile"), default="eager", show_default=True, help="What runs it."
 )
@@ -28,13 +36,9 @@ if TYPE_CHECKING:
 def measure(
     model: str,
     against: str | None,
-    batch: tuple[int, ...],
-    runtime: str,
-    runs: int,
-    dtype: str,
     device: str | None,
-    threads: int | None,
     output: options.Output,
+    **how: Any,
 ) -> None:
     """Time MODEL's forward pass: median and spread, here and now.
 
@@ -43,25 +47,14 @@ def measure(
     if against == model:
         raise click.UsageError("--against names the model itself; pass another one, such as the dense model.")
     where = options.device_named(device)
-    from vitrim.counting import cost as count
-    from vitrim.timing import measure as time_models
-    from vitrim.timing import speedups
+    from vitrim import timing
 
     names = [model] if against is None else [against, model]
     networks = {name: for_timing(name) for name in names}
     with progress_on_stderr(output.quiet) as progress:
-        rows = time_models(
-            networks,
-            batch_sizes=batch,
-            threads=threads,
-            runs=runs,
-            runtime=runtime,
-            device=where,
-            dtype=dtype,
-            progress=progress,
-        )
-    macs = {name: count(network).macs for name, network in networks.items()}
-    gains = [] if against is None else speedups(rows, against, macs)
+        rows = timing.measure(networks, device=where, progress=progress, **how)
+    macs = {name: cost(network).macs for name, network in networks.items()}
+    gains = [] if against is None else timing.speedups(rows, against, macs)
     if output.as_json:
         tables.show_json({"rows": rows, "speedups": gains, "macs": macs})
     else:
@@ -80,18 +73,12 @@ def show_times(rows: Sequence[dict[str, Any]], gains: Sequence[dict[str, Any]]) 
     gained = {(gain["model"], gain["batch"]): gain for gain in gains}
     body = []
     for row in rows:
-        gain = gained.get((row["model"], row["batch"]))
-        speed = (
-            [f"{gain['ideal']:.2f}", f"{gain['measured']:.2f}", tables.share_text(gain["realised"], 1)]
-            if gain
-            else ["", "", ""]
-        )
         spread = f"{row['low_ms']:.2f} to {row['high_ms']:.2f}"
-        body.append([row["model"], str(row["batch"]), f"{row['median_ms']:.2f}", spread, *speed])
-    heads = ["model", "batch", "median ms", "quartiles", "ideal x", "measured x", "realised"]
-    tables.show_table(
-        "time of one forward pass", heads if gains else heads[:4], body if gains else [line[:4] for line in body]
-    )
+        body.append([row["model"], str(row["batch"]), f"{row['median_ms']:.2f}", spread])
+        if gain := gained.get((row["model"], row["batch"])):
+            body[-1] += [f"{gain['ideal']:.2f}", f"{gain['measured']:.2f}", tables.share_text(gain["realised"], 1)]
+    heads = ["model", "batch", "median ms", "quartiles", *(["ideal x", "measured x", "realised"] if gains else [])]
+    tables.show_table("time of one forward pass", heads, body)
     first = rows[0]
     tables.say(
         f"{first['runtime']}, {first['dtype']}, {first['device_name']}, {first['threads']} threads, "

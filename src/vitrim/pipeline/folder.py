@@ -49,16 +49,12 @@ class Folder:
         """Make the folder and keep the resolved config; or, when resuming, compare with what is kept there."""
         if self.resume:
             self._compare(config)
-            self._forget(self.first_missing())
+            self._forget()
             return
         for name in ("summary.json", "report.html", "stages"):
             _remove(self.out / name)
         self.stages.mkdir(parents=True, exist_ok=True)
         self._write("config", config)
-
-    def first_missing(self) -> int:
-        """Index of the first stage without a result; as many as there are stages if the run is whole."""
-        return next((i for i, stage in enumerate(STAGES) if not self._path(stage).is_file()), len(STAGES))
 
     def stage(self, name: str, work: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], bool]:
         """The stage's result, and whether it was done just now. A result is kept only once it is whole."""
@@ -70,13 +66,9 @@ class Folder:
         self._write(name, found)
         return found, True
 
-    @property
-    def partial_recovery(self) -> bool:
-        """Whether a recovery was begun that can go on from a checkpoint."""
-        return (self.stages / "recover").is_dir()
-
-    def _forget(self, first: int) -> None:
-        """Later stages stand on the missing one. What that one itself had begun stays: a recovery has checkpoints."""
+    def _forget(self) -> None:
+        """Later stages stand on the first missing one. What that one itself had begun stays: a recovery has checkpoints."""
+        first = next((i for i, stage in enumerate(STAGES) if not self._path(stage).is_file()), len(STAGES))
         for stage in STAGES[first + 1 :]:
             _remove(self._path(stage))
             for name in LEFT_BY.get(stage, ()):

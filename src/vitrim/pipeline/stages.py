@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from vitrim import artifact, reporting, timing
@@ -55,17 +56,16 @@ def plan(job: Job, found: Found) -> dict[str, Any]:
 def compress(job: Job, found: Found) -> dict[str, Any]:
     """The cut network, in stages/compressed."""
     search = job.folder.stages / "search"
+
+    def how(place: Path) -> dict[str, Any]:
+        return {"data": job.train, "progress": job.progress, "folder": place, "resume": place.is_dir()}
+
     start, taught = job.given, {}
     if job.first is not None:
-        place = search / "init"
-        start = compress_by(
-            job.given, job.first, data=job.train, progress=job.progress, folder=place, resume=place.is_dir()
-        ).model
+        start = compress_by(job.given, job.first, **how(search / "init")).model
         search = search / "after"
         taught = {"teacher": job.dense} if job.method.takes_teacher else {}
-    made = job.asked.compressor(
-        start, job.config, data=job.train, progress=job.progress, folder=search, resume=search.is_dir(), **taught
-    )
+    made = job.asked.compressor(start, job.config, **how(search), **taught)
     warnings = list(made.report.get("warnings", ()))  # logged by `vitrim.compress`
     if blind(made.spec) and not blind(job.dense.spec):
         warnings += _said(
@@ -114,16 +114,9 @@ def recover(job: Job, found: Found) -> dict[str, Any]:
     if job.recovery is None:
         return {"skipped": True}
     small = kept(job, "compressed")
-    fitted, objective = train_again(
-        small,
-        job.dense,
-        job.train,
-        job.recovery,
-        held=job.held,
-        out=job.folder.stages / "recover",
-        resume=job.folder.partial_recovery,
-        progress=job.progress,
-    )
+    place = job.folder.stages / "recover"
+    how: dict[str, Any] = {"out": place, "resume": place.is_dir(), "progress": job.progress}
+    fitted, objective = train_again(small, job.dense, job.train, job.recovery, held=job.held, **how)
     artifact.save(fitted.model, job.folder.stages / "recovered", force=True)
     lines, rounds = fitted.history, min(3, fitted.steps // STEPS_PER_SPEED_ROUND)
     both = {"dense": job.dense, "compressed": small}
@@ -174,14 +167,8 @@ def measure(job: Job, found: Found) -> dict[str, Any]:
     both = {"dense": job.dense, "compressed": final(job)}
     for runtime in target.runtimes or here:
         try:
-            rows += timing.measure(
-                both,
-                batch_sizes=target.batch_sizes,
-                runs=target.runs,
-                runtime=runtime,
-                progress=job.progress,
-                **_on(target),
-            )
+            how = {"batch_sizes": target.batch_sizes, "runs": target.runs, "runtime": runtime, **_on(target)}
+            rows += timing.measure(both, progress=job.progress, **how)
         except MeasureError as error:
             if target.runtimes is not None or runtime == "eager":
                 raise

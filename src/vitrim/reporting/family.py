@@ -16,8 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 from vitrim.reporting.figures import Result, lookup
-from vitrim.reporting.filling import fill
-from vitrim.reporting.page import final_state, method_name, quality
+from vitrim.reporting.page import fill, final_state, method_name, quality
 from vitrim.result import Axis, Curve, Series
 from vitrim.tasks.task import METRICS
 
@@ -29,6 +28,10 @@ def summary(members: Mapping[str, Result], *, name: str) -> dict[str, Any]:
     first = next(iter(members.values()))
     metric = quality(first)
     dense = first["costs"]["dense"]
+
+    def scored(result: Result, state: str) -> Any:
+        return None if metric is None else lookup(result, f"metrics/{state}/{metric}")
+
     rows = []
     for folder, result in members.items():
         small = result["costs"]["compressed"]
@@ -40,8 +43,8 @@ def summary(members: Mapping[str, Result], *, name: str) -> dict[str, Any]:
                 "params": small["params"],
                 "kept_macs": small["macs"] / dense["macs"],
                 "kept_params": small["params"] / dense["params"],
-                "quality": None if metric is None else lookup(result, f"metrics/{final_state(result)}/{metric}"),
-                "before_recovery": None if metric is None else lookup(result, f"metrics/compressed/{metric}"),
+                "quality": scored(result, final_state(result)),
+                "before_recovery": scored(result, "compressed"),
                 "speed": lookup(result, "timing/speedups") or [],
                 "warnings": list(result.get("warnings") or ()),
             }
@@ -53,11 +56,7 @@ def summary(members: Mapping[str, Result], *, name: str) -> dict[str, Any]:
         "method": first["method"],
         "data": first["data"],
         "quality": metric,
-        "dense": {
-            "quality": None if metric is None else lookup(first, f"metrics/dense/{metric}"),
-            "macs": dense["macs"],
-            "params": dense["params"],
-        },
+        "dense": {"quality": scored(first, "dense"), "macs": dense["macs"], "params": dense["params"]},
         "members": sorted(rows, key=lambda row: -row["macs"]),
     }
 

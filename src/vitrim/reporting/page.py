@@ -1,14 +1,20 @@
-"""The page of one run: what its template needs to know, from a result. Figures are named by their paths."""
+"""The page of one run: what its template needs to know, from a result. Figures are named by their paths.
+
+Whatever a template is given is escaped; only `Markup` goes in as it is.
+"""
 
 from collections.abc import Mapping, Sequence
+from functools import cache, partial
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vitrim.reporting import charts
-from vitrim.reporting.figures import Result, lookup, percent
-from vitrim.reporting.filling import fill
+from vitrim.reporting.figures import FORMS, Result, figure, lookup, percent
 from vitrim.result import Axis, Curve, Series
 from vitrim.tasks import task
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 STATES = {"dense": "dense", "compressed": "after the cut", "recovered": "after recovery"}
 
@@ -258,3 +264,23 @@ def _row_of(rows: Sequence[Any], model: str, like: Mapping[str, Any] | None = No
         if row["model"] == model and all(row[key] == like[key] for key in keys if like is not None):
             return index
     return None
+
+
+@cache
+def _environment() -> "Environment":
+    import jinja2  # a tenth of a second, which --help need not wait for
+
+    return jinja2.Environment(
+        loader=jinja2.PackageLoader("vitrim.reporting"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+
+
+def fill(template: str, result: Result, **values: Any) -> str:
+    """A page from its template, which may ask for `at(path)`, a value, and `fig(path, form)`, a figure of the result."""
+    own = {"at": partial(lookup, result), "fig": partial(figure, result), "charts": charts, "forms": FORMS}
+    return _environment().get_template(template).render(own | values)

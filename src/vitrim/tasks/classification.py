@@ -262,11 +262,10 @@ def _ready(models: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
 
 
 def _autocast(device: torch.device, amp: str) -> torch.autocast:
-    kinds = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    kinds = {"no": torch.bfloat16, "bf16": torch.bfloat16, "fp16": torch.float16}
     if amp not in kinds:
         raise DataError(f"amp={amp!r}; expected 'no', 'bf16' or 'fp16'.")
-    dtype = torch.bfloat16 if amp == "no" else kinds[amp]
-    return torch.autocast(device.type, dtype=dtype, enabled=amp != "no")
+    return torch.autocast(device.type, dtype=kinds[amp], enabled=amp != "no")
 
 
 def _short(values: Sequence[float]) -> tuple[float, ...]:
