@@ -10,17 +10,8 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = (
-    "torch",
-    "torchvision",
-    "timm",
-    "click",
-    "pydantic",
-    "rich",
-    "accelerate",
-    "safetensors",
-    "huggingface_hub",
-    "pyarrow",
-)
+    "torch", "torchvision", "timm", "click", "pydantic", "rich", "accelerate", "safetensors", "huggingface_hub", "pyarrow",
+)  # fmt: skip
 """The distributions that vitrim depends on."""
 
 EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
@@ -31,19 +22,8 @@ EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
 """Each extra's modules, and what it is for."""
 
 FEATURES = (
-    "sse4_2",
-    "avx",
-    "avx2",
-    "fma",
-    "avx512f",
-    "avx512_vnni",
-    "avx512_bf16",
-    "amx_tile",
-    "amx_bf16",
-    "asimd",
-    "bf16",
-    "sve",
-)
+    "sse4_2", "avx", "avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16", "asimd", "bf16", "sve",
+)  # fmt: skip
 """Processor flags that change how fast a network runs."""
 
 

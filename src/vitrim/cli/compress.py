@@ -39,7 +39,7 @@ RECORDED = ("schema", "vitrim", "weights", "data")
     "--no-exact-tail", is_flag=True, help="Keep all tokens in the last block, though the classifier reads one."
 )
 @options.DATA
-@click.option("--out", type=click.Path(path_type=Path), required=True, metavar="FOLDER", help="What it becomes.")
+@options.OUT
 @click.option("--recover-epochs", type=options.POSITIVE, help="Length of the recovery; 10 by default.")
 @click.option("--recover-steps", type=click.IntRange(min=0), help="The same in optimiser steps; 0: no recovery.")
 @click.option("--no-measure", is_flag=True, help="Measure no latency.")
@@ -49,10 +49,7 @@ RECORDED = ("schema", "vitrim", "weights", "data")
 @click.option("--resume", is_flag=True, help="Go on with the run at --out, at its first missing stage.")
 @options.FORCE
 @options.SOURCE
-@options.COMPUTE
-@options.AMP
-@options.WORKERS
-@options.SEED
+@options.MACHINE
 @options.OUTPUT
 def compress(
     model: str | None,

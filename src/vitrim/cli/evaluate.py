@@ -25,10 +25,7 @@ SPLITS = ("train", "validation", "val", "test", "all")
 @click.option("--limit", type=click.IntRange(min=1), help="Only so many images, balanced over the classes.")
 @click.option("--skip-broken", is_flag=True, help="Leave out images that cannot be read, and say which.")
 @options.SOURCE
-@options.COMPUTE
-@options.AMP
-@options.WORKERS
-@options.SEED
+@options.MACHINE
 @options.OUTPUT
 def evaluate(
     model: str,

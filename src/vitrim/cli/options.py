@@ -158,9 +158,14 @@ COMPUTE = stack(
     DEVICE,
     click.option("--threads", type=click.IntRange(min=1), help="CPU threads; all by default."),
 )
-AMP = click.option("--amp", type=Named("no", "bf16", "fp16"), help="Mixed precision; no by default.")
-WORKERS = click.option("--workers", type=click.IntRange(min=0), help="Decoding processes; none by default.")
 SEED = click.option("--seed", type=click.IntRange(min=0), help="Of every random draw; 0 by default.")
+MACHINE = stack(
+    COMPUTE,
+    click.option("--amp", type=Named("no", "bf16", "fp16"), help="Mixed precision; no by default."),
+    click.option("--workers", type=click.IntRange(min=0), help="Decoding processes; none by default."),
+    SEED,
+)
+OUT = click.option("--out", type=click.Path(path_type=Path), required=True, metavar="FOLDER", help="What it becomes.")
 SOURCE = bundle(
     "weights",
     Weights,

@@ -15,7 +15,7 @@ from vitrim.cli.progress import duration_text, progress_on_stderr
 @click.argument("model")
 @click.option("--teacher", metavar="MODEL", help="The dense model, whose answers it learns.")
 @options.DATA
-@click.option("--out", type=click.Path(path_type=Path), required=True, metavar="FOLDER", help="What it becomes.")
+@options.OUT
 @click.option(
     "--objective",
     type=options.Named("auto", "distilled", "supervised", "label_free"),
@@ -24,10 +24,7 @@ from vitrim.cli.progress import duration_text, progress_on_stderr
 @options.TRAINING
 @click.option("--config", type=click.Path(path_type=Path), metavar="FILE", help="JSON with keys of RecoverConfig.")
 @click.option("--resume", is_flag=True, help="Go on with the run at --out.")
-@options.COMPUTE
-@options.AMP
-@options.WORKERS
-@options.SEED
+@options.MACHINE
 @options.OUTPUT
 def recover(
     model: str,

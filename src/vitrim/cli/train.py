@@ -19,15 +19,12 @@ from vitrim.tasks.task import METRICS, quality
 @click.option("--recipe", metavar="NAME", help="A packaged training, such as cifar10-vit-micro.")
 @click.option("--new-head", is_flag=True, help="Fresh classifiers for the classes of the data.")
 @options.DATA
-@click.option("--out", type=click.Path(path_type=Path), required=True, metavar="FOLDER", help="What it becomes.")
+@options.OUT
 @click.option("--resume", is_flag=True, help="Go on with the run at --out.")
 @options.TRAINING
 @click.option("--config", type=click.Path(path_type=Path), metavar="FILE", help="JSON with keys of TrainConfig.")
 @options.SOURCE
-@options.COMPUTE
-@options.AMP
-@options.WORKERS
-@options.SEED
+@options.MACHINE
 @options.OUTPUT
 def train(
     model: str | None,
