@@ -89,7 +89,7 @@ def test_a_last_linear_that_is_refitted_on_its_own_target_stays_as_it_is(rank):
 def test_sums_of_turned_inputs_are_the_turned_sums():
     x, y = torch.randn(30, 6, dtype=torch.float64), torch.randn(30, 4, dtype=torch.float64)
     turn = torch.randn(6, 3, dtype=torch.float64)
-    one, two = parts.on_inputs(sums(x, y), turn), sums(x @ turn, y)
+    one, two = sums(x, y).through(turn), sums(x @ turn, y)
     assert all(close(getattr(one, name), getattr(two, name), 1e-9) for name in ("x", "xx", "xy", "yy"))
 
 

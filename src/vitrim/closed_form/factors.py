@@ -14,7 +14,7 @@ Shapes: H heads, N tokens, D width, Q query/key dims, V value dims, R rank; `...
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -48,15 +48,13 @@ class Factors:
 
     def sliced(self, rank: int) -> Factors:
         """The leading components, as views. The mean still belongs to full rank."""
-        cut = None if self.left_bias is None else self.left_bias[..., :rank]
-        between = None if self.mean_between is None else self.mean_between[..., :rank]
-        return Factors(
+        return replace(
+            self,
             left=self.left[..., :rank],
             right=self.right[..., :rank, :],
             spectrum=self.spectrum[..., :rank],
-            left_bias=cut,
-            mean=self.mean,
-            mean_between=between,
+            left_bias=None if self.left_bias is None else self.left_bias[..., :rank],
+            mean_between=None if self.mean_between is None else self.mean_between[..., :rank],
         )
 
 
@@ -104,13 +102,10 @@ def factorise_vo(
     root, _ = _root(w_v, moment, ridge)
     _, spectrum, right = torch.linalg.svd(root @ w_o, full_matrices=False)
     inner = w_o @ right.mT  # V R: to the leading directions of the output
-    left, scaled = _balanced(w_v @ inner, right)
     if mean is None:
-        return Factors(left=left, right=scaled, spectrum=spectrum)
+        return _factors(w_v @ inner, right, spectrum)
     row = mean.double()[..., None, :]
-    shrink = (right * right).sum(-1) / (scaled * right).sum(-1)  # undoes the balancing
-    between = (row @ inner).squeeze(-2) * shrink
-    return Factors(left=left, right=scaled, spectrum=spectrum, mean=(row @ w_o).squeeze(-2), mean_between=between)
+    return _factors(w_v @ inner, right, spectrum, (row @ w_o).squeeze(-2), (row @ inner).squeeze(-2))
 
 
 def fold_value_bias(b_v: Tensor | None, w_o: Tensor, b_o: Tensor | None) -> Tensor | None:
@@ -156,12 +151,19 @@ def factorise_linear(
             values, vectors = torch.linalg.eigh(moment)
             weighed = values.clamp_min(0).sqrt()[:, None] * (vectors.mT @ w)
         _, spectrum, right = torch.linalg.svd(weighed, full_matrices=False)
-    left, scaled = _balanced(w @ right.mT, right)
     if mean is None:
-        return Factors(left=left, right=scaled, spectrum=spectrum)
-    mean = mean.double()
-    between = (mean @ right.mT) * ((right * right).sum(-1) / (scaled * right).sum(-1))
-    return Factors(left=left, right=scaled, spectrum=spectrum, mean=mean, mean_between=between)
+        return _factors(w @ right.mT, right, spectrum)
+    return _factors(w @ right.mT, right, spectrum, mean.double(), mean.double() @ right.mT)
+
+
+def _factors(
+    left: Tensor, right: Tensor, spectrum: Tensor, mean: Tensor | None = None, between: Tensor | None = None
+) -> Factors:
+    """Balanced.  between: the mean of `x @ left` before that."""
+    columns, rows = _balanced(left, right)
+    if between is not None:
+        between = between * ((right * right).sum(-1) / (rows * right).sum(-1))
+    return Factors(left=columns, right=rows, spectrum=spectrum, mean=mean, mean_between=between)
 
 
 def _root(w: Tensor, moment: Tensor | None, ridge: float) -> tuple[Tensor, Tensor]:

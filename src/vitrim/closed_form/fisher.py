@@ -11,7 +11,7 @@ Shapes: B batch, N tokens, D width, K draws of signs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +39,17 @@ def random_signs(answer: Tensor, draws: int, generator: torch.Generator) -> Tens
     count = answer.shape[1]
     signs = torch.stack([torch.randint(0, 2, (draws, count), generator=generator) for _ in answer], dim=1)
     return (signs * 2 - 1).to(answer)
+
+
+def signed(
+    answer: Tensor, scale: Tensor, streams: Sequence[Tensor], draws: int, generator: torch.Generator
+) -> Iterator[tuple[Tensor | None, ...]]:
+    """Gradients of the sum of scale * signs * answer at each stream, draw by draw; None where the answer sees nothing of it."""
+    signs = random_signs(answer, draws, generator)
+    for draw in range(draws if streams else 0):
+        with torch.enable_grad():
+            total = (scale * signs[draw] * answer).sum()
+        yield torch.autograd.grad(total, streams, retain_graph=draw + 1 < draws, allow_unused=True)
 
 
 @dataclass(frozen=True)
@@ -70,14 +81,7 @@ def gradients(model: Vit, x: Tensor, names: Sequence[str], *, draws: int, genera
         streams = [found[name] for name in names]
         answer = outcome(found["logits"], classifies=classifies)
         scale = (answer.detach() / 2).exp() if classifies else torch.ones_like(answer)
-        signs = random_signs(answer, draws, generator)
-        drawn: list[tuple[Tensor | None, ...]] = []
-        for draw in range(draws if names else 0):
-            drawn.append(
-                torch.autograd.grad(
-                    (scale * signs[draw] * answer).sum(), streams, retain_graph=draw + 1 < draws, allow_unused=True
-                )
-            )
+    drawn = list(signed(answer, scale, streams, draws, generator))
     of = {
         name: torch.stack([torch.zeros_like(streams[j]) if g[j] is None else g[j] for g in drawn]).detach()  # type: ignore[misc]
         for j, name in enumerate(names)

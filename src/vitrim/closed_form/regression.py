@@ -12,8 +12,10 @@ Shapes   n rows, M inputs (hidden units, head channels), D outputs, K kept.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import partial, reduce
+from operator import add
 
 import torch
 from torch import Tensor
@@ -45,18 +47,9 @@ class Regression:
     def empty(cls, inputs: int, outputs: int, *, device: torch.device | str = "cpu") -> Regression:
         """No rows yet. A device without float64 (mps) keeps its sums on the CPU."""
         at = torch.device("cpu" if torch.device(device).type == "mps" else device)
-
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.float64, device=at)
-
-        return cls(
-            weight=0.0,
-            x=zeros(inputs),
-            y=zeros(outputs),
-            xx=zeros(inputs, inputs),
-            xy=zeros(inputs, outputs),
-            yy=zeros(outputs, outputs),
-        )
+        zeros = partial(torch.zeros, dtype=torch.float64, device=at)
+        products = zeros(inputs, inputs), zeros(inputs, outputs), zeros(outputs, outputs)
+        return cls(0.0, zeros(inputs), zeros(outputs), *products)
 
     def add(self, x: Tensor, y: Tensor, weights: Tensor | None = None) -> None:
         """Rows x [..., M] and y [..., D]; weights: of the rows, in a shape that broadcasts to [...]; None: 1 each."""
@@ -80,24 +73,23 @@ class Regression:
     def __add__(self, other: Regression) -> Regression:
         return Regression(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
 
+    def __sub__(self, other: Regression) -> Regression:
+        return Regression(**{f.name: getattr(self, f.name) - getattr(other, f.name) for f in fields(self)})
+
     def of(self, keep: Tensor) -> Regression:
         """The same rows with the inputs `keep` [K] alone."""
         keep = keep.to(self.x.device)
-        return Regression(
-            weight=self.weight, x=self.x[keep], y=self.y, xx=self.xx[keep][:, keep], xy=self.xy[keep], yy=self.yy
-        )
+        return replace(self, x=self.x[keep], xx=self.xx[keep][:, keep], xy=self.xy[keep])
+
+    def through(self, inputs: Tensor) -> Regression:
+        """The same rows with inputs x @ inputs.  inputs: [M, K]."""
+        t = inputs.to(self.x)
+        return replace(self, x=self.x @ t, xx=t.mT @ self.xx @ t, xy=t.mT @ self.xy)
 
     def on(self, outputs: Tensor) -> Regression:
         """The same rows with targets y @ outputs.  outputs: [D, E]."""
-        outputs = outputs.to(self.x)
-        return Regression(
-            weight=self.weight,
-            x=self.x,
-            y=self.y @ outputs,
-            xx=self.xx,
-            xy=self.xy @ outputs,
-            yy=outputs.mT @ self.yy @ outputs,
-        )
+        t = outputs.to(self.x)
+        return replace(self, y=self.y @ t, xy=self.xy @ t, yy=t.mT @ self.yy @ t)
 
     def moments(self, *, bias: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Means of x^T x, x^T y and y^T y, of centred rows if the regression has a bias. Raises DataError without rows."""
@@ -111,6 +103,11 @@ class Regression:
             xy = xy - mean_x[:, None] * mean_y[None, :]
             yy = yy - mean_y[:, None] * mean_y[None, :]
         return (xx + xx.mT) / 2, xy, (yy + yy.mT) / 2
+
+
+def total(folds: Iterable[Regression]) -> Regression:
+    """Of the rows of all folds."""
+    return reduce(add, folds)
 
 
 def _strength(xx: Tensor, ridge: float) -> float:
@@ -166,19 +163,19 @@ def loss(
     metric: Tensor | None = None,
 ) -> float:
     """Mean squared error of x[keep] @ w + b on these rows, in the output metric [D, D]; None: the identity."""
-    w = w.to(stats.x)
-    x, xx, xy = stats.x, stats.xx, stats.xy
-    if keep is not None:
-        keep = keep.to(x.device)
-        x, xx, xy = x[keep], xx[keep][:, keep], xy[keep]
-    cross = w.mT @ xy
-    rest = stats.yy - cross - cross.mT + w.mT @ xx @ w
+    stats, w = stats if keep is None else stats.of(keep), w.to(stats.x)
+    cross = w.mT @ stats.xy
+    rest = stats.yy - cross - cross.mT + w.mT @ stats.xx @ w
     if b is not None:
-        b = b.to(x)
-        drift = stats.y - x @ w
+        b = b.to(w)
+        drift = stats.y - stats.x @ w
         rest = rest - b[:, None] * drift[None, :] - drift[:, None] * b[None, :] + stats.weight * b[:, None] * b[None, :]
-    total = rest.diagonal().sum() if metric is None else (rest * metric.to(rest)).sum()
-    return max(float(total) / stats.weight, 0.0)
+    return max(_weighed(rest, metric) / stats.weight, 0.0)
+
+
+def _weighed(errors: Tensor, metric: Tensor | None) -> float:
+    """Sums of e^T e, [D, D], as one number in the metric."""
+    return float(errors.diagonal().sum() if metric is None else (errors * metric.to(errors)).sum())
 
 
 def choose_ridge(
@@ -204,10 +201,10 @@ def choose_ridge(
         full, prior, metric = [fold.on(sums) for fold in full], prior.to(sums) @ sums, None
     if keep is not None:
         full, prior = [fold.of(keep) for fold in full], prior[keep]
-    whole = _total(full)
+    whole = total(full)
     errors = [0.0] * len(ridges)
     for fold in full:
-        rest = _without(whole, fold)
+        rest = whole - fold
         for n, ridge in enumerate(ridges):
             w, b = refit(rest, prior, ridge=ridge, bias=bias)
             errors[n] += loss(fold, w, b, metric=metric) * fold.weight
@@ -222,17 +219,6 @@ def _sketch(outputs: int, metric: Tensor | None) -> Tensor:
         squares, turn = torch.linalg.eigh(metric.double().cpu())
         signs = turn @ (squares.clamp_min(0).sqrt()[:, None] * signs)
     return signs / SKETCH**0.5
-
-
-def _total(folds: Sequence[Regression]) -> Regression:
-    total = folds[0]
-    for fold in folds[1:]:
-        total = total + fold
-    return total
-
-
-def _without(whole: Regression, fold: Regression) -> Regression:
-    return Regression(**{f.name: getattr(whole, f.name) - getattr(fold, f.name) for f in fields(whole)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,7 +255,7 @@ def eliminate(
     weighed = w if metric is None else w @ metric.to(w)
     a = weighed @ w.mT
     rest = yy - w.mT @ xy - xy.mT @ w + w.mT @ xx @ w
-    start = float(rest.diagonal().sum() if metric is None else (rest * metric.to(rest)).sum())
+    start = _weighed(rest, metric)
 
     size = len(p)
     live = torch.arange(size, device=p.device)

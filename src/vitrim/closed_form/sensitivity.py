@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from vitrim.closed_form.fisher import outcome, random_signs
+from vitrim.closed_form.fisher import outcome, signed
 from vitrim.errors import DataError
 from vitrim.model import OPEN, Vit
 
@@ -52,6 +53,11 @@ class Sensitivity:
         return (self.matrix / mean + RIDGE * eye) / (1 + RIDGE)
 
 
+def places(model: Vit) -> tuple[str, ...]:
+    """`mid:i` (after the attention of block i) and `block:i` (after its MLP), by the names of `Vit.forward`."""
+    return tuple(f"{kind}:{i}" for i in range(len(model.blocks)) for kind in ("mid", "block"))
+
+
 def sensitivity(
     model: Vit,
     batches: Iterable[Tensor],
@@ -60,20 +66,15 @@ def sensitivity(
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Sensitivity]:
-    """The sites `mid:i` (after the attention of block i) and `block:i` (after its MLP), by the names of `Vit.forward`.
+    """Of all `places`.
 
     draws: sign vectors an image. Memory: the activations of one batch with its graph. progress: told the images done.
     Raises DataError without images.
     """
-    names = tuple(f"{kind}:{i}" for i in range(len(model.blocks)) for kind in ("mid", "block"))
-    prefix, width = len(model.spec.prefix), model.spec.width
-    sites = {
-        name: Sensitivity(
-            tokens=torch.zeros(prefix + 1, dtype=torch.float64), matrix=torch.zeros(width, width, dtype=torch.float64)
-        )
-        for name in names
-    }
-    counts = {name: torch.zeros(prefix + 1, dtype=torch.float64) for name in names}
+    names, prefix, width = places(model), len(model.spec.prefix), model.spec.width
+    zeros = partial(torch.zeros, dtype=torch.float64)
+    sites = {name: Sensitivity(tokens=zeros(prefix + 1), matrix=zeros(width, width)) for name in names}
+    counts = {name: zeros(prefix + 1) for name in names}
     generator = torch.Generator().manual_seed(seed)
     like = next(model.parameters())
     done = 0
@@ -81,17 +82,12 @@ def sensitivity(
         with torch.enable_grad():
             start = x.to(like).detach().requires_grad_()  # a graph from the images on, whatever parameters are frozen
             found = model(start, gates=OPEN, want=(*names, "logits"))
-            taps = [found[name] for name in names]
             answer = outcome(found["logits"], classifies=bool(model.spec.outputs))
             scale = answer.detach().exp().sqrt() if model.spec.outputs else torch.ones_like(answer)
-            signs = random_signs(answer, draws, generator)
-            for draw in range(draws):
-                gradients = torch.autograd.grad(
-                    (scale * signs[draw] * answer).sum(), taps, retain_graph=draw + 1 < draws, allow_unused=True
-                )
-                for name, g in zip(names, gradients, strict=True):
-                    if g is not None:
-                        _count(sites[name], counts[name], g, prefix)
+        for gradients in signed(answer, scale, [found[name] for name in names], draws, generator):
+            for name, g in zip(names, gradients, strict=True):
+                if g is not None:
+                    _count(sites[name], counts[name], g, prefix)
         done += len(x)
         if progress is not None:
             progress(done)

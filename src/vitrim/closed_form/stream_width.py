@@ -293,13 +293,13 @@ class _Edit:
     """The narrowing of one state dict, in place."""
 
     def __init__(self, state: dict[str, Tensor], basis: Basis, corrected: dict[str, Reader]) -> None:
-        self.state, self.basis, self.corrected = state, basis, corrected
+        self.state, self.basis, self.corrected, self.like = state, basis, corrected, next(iter(state.values()))
 
     def get(self, name: str) -> Tensor:
         return self.state[name].to("cpu", torch.float64)
 
-    def put(self, name: str, value: Tensor, like: Tensor) -> None:
-        self.state[name] = value.to(like)
+    def put(self, name: str, value: Tensor) -> None:
+        self.state[name] = value.to(self.like)
 
     def rows(self, value: Tensor) -> Tensor:
         """Rows of the wide stream, [..., D], as rows of the narrow."""
@@ -320,22 +320,19 @@ class _Edit:
         return (weight * gamma) @ up, weight @ (beta + gamma * reader.shift)
 
     def plain(self, norm: str) -> None:
-        like = self.state[f"{norm}.weight"]
-        self.state[f"{norm}.weight"] = like.new_ones(self.basis.width)
-        self.state[f"{norm}.bias"] = like.new_zeros(self.basis.width)
+        self.state[f"{norm}.weight"] = self.like.new_ones(self.basis.width)
+        self.state[f"{norm}.bias"] = self.like.new_zeros(self.basis.width)
 
     def gate(self, half: str, norm: str, site: str) -> None:
         if f"{half}.gate.weight" in self.state:
-            like = self.state[f"{half}.gate.weight"]
             weight, constant = self.read(self.get(f"{half}.gate.weight"), norm, site)
-            self.put(f"{half}.gate.weight", weight, like)
-            self.put(f"{half}.gate.bias", self.get(f"{half}.gate.bias") + constant, like)
+            self.put(f"{half}.gate.weight", weight)
+            self.put(f"{half}.gate.bias", self.get(f"{half}.gate.bias") + constant)
 
     def attention(self, i: int, block: BlockSpec) -> None:
         a = block.attention
         assert a is not None
         here, norm, site = f"blocks.{i}.attention", f"blocks.{i}.norm1", f"norm1:{i}"
-        like = self.state[f"{here}.qkv"]
         inner = a.heads * a.qk_dim
         weight, constant = self.read(self.get(f"{here}.qkv"), norm, site)
         q, k, v = constant.split([inner, inner, a.heads * a.v_dim])
@@ -347,11 +344,11 @@ class _Edit:
         bias = self.get(f"{here}.out.bias") if f"{here}.out.bias" in self.state else None
         folded = fold_value_bias(v.unflatten(0, (a.heads, -1)), out.mT.unflatten(0, (a.heads, -1)), bias)
         assert folded is not None
-        self.put(f"{here}.qkv", weight, like)
-        self.put(f"{here}.q_bias", q, like)
+        self.put(f"{here}.qkv", weight)
+        self.put(f"{here}.q_bias", q)
         if a.qk_norm != "none":  # without a norm a constant of all keys is invisible to the softmax
-            self.put(f"{here}.k_bias", k, like)
-        self.put(f"{here}.out.bias", folded, like)
+            self.put(f"{here}.k_bias", k)
+        self.put(f"{here}.out.bias", folded)
         self.writes(f"{here}.out")
         self.gate(here, norm, site)
         self.plain(norm)
@@ -361,7 +358,6 @@ class _Edit:
         assert m is not None
         assert new is not None
         here, norm, site = f"blocks.{i}.mlp", f"blocks.{i}.norm2", f"norm2:{i}"
-        like = self.state[f"{here}.fc1.weight"]
         if m.fc1_rank is None:
             weight, constant = self.read(self.get(f"{here}.fc1.weight"), norm, site)
         else:
@@ -371,13 +367,13 @@ class _Edit:
                 weight = weight @ first
                 del self.state[f"{here}.fc1a.weight"]
             else:
-                self.put(f"{here}.fc1a.weight", first, like)
+                self.put(f"{here}.fc1a.weight", first)
         if m.fc1_bias:
             constant = constant + self.get(f"{here}.fc1.bias")
-        self.put(f"{here}.fc1.weight", weight, like)
-        self.put(f"{here}.fc1.bias", constant, like)
+        self.put(f"{here}.fc1.weight", weight)
+        self.put(f"{here}.fc1.bias", constant)
         if m.fc2_rank is not None and new.fc2_rank is None:
-            self.put(f"{here}.fc2.weight", self.get(f"{here}.fc2.weight") @ self.get(f"{here}.fc2a.weight"), like)
+            self.put(f"{here}.fc2.weight", self.get(f"{here}.fc2.weight") @ self.get(f"{here}.fc2a.weight"))
             del self.state[f"{here}.fc2a.weight"]
         self.writes(f"{here}.fc2")
         self.gate(here, norm, site)
@@ -385,7 +381,6 @@ class _Edit:
 
     def classifier(self, name: str, reads: int, norm: str) -> None:
         first = f"heads.{name}_a" if f"heads.{name}_a.weight" in self.state else f"heads.{name}"
-        like = self.state[f"{first}.weight"]
         parts = [self.read(part, norm, "norm") for part in self.get(f"{first}.weight").chunk(reads, dim=1)]
         constant = torch.stack([shift for _, shift in parts]).sum(0)
         if first != f"heads.{name}":
@@ -393,5 +388,5 @@ class _Edit:
         bias = f"heads.{name}.bias"
         if bias in self.state:
             constant = constant + self.get(bias)
-        self.put(f"{first}.weight", torch.cat([weight for weight, _ in parts], dim=1), like)
-        self.put(bias, constant, like)
+        self.put(f"{first}.weight", torch.cat([weight for weight, _ in parts], dim=1))
+        self.put(bias, constant)

@@ -110,14 +110,6 @@ def values(attention: Attention, stats: Regression, metric: Tensor | None, ridge
     return Values(left=found.left, inner=torch.linalg.pinv(v) @ found.left, prior=right)
 
 
-def on_inputs(stats: Regression, inputs: Tensor) -> Regression:
-    """The same rows with inputs x @ inputs.  inputs: [M, K]."""
-    t = inputs.to(stats.x)
-    return Regression(
-        weight=stats.weight, x=stats.x @ t, y=stats.y, xx=t.mT @ stats.xx @ t, xy=t.mT @ stats.xy, yy=stats.yy
-    )
-
-
 def output(
     stats: Regression, found: Values, rank: int, value_bias: Tensor | None, *, ridge: float
 ) -> tuple[Tensor, Tensor]:
@@ -126,7 +118,7 @@ def output(
     value_bias: [H * V] that the regression's inputs include; the new values carry none, and b_O takes what it did.
     """
     inner = torch.block_diag(*found.inner[..., :rank])
-    w, b = refit(on_inputs(stats, inner), found.prior[:, :rank].flatten(0, 1), ridge=ridge)
+    w, b = refit(stats.through(inner), found.prior[:, :rank].flatten(0, 1), ridge=ridge)
     assert b is not None
     w, b = w.cpu(), b.cpu()
     return w, b if value_bias is None else b + double(value_bias) @ inner @ w
