@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, Self, TypedDict
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypedDict, Unpack
 
 from pydantic import Field
 
@@ -69,39 +69,30 @@ class Plan(TypedDict):
     dense: dict[str, str]
 
 
-class Compress(Protocol):
-    """A smaller model; `model` is left as it was.
+class How(TypedDict, total=False):
+    """What a compression goes by beside its config; all may be left out.
 
-    data: whatever `vitrim.data.open` takes. folder: where a long run leaves what it goes on from, with `resume`.
+    data: whatever `vitrim.data.open` takes. folder: where a long run leaves what it goes on from, with `resume`. teacher: only for a
+    method that takes one.
     """
 
-    def __call__(
-        self,
-        model: Vit,
-        config: Any,
-        *,
-        data: Any = None,
-        progress: Progress | None = None,
-        folder: Path | None = None,
-        resume: bool = False,
-        **taught: Vit,
-    ) -> Compressed: ...
+    data: Any
+    progress: Progress | None
+    folder: Path | None
+    resume: bool
+    teacher: Vit
+
+
+class Compress(Protocol):
+    """A smaller model; `model` is left as it was."""
+
+    def __call__(self, model: Vit, config: Any, **how: Unpack[How]) -> Compressed: ...
 
 
 class CompressFamily(Protocol):
     """A smaller model for each budget, in their order, from one scoring. As `Compress` otherwise."""
 
-    def __call__(
-        self,
-        model: Vit,
-        config: Any,
-        budgets: Sequence[Budget],
-        *,
-        data: Any = None,
-        progress: Progress | None = None,
-        folder: Path | None = None,
-        resume: bool = False,
-    ) -> list[Compressed]: ...
+    def __call__(self, model: Vit, config: Any, budgets: Sequence[Budget], **how: Unpack[How]) -> list[Compressed]: ...
 
 
 class PlanOf(Protocol):

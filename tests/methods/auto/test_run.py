@@ -55,7 +55,7 @@ def pixels(spec: ModelSpec, count: int = 12) -> torch.Tensor:
 def working(model: Vit, config_: AutoConfig, folder: Path, data: torch.Tensor | None = None) -> scoring.Work:
     nets = choose.nets_of(model.spec, config_)
     given_ = pixels(model.spec, config_.images) if data is None else data
-    return auto.work_of(model, config_, nets, given_, None, None, False, folder)
+    return auto.work_of(model, config_, nets, folder, data=given_)
 
 
 def whole(nets: choose.Nets, width: int | None = None) -> Candidate:
@@ -136,8 +136,8 @@ def test_the_plan_predicts_no_more_than_any_plan_with_fewer_axes(tmp_path):
         fewer = choose.nets_of(WIDE, config(keep, axes=axes))
         if exceeded(cost(fewer.spec(fewer.lowest)), limits):
             continue
-        best = scores.total(nets, choose.best_candidates(nets, scores, limits, reference, count=1)[0])
-        plan = choose.best_candidates(fewer, scores, limits, reference, count=1)[0]
+        best = scores.total(nets, choose.best_candidates(nets, scores, limits, count=1)[0])
+        plan = choose.best_candidates(fewer, scores, limits, count=1)[0]
         assert best <= scores.total(nets, plan) * (1 + 1e-9)
         compared += 1
     assert compared >= 8

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,17 +11,13 @@ from torch import Tensor, nn
 
 from vitrim import closed_form as cf
 from vitrim import surgery
+from vitrim.checkpoints import Piece
 from vitrim.closed_form import stream_width as narrowing
 from vitrim.closed_form import sublayers as parts
 from vitrim.methods.auto.choose import Candidate
 from vitrim.methods.auto.score import Work, own_memory
 from vitrim.model import OPEN, Block, Stream, Vit
-from vitrim.spec import (
-    BlockSpec,
-    SelectionStep,
-    spec_hash,
-    token_walk,
-)
+from vitrim.spec import BlockSpec, SelectionStep, spec_hash, token_walk
 
 FLAT = 1e-3
 """Share of the identity in an output metric, which keeps its root invertible."""
@@ -64,12 +61,9 @@ class Refit:
         block.load_state_dict(own, strict=True, assign=True)
         return block.eval()
 
-    def names(self, i: int) -> list[str]:
-        return [name for name in self.state if name.startswith(f"blocks.{i}.")]
-
-    def put(self, name: str, value: Tensor) -> None:
-        like = next(iter(self.start.parameters()))
-        self.state[name] = own_memory(value.to(like))
+    def put(self, name: str, value: Tensor | None) -> None:
+        assert value is not None  # a refit gives a bias unless it is told not to
+        self.state[name] = own_memory(value.to(next(self.start.parameters())))
 
     def forget(self, *modules: str) -> None:
         for name in [n for n in self.state if n.startswith(tuple(f"{module}." for module in modules))]:
@@ -104,10 +98,10 @@ class Refit:
             before = replace(before, qk_dim=after.qk_dim, k_bias=False)
             spec = replace(spec, attention=before)
         block = self.module(i, spec)
-        teacher = self.work.base.blocks[i]
         stats = cf.Regression.empty(before.heads * before.v_dim, self.goal.width, device=self.work.device)
-        for mixed, goal, _ in walk.attention(teacher, block):
+        for mixed, goal, _ in walk.attention(self.work.base.blocks[i], block):
             stats.add(mixed, goal, self.work.weights(site, goal.shape[1]).to(goal))
+        b: Tensor | None
         if after.v_dim < before.v_dim:
             found = parts.values(block.attention, stats, self.metric(site))
             w, b = parts.output(stats, found, after.v_dim, block.attention.v_bias, ridge=self.work.config.output_ridge)
@@ -115,9 +109,7 @@ class Refit:
             self.put(f"{here}.qkv", torch.cat([kept, _rows(found.left[..., : after.v_dim])]))
             self.state.pop(f"{here}.v_bias", None)
         else:
-            w, shift = cf.refit(stats, parts.double(block.attention.out.weight).T, ridge=self.work.config.output_ridge)
-            assert shift is not None
-            b = shift
+            w, b = cf.refit(stats, parts.double(block.attention.out.weight).T, ridge=self.work.config.output_ridge)
         self.put(f"{here}.out.weight", w.T)
         self.put(f"{here}.out.bias", b)
 
@@ -133,9 +125,8 @@ class Refit:
             return None, None
         here, site = f"blocks.{i}.mlp", f"block:{i}"
         block: Block = self.module(i, replace(self.goal.blocks[i], mlp=before))
-        teacher = self.work.base.blocks[i]
         stats = cf.Regression.empty(1 if after is None else before.hidden, self.goal.width, device=self.work.device)  # type: ignore[union-attr]
-        for hidden, goal, _ in walk.mlp(teacher, block, _ones if after is None else None):
+        for hidden, goal, _ in walk.mlp(self.work.base.blocks[i], block, _ones if after is None else None):
             stats.add(hidden, goal, self.work.weights(site, goal.shape[1]).to(goal))
         if after is None:
             self.forget(here, f"blocks.{i}.norm2")
@@ -153,28 +144,30 @@ class Refit:
             order = parts.elimination(stats, last, metric, ridge=self.work.config.ridge)
             keep = order.kept(after.hidden)
             rows = torch.cat([keep, keep + before.hidden]) if before.kind == "swiglu" else keep
-            for name in ("weight", "bias"):
-                if f"{here}.fc1.{name}" in self.state:
-                    value = self.state[f"{here}.fc1.{name}"]
-                    self.put(f"{here}.fc1.{name}", value[rows.to(value.device)])
+            for name in (f"{here}.fc1.weight", f"{here}.fc1.bias"):
+                if (value := self.state.get(name)) is not None:
+                    self.put(name, value[rows.to(value.device)])
         w, b = parts.refitted(stats, last, metric, ridge=self.work.config.ridge, keep=keep)
-        assert b is not None
         self.put(f"{here}.{'fc2' if last.outputs is None else 'fc2a'}.weight", w.T)
         self.put(f"{here}.fc2.bias", b)
         return keep, None
 
-    def hand_back(self, i: int, mean: Tensor) -> bool:
-        """Let the last half before block `i` add this too. False where there is none, or it is frozen."""
+    def refitted(self, i: int, walk: cf.Walk) -> Piece:
+        """The tensors of block `i`; `/keep`: hidden units that stay; `/shift`: what the half before it is to add."""
+        self.attention(i, walk)
+        keep, mean = self.mlp(i, walk)
+        found = {name: own_memory(value) for name, value in self.state.items() if name.startswith(f"blocks.{i}.")}
+        extra = {"/keep": keep, "/shift": mean if self.before(i) else None}
+        return Piece(found | {name: value for name, value in extra.items() if value is not None}, {})
+
+    def before(self, i: int) -> str | None:
+        """The bias of the last half before block `i`. None where there is no such half, or it is frozen."""
         if not i:
-            return False
+            return None
         block, refit = self.goal.blocks[i - 1], self.work.nets.levels[i - 1].refit
         if block.mlp is not None:
-            name, free = f"blocks.{i - 1}.mlp.fc2.bias", refit[1]
-        else:
-            name, free = f"blocks.{i - 1}.attention.out.bias", refit[0] and block.attention is not None
-        if free:
-            self.put(name, parts.double(self.state[name]) + mean)
-        return free
+            return f"blocks.{i - 1}.mlp.fc2.bias" if refit[1] else None
+        return f"blocks.{i - 1}.attention.out.bias" if refit[0] and block.attention is not None else None
 
     @torch.no_grad()
     def build(self) -> Vit:
@@ -184,46 +177,24 @@ class Refit:
         walk = cf.Walk(
             (work.base.embed(x.to(like)) for x in work.inputs.batches(self.part)),
             (self.start.embed(x.to(like)) for x in work.inputs.batches(self.part)),
-            folder=work.scratch,
+            folder=work.room,
             device=work.device,
             target=self.target,
         )
         for i in range(count):
-            noted = work.journal.get(f"{self.name}-{i}")
-            shift: Tensor | None = None
-            if noted is None:
-                self.attention(i, walk)
-                keep, mean = self.mlp(i, walk)
-                if mean is not None and self.hand_back(i, mean):
-                    shift = mean
-                self.state |= {name: own_memory(self.state[name]) for name in self.names(i)}
-                tensors = {name: self.state[name] for name in self.names(i)}
-                extra = {"keep": keep, "shift": shift}
-                work.journal.put(
-                    f"{self.name}-{i}", {**tensors, **{f"/{n}": v for n, v in extra.items() if v is not None}}, {}
-                )
-            else:
-                self.forget(f"blocks.{i}")
-                self.state |= {
-                    name: value.to(like.device) for name, value in noted.tensors.items() if name.startswith("blocks.")
-                }
-                keep, shift = noted.tensors.get("/keep"), noted.tensors.get("/shift")
-                if shift is not None:
-                    self.hand_back(i, shift)
-            self.kept.append(keep)
+            found = work.kept(f"{self.name}-{i}", partial(self.refitted, i, walk)).tensors
+            self.forget(f"blocks.{i}")
+            self.state |= {name: value.to(like.device) for name, value in found.items() if name.startswith("blocks.")}
+            self.kept.append(found.get("/keep"))
+            if (shift := found.get("/shift")) is not None and (bias := self.before(i)):
+                self.put(bias, parts.double(self.state[bias]) + shift)
             if i + 1 < count:
-                student = self.module(i, self.goal.blocks[i])
-                walk.advance(work.base.blocks[i], student, shift=shift)
+                walk.advance(work.base.blocks[i], self.module(i, self.goal.blocks[i]), shift=shift)
             work.tell(self.name.split("-")[0], i + 1, count)
         spec = work.nets.spec(self.candidate)
-        step_ = SelectionStep(
-            method="auto",
-            variant=work.config.score,
-            parent=spec_hash(work.model.spec),
-            refit=True,
-            blocks=tuple(self.record(i) for i in range(count)),
-        )
-        small = surgery.with_spec(work.model, spec, self.state, step_).eval()
+        blocks, parent = tuple(self.record(i) for i in range(count)), spec_hash(work.model.spec)
+        last = SelectionStep(method="auto", variant=work.config.score, parent=parent, refit=True, blocks=blocks)
+        small = surgery.with_spec(work.model, spec, self.state, last).eval()
         self.refit_heads(small)
         return small
 

@@ -17,13 +17,7 @@ from vitrim.errors import ConfigError
 from vitrim.freezing import Half, frozen
 from vitrim.methods.auto.config import AXES, AutoConfig
 from vitrim.space import BlockLevels, Choice, Space, frozen_parts, jumps, outlook, sizes
-from vitrim.spec import (
-    Merge,
-    ModelSpec,
-    Prefix,
-    Similarity,
-    Step,
-)
+from vitrim.spec import BlockSpec, Merge, ModelSpec, Prefix, Similarity, Step
 
 RANKS = (1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4)
 UNITS = (1 / 64, 1 / 32, 3 / 64, 1 / 16, 3 / 32, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4)
@@ -62,22 +56,12 @@ class Nets:
     schedules: tuple[Schedule, ...]
 
     @property
-    def given(self) -> ModelSpec:
-        """As it was passed in."""
-        return self.whole.given
-
-    @property
     def base(self) -> ModelSpec:
         return self.whole.base
 
     @property
     def levels(self) -> tuple[BlockLevels, ...]:
         return self.whole.levels
-
-    @property
-    def dense(self) -> Mapping[str, str]:
-        """What stays, and why."""
-        return self.whole.dense
 
     @cached_property
     def _spaces(self) -> dict[tuple[int, Schedule, bool], Space]:
@@ -108,8 +92,24 @@ class Nets:
 
     @cached_property
     def tolerance(self) -> dict[str, int]:
-        """How far below a budget the result may end, by resource."""
-        return _tolerance(self)
+        """How far below a budget the result may end, by resource: `step`."""
+        whole = self.uncut()
+        before = cost(self.spec(whole))
+        pairs = [(self.whole.reference, before)]
+        seen: set[tuple[BlockSpec, BlockLevels, bool]] = set()
+        for i, levels in enumerate(self.levels):
+            kind = self.base.blocks[i], levels, i == len(self.levels) - 1
+            if kind in seen:
+                continue
+            seen.add(kind)
+            for name in PARTS:
+                size, *fewer = getattr(levels, name)
+                if fewer:
+                    less = levels.whole.sized(name, max(1, size - unit_of(size, self.align)))
+                    choices = self.whole.with_choice(i, less)
+                    pairs.append((before, cost(self.spec(replace(whole, choices=choices)))))
+        found, gaps = jumps(pairs), _gaps(self, whole)
+        return {name: max(found[name], gaps[name]) for name in RESOURCES}
 
     @cached_property
     def lowest(self) -> Candidate:
@@ -118,6 +118,11 @@ class Nets:
         choices = self.space(width, ()).lowest
         found = [Candidate(width, steps, choices) for steps in self.schedules]
         return min(found, key=lambda candidate: cost(self.spec(candidate)).macs)
+
+    @property
+    def floor(self) -> Cost:
+        """Of the cheapest network."""
+        return cost(self.spec(self.lowest))
 
 
 def nets_of(spec: ModelSpec, config: AutoConfig) -> Nets:
@@ -231,8 +236,7 @@ def _levels(
 
 def floor(spec: ModelSpec, config: AutoConfig | None = None) -> Cost:
     """The cheapest network that the method makes of this spec."""
-    nets = nets_of(spec, config or AutoConfig())
-    return cost(nets.spec(nets.lowest))
+    return nets_of(spec, config or AutoConfig()).floor
 
 
 def step(spec: ModelSpec, config: AutoConfig | None = None) -> dict[str, int]:
@@ -243,26 +247,6 @@ def step(spec: ModelSpec, config: AutoConfig | None = None) -> dict[str, int]:
     return nets_of(spec, config or AutoConfig()).tolerance
 
 
-def _tolerance(nets: Nets) -> dict[str, int]:
-    whole = nets.uncut()
-    before = cost(nets.spec(whole))
-    pairs = [(cost(nets.given), before)]
-    seen: set[tuple[Any, ...]] = set()
-    for i, levels in enumerate(nets.levels):
-        key = (nets.base.blocks[i], levels, i == len(nets.levels) - 1)
-        if key in seen:
-            continue
-        seen.add(key)
-        for name in PARTS:
-            size = getattr(levels, name)[0]
-            if len(getattr(levels, name)) > 1:
-                less = levels.whole.sized(name, max(1, size - unit_of(size, nets.align)))
-                choices = nets.whole.with_choice(i, less)
-                pairs.append((before, cost(nets.spec(replace(whole, choices=choices)))))
-    found, gaps = jumps(pairs), _gaps(nets, whole)
-    return {name: max(found[name], gaps[name]) for name in RESOURCES}
-
-
 def _gaps(nets: Nets, whole: Candidate) -> dict[str, int]:
     """The largest stretch of each resource that no ranks and hidden widths fill.
 
@@ -271,7 +255,7 @@ def _gaps(nets: Nets, whole: Candidate) -> dict[str, int]:
     """
     count = len(nets.levels)
     kinds = [kind for kind in ("off", "empty") if any(getattr(levels, kind) for levels in nets.levels)]
-    given = cost(nets.given)
+    given = nets.whole.reference
 
     def stretch(width: int, kind: str, lost: int) -> tuple[Cost, Cost]:
         ends = []
@@ -315,11 +299,11 @@ def plan(spec: ModelSpec, config: AutoConfig | None = None) -> dict[str, Any]:
         "auto",
         config.score,
         config.budget,
-        floor=cost(nets.spec(nets.lowest)),
-        reference=cost(spec),
+        floor=nets.floor,
+        reference=nets.whole.reference,
         tolerance=nets.tolerance,
         needs={"images": config.images, "labels": False, "training": False},
-        dense=nets.dense,
+        dense=nets.whole.dense,
     )
 
 
@@ -383,9 +367,7 @@ class Scores:
         return net + sum(self.loss(nets, i, choice) for i, choice in enumerate(one.choices))
 
 
-def best_candidates(
-    nets: Nets, scores: Scores, limits: Mapping[str, int], reference: Cost, *, count: int
-) -> list[Candidate]:
+def best_candidates(nets: Nets, scores: Scores, limits: Mapping[str, int], *, count: int) -> list[Candidate]:
     """The candidates of the least predicted divergence within the limits, each of another stream width or token schedule.
 
     Exact over blocks within each of them. Those that leave more of the budget than law 7 allows
@@ -394,7 +376,7 @@ def best_candidates(
     order = sorted(
         (scores.widths[w] + scores.schedules[s], w, s) for w in nets.widths for s in range(len(nets.schedules))
     )
-    near = {name: max(getattr(reference, name) // 100, most) for name, most in nets.tolerance.items()}
+    near = {name: max(getattr(nets.whole.reference, name) // 100, most) for name, most in nets.tolerance.items()}
     found: list[tuple[bool, float, Candidate]] = []
     for net, width, s in order:
         full = sorted(total for loose, total, _ in found if not loose)
@@ -406,7 +388,7 @@ def best_candidates(
             choices = allocator.solve(limits, partial(_no_half_gone, nets) if whole_parts else None)
             if choices is None:
                 break
-            one = Candidate(width, steps, filled(nets, allocator, choices, limits, reference))
+            one = Candidate(width, steps, filled(nets, allocator, choices, limits))
             at = cost(nets.spec(one))
             loose = all(limit - getattr(at, name) > near[name] for name, limit in limits.items())
             if not loose or not whole_parts:
@@ -414,15 +396,11 @@ def best_candidates(
             if not loose:
                 break
     if not found:
-        assert not exceeded(cost(nets.spec(nets.lowest)), limits)
         found.append((True, scores.total(nets, nets.lowest), nets.lowest))
     found.sort(key=lambda one: one[:2])
-    chosen: list[Candidate] = []
-    for loose, _, one in found:
-        if one not in chosen and loose == found[0][0]:
-            assert not exceeded(cost(nets.spec(one)), limits)
-            chosen.append(one)
-    return chosen[:count]
+    chosen = list(dict.fromkeys(one for loose, _, one in found if loose == found[0][0]))[:count]
+    assert not any(exceeded(cost(nets.spec(one)), limits) for one in chosen)
+    return chosen
 
 
 def _no_half_gone(nets: Nets, i: int, choice: Choice) -> bool:
@@ -431,7 +409,7 @@ def _no_half_gone(nets: Nets, i: int, choice: Choice) -> bool:
 
 
 def filled(
-    nets: Nets, allocator: Allocator, choices: tuple[Choice, ...], limits: Mapping[str, int], reference: Cost
+    nets: Nets, allocator: Allocator, choices: tuple[Choice, ...], limits: Mapping[str, int]
 ) -> tuple[Choice, ...]:
     """The choices with what is left of the budget spent: in whole units, then in single ones where 1 % is left."""
     currency = "macs" if "macs" in limits else "params"
@@ -442,7 +420,7 @@ def filled(
             currency,
             lambda i, part, align=align: unit_of(getattr(nets.levels[i].whole, part), align),  # type: ignore[misc]
         )
-        used = cost(allocator.space.spec(choices))
-        if any(limit - getattr(used, name) <= getattr(reference, name) / 100 for name, limit in limits.items()):
+        used = allocator.space.used(choices)
+        if any(limit - used[name] <= getattr(nets.whole.reference, name) / 100 for name, limit in limits.items()):
             break
     return choices

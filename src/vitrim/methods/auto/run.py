@@ -21,36 +21,29 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Sequence
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from vitrim import surgery
 from vitrim.budget import Budget, exceeded
-from vitrim.checkpoints import Journal
+from vitrim.checkpoints import Journal, Piece
+from vitrim.codec import plain
 from vitrim.counting import cost
 from vitrim.errors import ConfigError
 from vitrim.methods.auto.build import Refit
 from vitrim.methods.auto.choose import PARTS, Candidate, Nets, Scores, best_candidates, nets_of
 from vitrim.methods.auto.config import AutoConfig
 from vitrim.methods.auto.score import Inputs, Work, score, warnings_of
+from vitrim.methods.fitting import alone
+from vitrim.methods.method import How
 from vitrim.model import Vit
-from vitrim.progress import Progress
 from vitrim.result import Compressed
-from vitrim.spec import (
-    SelectionStep,
-    spec_hash,
-)
+from vitrim.spec import SelectionStep, spec_hash
 
 
-def compress(
-    model: Vit,
-    config: AutoConfig,
-    *,
-    data: Any = None,
-    progress: Progress | None = None,
-    folder: Path | None = None,
-    resume: bool = False,
-) -> Compressed:
+def compress(model: Vit, config: AutoConfig, **how: Unpack[How]) -> Compressed:
     """Cut `model` to the config's budget on all its axes; no training, and `model` is left as it was.
 
     data: images, whatever `vitrim.data.open` takes (its training split, labels unused); a float tensor [n, C, h, w] is taken as
@@ -59,58 +52,38 @@ def compress(
     Raises BudgetError, before anything is read, when the budget is out of reach; ConfigError where an axis does not apply;
     DataError for images that are none, too few, or all equal.
     """
-    if config.budget is None:
-        raise ConfigError("auto: no budget. To keep a tenth of the operations, pass budget=Budget(keep_macs=0.1).")
-    return compress_family(model, config, [config.budget], data=data, progress=progress, folder=folder, resume=resume)[
-        0
-    ]
+    return alone("auto", compress_family, model, config, **how)
 
 
-def compress_family(
-    model: Vit,
-    config: AutoConfig,
-    budgets: Sequence[Budget],
-    *,
-    data: Any = None,
-    progress: Progress | None = None,
-    folder: Path | None = None,
-    resume: bool = False,
-) -> list[Compressed]:
+def compress_family(model: Vit, config: AutoConfig, budgets: Sequence[Budget], **how: Unpack[How]) -> list[Compressed]:
     """A network for each budget, in their order, from one scoring. The config's own budget does not count. Else as `compress`."""
-    reference = cost(model)
     nets = _reachable(model, config, budgets)
-    cut = [budget for budget in budgets if exceeded(reference, budget.limits(reference))]
-    if not cut:
+    whole = nets.whole.reference
+    cut = [bool(exceeded(whole, budget.limits(whole))) for budget in budgets]
+    if not any(cut):
         return [_untouched(model, config, nets) for _ in budgets]
     with tempfile.TemporaryDirectory(prefix="vitrim-auto-") as temporary:
-        work = work_of(model, config, nets, data, progress, folder, resume, Path(temporary))
+        work = work_of(model, config, nets, Path(temporary), **how)
         scores = score(work)
-        return [_one(work, scores, budget) if budget in cut else _untouched(model, config, nets) for budget in budgets]
+        return [
+            _one(work, scores, budget) if goes else _untouched(model, config, nets)
+            for budget, goes in zip(budgets, cut, strict=True)
+        ]
 
 
-def predict(
-    model: Vit,
-    config: AutoConfig,
-    budgets: Sequence[Budget],
-    *,
-    data: Any = None,
-    progress: Progress | None = None,
-    folder: Path | None = None,
-    resume: bool = False,
-) -> list[dict[str, Any]]:
+def predict(model: Vit, config: AutoConfig, budgets: Sequence[Budget], **how: Unpack[How]) -> list[dict[str, Any]]:
     """For each budget what would be cut and the divergence predicted for it, before anything is built; plain JSON values."""
-    reference = cost(model)
     nets = _reachable(model, config, budgets)
     scores: Scores | None = None
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="vitrim-auto-") as temporary:
         for budget in budgets:
-            limits = budget.limits(reference)
-            if not exceeded(reference, limits):
-                found = _described_whole(nets)
+            limits = budget.limits(nets.whole.reference)
+            if not exceeded(nets.whole.reference, limits):
+                found = _described(nets)
             else:
-                scores = scores or score(work_of(model, config, nets, data, progress, folder, resume, Path(temporary)))
-                found = _described(nets, scores, best_candidates(nets, scores, limits, reference, count=1)[0])
+                scores = scores or score(work_of(model, config, nets, Path(temporary), **how))
+                found = _described(nets, scores, best_candidates(nets, scores, limits, count=1)[0])
             rows.append({"budget": budget.to_dict(), **found})
     return rows
 
@@ -119,98 +92,65 @@ def _reachable(model: Vit, config: AutoConfig, budgets: Sequence[Budget]) -> Net
     if not budgets:
         raise ConfigError("auto: no budgets; expected one or more.")
     nets = nets_of(model.spec, config)
-    lowest = cost(nets.spec(nets.lowest))
+    floor = nets.floor
     for budget in budgets:
-        budget.refuse_unreachable(floor=lowest, reference=cost(model), method="auto")
+        budget.refuse_unreachable(floor=floor, reference=nets.whole.reference, method="auto")
     return nets
 
 
-def work_of(
-    model: Vit,
-    config: AutoConfig,
-    nets: Nets,
-    data: Any,
-    progress: Progress | None,
-    folder: Path | None,
-    resume: bool,
-    temporary: Path,
-) -> Work:
-    inputs = Inputs(model, data, config)
-    names = (
-        "axes",
-        "score",
-        "images",
-        "batch_size",
-        "draws",
-        "align",
-        "ridge",
-        "output_ridge",
-        "freeze",
-        "seed",
-        "exact_tail",
-    )
-    identity: dict[str, Any] = {name: getattr(config, name) for name in names}
-    identity = {n: list(v) if isinstance(v, tuple) else v for n, v in identity.items()}
+def work_of(model: Vit, config: AutoConfig, nets: Nets, room: Path, **how: Unpack[How]) -> Work:
+    """A run. room: for held streams."""
+    inputs = Inputs(model, how.get("data"), config)
+    free = ("budget", "builds", "device")  # a run may be gone on with under others
+    identity = {f.name: plain(getattr(config, f.name)) for f in fields(config) if f.name not in free}
     identity |= {"spec": spec_hash(model.spec), "weights": surgery.fingerprint(model), "data": inputs.mark}
-    journal = Journal(folder, "auto", identity, resume=resume)
+    journal = Journal(how.get("folder"), "auto", identity, resume=how.get("resume", False))
     folded = surgery.fold_layer_scale(model, skip=nets.whole.fixed)
     base = surgery.with_spec(folded, nets.base, folded.state_dict(), share=True).eval()
     if config.device is not None:
         base = base.to(config.device)
-    return Work(model, base, nets, config, inputs, journal, temporary, progress, warnings_of(nets.base, nets, inputs))
+    told = how.get("progress")
+    return Work(
+        model=model, base=base, room=room, progress=told, nets=nets, config=config, inputs=inputs, journal=journal
+    )
 
 
 def _untouched(model: Vit, config: AutoConfig, nets: Nets) -> Compressed:
     """The network as it is, for a budget that it meets."""
-    record = SelectionStep(
-        method="auto", variant=config.score, parent=spec_hash(model.spec), blocks=(None,) * len(model.spec.blocks)
-    )
+    nothing = (None,) * len(model.blocks)
+    record = SelectionStep(method="auto", variant=config.score, parent=spec_hash(model.spec), blocks=nothing)
     same = surgery.with_spec(model, model.spec, model.state_dict(), record)
-    report: dict[str, Any] = {
-        "variant": config.score,
-        "predicted_kl": 0.0,
-        "reached_kl": 0.0,
-        "blocks": [],
-        "dense": nets.dense,
-        "warnings": [],
-    }
+    zero: dict[str, Any] = {"predicted_kl": 0.0, "reached_kl": 0.0}
+    report = {"variant": config.score, **zero, "blocks": [], "dense": nets.whole.dense, "warnings": []}
     return Compressed(model=same, method="auto", variant=config.score, report=report)
 
 
 def _one(work: Work, scores: Scores, budget: Budget) -> Compressed:
     """The best of the built plans for a budget."""
-    nets, config, reference = work.nets, work.config, cost(work.model)
-    plans = best_candidates(nets, scores, budget.limits(reference), reference, count=config.builds)
+    nets, config = work.nets, work.config
+    plans = best_candidates(nets, scores, budget.limits(nets.whole.reference), count=config.builds)
     candidates = []
     for number, one in enumerate(plans):
         name = f"build-{_name(one)}"
         work.tell("candidates", number, len(plans), predicted=scores.total(nets, one))
-        known = work.journal.get(f"{name}-reached")
-        if known is None:
-            reached = work.divergence(Refit(work, one, "fit", name).build())
-            work.journal.put(f"{name}-reached", values={"reached": reached})
-        else:
-            reached = known.values["reached"]
-        candidates.append({**_described(nets, scores, one), "reached_kl": reached})
+        reached = work.kept(f"{name}-reached", partial(_reached, work, one, name)).values
+        candidates.append({**_described(nets, scores, one), "reached_kl": reached["reached"]})
     work.tell("candidates", len(plans), len(plans))
     best = min(range(len(plans)), key=lambda n: (candidates[n]["reached_kl"], n))
     small = Refit(work, plans[best], "all", f"final-{_name(plans[best])}").build()
     small = small.to(next(work.model.parameters()).device).train(work.model.training)
-    chosen = candidates[best]
+    shown = ("width", "steps", "macs", "params", "predicted_kl", "reached_kl")
     report = {
         "variant": config.score,
         "metric": "KL(dense || compressed), nats"
         if work.classifies
         else "squared error of the features divided by their length",
-        **chosen,
-        "candidates": [
-            {n: row[n] for n in ("width", "steps", "macs", "params", "predicted_kl", "reached_kl")}
-            for row in candidates
-        ],
+        **candidates[best],
+        "candidates": [{name: row[name] for name in shown} for row in candidates],
         "widths": {str(w): loss for w, loss in scores.widths.items()},
         "images": {name: len(work.inputs.rows[name]) for name in ("all", "fit", "held")},
-        "dense": nets.dense,
-        "warnings": work.warnings,
+        "dense": nets.whole.dense,
+        "warnings": warnings_of(nets, work.inputs),
     }
     history = [
         {"stage": "candidate", **{n: row[n] for n in ("width", "predicted_kl", "reached_kl")}} for row in candidates
@@ -218,45 +158,34 @@ def _one(work: Work, scores: Scores, budget: Budget) -> Compressed:
     return Compressed(model=small, method="auto", variant=config.score, history=history, report=report)
 
 
+def _reached(work: Work, plan: Candidate, name: str) -> Piece:
+    """The divergence of a plan's network, built from the images that do not judge it."""
+    return Piece({}, {"reached": work.divergence(Refit(work, plan, "fit", name).build())})
+
+
 def _name(plan: Candidate) -> str:
     return hashlib.sha256(repr(plan).encode()).hexdigest()[:12]
 
 
-def _described(nets: Nets, scores: Scores, one: Candidate) -> dict[str, Any]:
-    """A plan and its prediction, as plain JSON values."""
-    at = cost(nets.spec(one))
-    rows = []
-    for i, (choice, levels, losses) in enumerate(zip(one.choices, nets.levels, scores.blocks, strict=True)):
-        whole = levels.whole
-        row: dict[str, Any] = {"block": i, "predicted_kl": losses.of(choice, whole)}
-        row |= {name: [getattr(choice, name), getattr(whole, name)] for name in PARTS}
-        rows.append(row)
+def _described(nets: Nets, scores: Scores | None = None, plan: Candidate | None = None) -> dict[str, Any]:
+    """A plan and its prediction, as plain JSON values; of none the network as given, for a budget that it meets."""
+    one = plan or nets.uncut()
+    spec = nets.whole.given if plan is None else nets.spec(plan)
+    at = cost(spec)
+    rows = [
+        {"block": i, "predicted_kl": scores.loss(nets, i, choice) if scores else 0.0}
+        | {name: [getattr(choice, name), getattr(whole, name)] for name in PARTS}
+        for i, (choice, whole) in enumerate(zip(one.choices, nets.whole.whole, strict=True))
+    ]
     steps = [
         {"block": i, "kind": type(s).__name__.lower(), **{n: getattr(s, n) for n in s.__slots__}} for i, s in one.steps
     ]
     return {
-        "predicted_kl": scores.total(nets, one),
+        "predicted_kl": scores.total(nets, one) if scores else 0.0,
         "width": [one.width, nets.base.width],
         "steps": steps,
-        "exact_tail": nets.tail,
+        "exact_tail": surgery.has_exact_tail(spec),
         "macs": at.macs,
         "params": at.params,
         "blocks": rows,
-    }
-
-
-def _described_whole(nets: Nets) -> dict[str, Any]:
-    """The same of the network as given, for a budget that it meets."""
-    at = cost(nets.given)
-    return {
-        "predicted_kl": 0.0,
-        "width": [nets.base.width, nets.base.width],
-        "steps": [],
-        "exact_tail": surgery.has_exact_tail(nets.given),
-        "macs": at.macs,
-        "params": at.params,
-        "blocks": [
-            {"block": i, "predicted_kl": 0.0} | {name: [getattr(levels.whole, name)] * 2 for name in PARTS}
-            for i, levels in enumerate(nets.levels)
-        ],
     }

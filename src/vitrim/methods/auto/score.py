@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
-from pathlib import Path
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -16,20 +15,17 @@ from torch import Tensor
 from vitrim import closed_form as cf
 from vitrim import data as opened
 from vitrim import surgery
-from vitrim.checkpoints import Journal
+from vitrim.checkpoints import Journal, Piece
 from vitrim.closed_form import fisher
 from vitrim.closed_form import stream_width as narrowing
 from vitrim.closed_form import sublayers as parts
 from vitrim.errors import DataError
 from vitrim.methods.auto.choose import Losses, Nets, Scores
 from vitrim.methods.auto.config import AutoConfig
+from vitrim.methods.fitting import Run, kept
 from vitrim.model import OPEN, Block, Stream, Vit
-from vitrim.progress import Progress
 from vitrim.space import BlockLevels
-from vitrim.spec import (
-    ModelSpec,
-    token_walk,
-)
+from vitrim.spec import token_walk
 
 HELD_OUT = 4
 """One image in so many is held out: options are scored and plans compared on it."""
@@ -69,15 +65,16 @@ class Inputs:
         return self.feed.subset(self.rows[part]).batches(self.batch_size)
 
 
-def warnings_of(base: ModelSpec, nets: Nets, inputs: Inputs) -> list[str]:
+def warnings_of(nets: Nets, inputs: Inputs) -> list[str]:
     """What the images are too few for."""
-    unknowns = 0
-    for block, levels in zip(base.blocks, nets.levels, strict=True):
-        if block.attention is not None and levels.refit[0]:
-            unknowns = max(unknowns, block.attention.heads * block.attention.v_dim)
-        if block.mlp is not None and levels.refit[1]:
-            unknowns = max(unknowns, block.mlp.hidden)
-    least = min((at.mlp.count for at in token_walk(base)), default=1)
+    sizes = [
+        size
+        for whole, levels in zip(nets.whole.whole, nets.levels, strict=True)
+        for size, refit in zip((whole.heads * whole.v, whole.hidden), levels.refit, strict=True)
+        if refit
+    ]
+    unknowns = max(sizes, default=0)
+    least = min((at.mlp.count for at in token_walk(nets.base)), default=1)
     rows = len(inputs.rows["fit"]) * least
     if rows >= 2 * unknowns:
         return []
@@ -91,45 +88,18 @@ def warnings_of(base: ModelSpec, nets: Nets, inputs: Inputs) -> list[str]:
 # ------------------------------------------------------------------------------------------------------ parts and scores
 
 
-@dataclass
-class Parts:
-    """One block's parts at every level on offer, as tensors by name in the model's dtype.
+@dataclass(frozen=True, kw_only=True)
+class Work(Run):
+    """One run. Its base has no prefix step."""
 
-    `qk/left` [H, D, R], `qk/right` [H, R, D], `qk/bias` [H, R]; `v/left`; for each rank v `o/v/w` [H v, D], `o/v/b`;
-    for each width m `mlp/m/keep`, `/w` [m, E], `/b` [D]; the same as `off/m/...` without the attention.
-    """
-
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-
-    def sizes(self, kind: str) -> list[int]:
-        return sorted({int(name.split("/")[1]) for name in self.tensors if name.startswith(f"{kind}/")})
-
-
-@dataclass
-class Work:
-    """What all steps share. model: as given. base: LayerScale folded, no prefix step. scratch: for held streams."""
-
-    model: Vit
-    base: Vit
     nets: Nets
     config: AutoConfig
     inputs: Inputs
     journal: Journal
-    scratch: Path
-    progress: Progress | None
-    warnings: list[str]
 
-    def tell(self, stage: str, done: int, total: int, **facts: Any) -> None:
-        if self.progress is not None:
-            self.progress(stage, done, total, **facts)
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.base.parameters()).device
-
-    @cached_property
-    def classifies(self) -> bool:
-        return bool(self.base.spec.outputs)
+    def kept(self, name: str, make: Callable[[], Piece]) -> Piece:
+        """A finished piece of work, from the journal where it has been noted."""
+        return kept(self.journal, name, make)
 
     @torch.no_grad()
     def answer(self, model: Vit, x: Tensor) -> Tensor:
@@ -163,24 +133,16 @@ class Work:
         """Sensitivity at every place, from the images that parts are fitted on."""
         if not self.base.blocks:
             return {}
-        noted = self.journal.get("sensitivity")
-        if noted is None:
-            total = len(self.inputs.rows["fit"])
-            found = cf.sensitivity(
-                self.base,
-                self.inputs.batches("fit"),
-                seed=self.config.seed,
-                progress=lambda done: self.tell("sensitivity", done, total),
-            )
-            tensors = {
-                f"{name}/{kind}": getattr(site, kind) for name, site in found.items() for kind in ("tokens", "matrix")
-            }
-            self.journal.put("sensitivity", tensors)
-            return found
-        names = [f"{kind}:{i}" for i in range(len(self.base.blocks)) for kind in ("mid", "block")]
-        return {
-            n: cf.Sensitivity(tokens=noted.tensors[f"{n}/tokens"], matrix=noted.tensors[f"{n}/matrix"]) for n in names
-        }
+        t = self.kept("sensitivity", self._sensitivity).tensors
+        return {n: cf.Sensitivity(tokens=t[f"{n}/tokens"], matrix=t[f"{n}/matrix"]) for n in cf.places(self.base)}
+
+    def _sensitivity(self) -> Piece:
+        fit, total = self.inputs.batches("fit"), len(self.inputs.rows["fit"])
+        told = partial(self.tell, "sensitivity", total=total)
+        found = cf.sensitivity(self.base, fit, seed=self.config.seed, progress=told)
+        return Piece(
+            {f"{name}/{kind}": value for name, site in found.items() for kind, value in vars(site).items()}, {}
+        )
 
     def takes_mean(self, i: int) -> bool:
         """Whether what block `i` adds on average can go into a bias before it, should the block go."""
@@ -202,18 +164,14 @@ class Work:
     @cached_property
     def gram(self) -> Tensor:
         """[D, D] of the stream at all its readers."""
-        noted = self.journal.get("stream")
-        if noted is not None:
-            return noted.tensors["gram"]
-        total = narrowing.Stream.empty(self.base.spec.width)
-        prefix = len(self.base.spec.prefix)
+        return self.kept("stream", self._gram).tensors["gram"]
 
-        like = next(self.base.parameters())
+    def _gram(self) -> Piece:
+        total, like = narrowing.Stream.empty(self.base.spec.width), next(self.base.parameters())
         for x in self.inputs.batches("fit"):
             for _, seen in narrowing.readings(self.base, x.to(like)):
-                total.add(seen, prefix)
-        self.journal.put("stream", {"gram": total.gram})
-        return total.gram
+                total.add(seen, len(self.base.spec.prefix))
+        return Piece({"gram": total.gram}, {})
 
     def narrowed(self, width: int, part: str) -> tuple[Vit, narrowing.Basis]:
         """The dense network in a narrower stream, its readers corrected on these images."""
@@ -223,33 +181,30 @@ class Work:
         return narrowing.narrow(self.base, basis, corrected), basis
 
 
-def _metric(work: Work, name: str) -> Tensor:
-    return work.sites[name].metric
-
-
 def own_memory(tensor: Tensor) -> Tensor:
     """A copy with memory of its own, as it comes back from a checkpoint."""
     return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
 @torch.no_grad()
-def block_parts(work: Work, i: int, held: cf.StreamCache) -> Parts:
-    """The parts of block `i`, from one pass over the dense stream in front of it."""
-    block = work.base.blocks[i]
-    spec, levels = block.spec, work.nets.levels[i]
-    device, width = work.device, work.base.spec.width
-    a = spec.attention
-    scores = parts.Scores()
-    wants_qk, wants_v = len(levels.qk) > 1, len(levels.v) > 1
-    heads = cf.Regression.empty(block.attention.out.in_features, width, device=device) if wants_v else None
-    hidden_units = 0 if spec.mlp is None else spec.mlp.hidden
-    mlp = cf.Regression.empty(hidden_units, width, device=device) if len(levels.hidden) > 1 or levels.bare else None
-    off = cf.Regression.empty(hidden_units, width, device=device) if levels.off and levels.refit[1] else None
-    gone = cf.Regression.empty(1, width, device=device) if levels.empty else None
-    for stream in held.batches(device):
+def block_parts(work: Work, i: int, held: cf.StreamCache) -> Piece:
+    """The parts of block `i` at every level on offer, in the model's dtype, from one pass over the dense stream in front of it.
+
+    `qk/left` [H, D, R], `qk/right` [H, R, D], `qk/bias` [H, R]; `v/left`; for each rank v `o/v/w` [H v, D], `o/v/b`;
+    for each width m `mlp/m/keep`, `/w` [m, E], `/b` [D]; the same as `off/m/...` without the attention.
+    """
+    block, levels, config = work.base.blocks[i], work.nets.levels[i], work.config
+    empty = partial(cf.Regression.empty, outputs=work.base.spec.width, device=work.device)
+    units = levels.whole.hidden
+    scores = parts.Scores() if len(levels.qk) > 1 else None
+    heads = empty(block.attention.out.in_features) if len(levels.v) > 1 else None
+    mlp = empty(units) if len(levels.hidden) > 1 or levels.bare else None
+    off = empty(units) if levels.off and levels.refit[1] else None
+    gone = empty(1) if levels.empty else None
+    for stream in held.batches(work.device):
         entry = block.start(stream)
         at_mid = work.weights(f"mid:{i}", entry.x.shape[1]).to(entry.x)
-        if wants_qk:
+        if scores is not None:
             q, k, _ = block.attention.qkv_heads(block.norm1(entry.x))
             scores.add(q, k, at_mid)
         mid, mixed, _ = block.attend(entry)
@@ -270,57 +225,55 @@ def block_parts(work: Work, i: int, held: cf.StreamCache) -> Parts:
                 off.add(block.units(ours), target, at_end)
             if gone is not None:
                 gone.add(target.new_ones(*target.shape[:2], 1), target, at_end)
-    found = Parts()
+    found: dict[str, Tensor] = {}
     like = next(block.parameters(), torch.empty(0))
 
     def keep(name: str, value: Tensor | None) -> None:
         if value is not None:
-            found.tensors[name] = own_memory(value.to("cpu", like.dtype) if value.is_floating_point() else value)
+            found[name] = own_memory(value.to("cpu", like.dtype) if value.is_floating_point() else value)
 
-    if wants_qk:
+    if scores is not None:
         factors = scores.factors(block.attention)
         keep("qk/left", factors.left)
         keep("qk/right", factors.right)
         keep("qk/bias", factors.left_bias)
     if heads is not None:
-        directions = parts.values(block.attention, heads, _metric(work, f"mid:{i}"))
+        directions = parts.values(block.attention, heads, work.sites[f"mid:{i}"].metric)
         keep("v/left", directions.left)
         for rank in levels.v[1:]:
-            w, b = parts.output(heads, directions, rank, block.attention.v_bias, ridge=work.config.output_ridge)
+            w, b = parts.output(heads, directions, rank, block.attention.v_bias, ridge=config.output_ridge)
             keep(f"o/{rank}/w", w)
             keep(f"o/{rank}/b", b)
     for name, stats, kept_sizes in (("mlp", mlp, levels.hidden[1:]), ("off", off, levels.hidden)):
         if stats is None:
             continue
-        last, metric = parts.last_linear(block.mlp), _metric(work, f"block:{i}")
-        order = parts.elimination(stats, last, metric, ridge=work.config.ridge)
+        last, metric = parts.last_linear(block.mlp), work.sites[f"block:{i}"].metric
+        order = parts.elimination(stats, last, metric, ridge=config.ridge)
         for size in kept_sizes:
-            kept = order.kept(size)
-            w, shift = parts.refitted(stats, last, metric, ridge=work.config.ridge, keep=kept)
-            assert shift is not None
-            keep(f"{name}/{size}/keep", kept)
+            stay = order.kept(size)
+            w, shift = parts.refitted(stats, last, metric, ridge=config.ridge, keep=stay)
+            keep(f"{name}/{size}/keep", stay)
             keep(f"{name}/{size}/w", w)
             keep(f"{name}/{size}/b", shift)
     if levels.off and not levels.refit[1]:
-        keep(f"off/{hidden_units}/frozen", torch.ones(1))
+        keep(f"off/{units}/frozen", torch.ones(1))
     # a mean counts only where a bias can take it: the attention's own, or that of the half before the block
     if mlp is not None and levels.bare:
         mean = parts.mean_target(mlp)
         keep("mlp/0/b", mean if levels.refit[0] else torch.zeros_like(mean))
     if gone is not None:
         mean = parts.mean_target(gone)
-        keep("off/0/b" if a is not None else "mlp/0/b", mean if work.takes_mean(i) else torch.zeros_like(mean))
-    return found
+        keep("off/0/b" if levels.whole.attention else "mlp/0/b", mean if work.takes_mean(i) else torch.zeros_like(mean))
+    return Piece(found, {})
 
 
 Emit = Callable[[str, int, str, Tensor], None]
 """Told of each level: part, size, place, and how the stream there changes [B, N, D]."""
 
 
-def changes(block: Block, i: int, levels: BlockLevels, found: Parts, entry: Stream, emit: Emit) -> None:
+def changes(block: Block, i: int, levels: BlockLevels, found: Piece, entry: Stream, emit: Emit) -> None:
     """What each level of each part does to the dense stream.  entry: after the steps at the block's start."""
     t = {name: value.to(entry.x.device) for name, value in found.tensors.items()}
-    spec = block.spec
     mid, mixed, _ = block.attend(entry)
     if mixed is not None:
         x, a = block.norm1(entry.x), block.attention
@@ -342,44 +295,36 @@ def changes(block: Block, i: int, levels: BlockLevels, found: Parts, entry: Stre
                 emit("v", rank, f"mid:{i}", update - (mid.x - entry.x))
     theirs, ours = cf.following(block, mid, entry, "mid")
     inner = block.mid(mid)
-    for kind, before, after in (
-        ("mlp", inner, block.transform(inner).stream),
-        ("off", ours, block.transform(theirs).stream),
+    for part, kind, before, after in (
+        ("hidden", "mlp", inner, block.transform(inner).stream),
+        ("off", "off", ours, block.transform(theirs).stream),
     ):
-        sizes = found.sizes(kind)
-        if not sizes:
-            continue
-        hidden = block.units(before) if spec.mlp is not None else None
+        sizes = sorted({int(name.split("/")[1]) for name in t if name.startswith(f"{kind}/")})
+        hidden = block.units(before) if any(sizes) else before.x
         for size in sizes:
+            here = f"{kind}/{size}"
             if not size:
-                emit("hidden" if kind == "mlp" else "off", size, f"block:{i}", before.x + t[f"{kind}/0/b"] - after.x)
-                continue
-            assert hidden is not None
-            if f"{kind}/{size}/frozen" in t:
+                update = t[f"{here}/b"]
+            elif f"{here}/frozen" in t:
                 update = block.mlp.finish(hidden)
             else:
-                new = hidden[..., t[f"{kind}/{size}/keep"]] @ t[f"{kind}/{size}/w"]
+                update = hidden[..., t[f"{here}/keep"]] @ t[f"{here}/w"]
                 if block.mlp.fc2a is not None:
-                    new = new @ block.mlp.fc2.weight.T
-                update = new + t[f"{kind}/{size}/b"]
-            emit("hidden" if kind == "mlp" else "off", size, f"block:{i}", before.x + update - after.x)
+                    update = update @ block.mlp.fc2.weight.T
+                update = update + t[f"{here}/b"]
+            emit(part, size, f"block:{i}", before.x + update - after.x)
 
 
-def all_parts(work: Work) -> list[Parts]:
+def all_parts(work: Work) -> list[Piece]:
     """The parts of all blocks, in one walk of the dense stream."""
-    found: list[Parts] = []
+    found: list[Piece] = []
     count = len(work.base.blocks)
-    held = cf.StreamCache(work.scratch, "dense")
+    held = cf.StreamCache(work.room, "dense")
     like = next(work.base.parameters())
     with torch.no_grad():
         held.fill(work.base.embed(x.to(like)) for x in work.inputs.batches("fit"))
     for i, block in enumerate(work.base.blocks):
-        noted = work.journal.get(f"parts-{i}")
-        if noted is None:
-            found.append(block_parts(work, i, held))
-            work.journal.put(f"parts-{i}", found[-1].tensors)
-        else:
-            found.append(Parts(noted.tensors))
+        found.append(work.kept(f"parts-{i}", partial(block_parts, work, i, held)))
         if i + 1 < count:
             with torch.no_grad():
                 held.advance(block.run, work.device)
@@ -389,64 +334,51 @@ def all_parts(work: Work) -> list[Parts]:
 
 def score(work: Work) -> Scores:
     """What every option costs alone: blocks' parts, stream widths, token schedules."""
-    noted = work.journal.get("scores")
-    if noted is None:
-        rows = score_blocks(work, all_parts(work))
-        values = [
-            {kind: [[n, loss] for n, loss in sorted(getattr(one, kind).items())] for kind in KINDS} for one in rows
-        ]
-        work.journal.put("scores", values={"blocks": values})
-    else:
-        rows = [
-            Losses(**{kind: {int(n): loss for n, loss in row[kind]} for kind in KINDS})
-            for row in noted.values["blocks"]
-        ]
-    nets, base = work.nets, work.base
+    rows = work.kept("scores", lambda: _packed(score_blocks(work, all_parts(work)))).values["blocks"]
+    blocks = tuple(Losses(**{kind: dict(row[kind]) for kind in KINDS}) for row in rows)
+    nets = work.nets
     trials = [("width", w) for w in nets.widths[1:]] + [("schedule", s) for s in range(1, len(nets.schedules))]
     found: dict[tuple[str, int], float] = {("width", nets.widths[0]): 0.0, ("schedule", 0): 0.0}
     for done, (kind, n) in enumerate(trials, start=1):
-        known = work.journal.get(f"{kind}-{n}")
-        if known is not None:
-            found[kind, n] = known.values["loss"]
-        elif kind == "width":
-            found[kind, n] = work.divergence(work.narrowed(n, "probe")[0])
-        else:
-            spec = nets.spec(nets.uncut(nets.schedules[n]), tail=False)
-            blocks = tuple(
-                replace(b, steps=after.steps) for b, after in zip(base.spec.blocks, spec.blocks, strict=True)
-            )
-            merged = surgery.with_spec(base, replace(base.spec, blocks=blocks), base.state_dict(), share=True)
-            found[kind, n] = work.divergence(merged)
-        if known is None:
-            work.journal.put(f"{kind}-{n}", values={"loss": found[kind, n]})
+        found[kind, n] = work.kept(f"{kind}-{n}", partial(_trial, work, kind, n)).values["loss"]
         work.tell("widths" if kind == "width" else "schedules", done, len(trials))
     widths: dict[int, float] = {}
     most = 0.0
     for w in nets.widths:  # no narrower stream below a wider one: what noise says otherwise
         widths[w] = most = max(most, found["width", w])
-    return Scores(tuple(rows), widths, tuple(found["schedule", s] for s in range(len(nets.schedules))))
+    return Scores(blocks, widths, tuple(found["schedule", s] for s in range(len(nets.schedules))))
 
 
 KINDS = ("qk", "v", "hidden", "off")
 
 
-def score_blocks(work: Work, library: Sequence[Parts]) -> list[Losses]:
+def _packed(rows: Sequence[Losses]) -> Piece:
+    return Piece({}, {"blocks": [{kind: sorted(getattr(one, kind).items()) for kind in KINDS} for one in rows]})
+
+
+def _trial(work: Work, kind: str, n: int) -> Piece:
+    """The loss of a stream width, or of a token schedule, with everything else dense."""
+    nets, base = work.nets, work.base
+    if kind == "width":
+        trial, _ = work.narrowed(n, "probe")
+    else:
+        after = nets.spec(nets.uncut(nets.schedules[n]), tail=False)
+        blocks = [replace(b, steps=to.steps) for b, to in zip(base.spec.blocks, after.blocks, strict=True)]
+        trial = surgery.with_spec(base, replace(base.spec, blocks=tuple(blocks)), base.state_dict(), share=True)
+    return Piece({}, {"loss": work.divergence(trial)})
+
+
+def score_blocks(work: Work, library: Sequence[Piece]) -> list[Losses]:
     """Each level alone, everything else dense, on the held-out images. Each scored batch is noted."""
     generator = torch.Generator().manual_seed(work.config.seed)
     total, done = len(work.inputs.rows["held"]), 0
     sums: list[dict[tuple[str, int], float]] = [{} for _ in work.base.blocks]
     for n, x in enumerate(work.inputs.batches("held")):
-        noted = work.journal.get(f"scored-{n}")
-        if noted is None:
-            found = batch_losses(work, library, x, generator)
-            plain = [[[*key, loss] for key, loss in one.items()] for one in found]
-            work.journal.put(f"scored-{n}", {"signs": generator.get_state()}, {"blocks": plain})
-        else:
-            found = [{(part, size): loss for part, size, loss in one} for one in noted.values["blocks"]]
-            generator.set_state(noted.tensors["signs"])
-        for so_far, one in zip(sums, found, strict=True):
-            for key, loss in one.items():
-                so_far[key] = so_far.get(key, 0.0) + loss
+        noted = work.kept(f"scored-{n}", partial(batch_losses, work, library, x, generator))
+        generator.set_state(noted.tensors["signs"])
+        for so_far, one in zip(sums, noted.values["blocks"], strict=True):
+            for part, size, loss in one:
+                so_far[part, size] = so_far.get((part, size), 0.0) + loss
         done += len(x)
         work.tell("score", done, total)
     rows = []
@@ -461,23 +393,23 @@ def score_blocks(work: Work, library: Sequence[Parts]) -> list[Losses]:
     return rows
 
 
-def batch_losses(
-    work: Work, library: Sequence[Parts], x: Tensor, generator: torch.Generator
-) -> list[dict[tuple[str, int], float]]:
-    """Of each block, by part and size: the divergences that a level causes, summed over these images [B, C, h, w]."""
+def batch_losses(work: Work, library: Sequence[Piece], x: Tensor, generator: torch.Generator) -> Piece:
+    """Of each block rows of part, size and the divergences that this level causes, summed over these images [B, C, h, w].
+
+    Also the state in which the generator is left.
+    """
     base, classifies = work.base, work.classifies
-    names = tuple(f"{kind}:{i}" for i in range(len(base.blocks)) for kind in ("mid", "block"))
     x = x.to(next(base.parameters()))
     grads: fisher.Gradients | None = None
     if work.config.score == "fisher":
-        grads = fisher.gradients(base, x, names, draws=work.config.draws, generator=generator)
-    rows: list[dict[tuple[str, int], float]] = []
+        grads = fisher.gradients(base, x, cf.places(base), draws=work.config.draws, generator=generator)
+    rows: list[list[tuple[str, int, float]]] = []
     with torch.no_grad():
         before = fisher.outcome(base(x, gates=OPEN), classifies=classifies)
         stream = base.embed(x)
         for i, (block, found) in enumerate(zip(base.blocks, library, strict=True)):
             entry = block.start(stream)
-            rows.append({})
+            rows.append([])
 
             def emit(part: str, size: int, place: str, change: Tensor, i: int = i, entry: Stream = entry) -> None:
                 if grads is not None:
@@ -485,11 +417,11 @@ def batch_losses(
                 else:
                     after = fisher.outcome(_outcome_after(base, i, place, entry, change), classifies=classifies)
                     lost = fisher.divergence(before, after, classifies=classifies)
-                rows[i][part, size] = float(lost.sum())
+                rows[i].append((part, size, float(lost.sum())))
 
             changes(block, i, work.nets.levels[i], found, entry, emit)
             stream = block.run(stream)
-    return rows
+    return Piece({"signs": generator.get_state()}, {"blocks": rows})
 
 
 def _outcome_after(base: Vit, i: int, place: str, entry: Stream, change: Tensor) -> Tensor:
