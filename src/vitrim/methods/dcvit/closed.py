@@ -16,7 +16,7 @@ from vitrim.budget import Budget
 from vitrim.closed_form import sublayers
 from vitrim.counting import ADDITIVE
 from vitrim.methods.dcvit.job import FOLDS, Job
-from vitrim.methods.dcvit.score import Score, last_linear, metric_of, summed, weights_of
+from vitrim.methods.dcvit.score import Score, last_linear, metric_of, weights_of
 from vitrim.model import Stream, Vit
 from vitrim.space import Choice, Space
 from vitrim.spec import ModelSpec
@@ -109,7 +109,7 @@ def reconstruct(job: Job, keeps: Sequence[Keep | None], sites: Mapping[str, cf.S
         if i + 1 < count:
             changed = changed or keep is not None
             walk.advance(tb, new, apart=changed)
-        job.tell("refit", i + 1, count, began)
+        job.time_left("refit", i + 1, count, began)
     return small
 
 
@@ -158,11 +158,11 @@ def _refit(
     """New weights and bias: the own target with a ridge towards the inherited weights, the lost update with one towards none."""
     own, lost = folds.split()
     ridge = ridge or _left_out(own, last, metric)
-    w, b = sublayers.refitted(summed(own), last, metric, ridge=ridge, keep=None)
+    w, b = sublayers.refitted(cf.total(own), last, metric, ridge=ridge, keep=None)
     if lost:
         nothing = last._replace(prior=torch.zeros_like(last.prior))
         ridge = _left_out(lost, nothing, metric, (*cf.RIDGES, 10.0, 1e6))
-        more, shift = sublayers.refitted(summed(lost), nothing, metric, ridge=ridge, keep=None)
+        more, shift = sublayers.refitted(cf.total(lost), nothing, metric, ridge=ridge, keep=None)
         w, b = w + more, None if b is None or shift is None else b + shift
     linear.weight.copy_(w.T)
     if b is not None:

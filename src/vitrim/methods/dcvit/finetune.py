@@ -19,11 +19,13 @@ from torch.nn import functional as F
 from vitrim import closed_form as cf
 from vitrim import surgery
 from vitrim.budget import Budget
+from vitrim.checkpoints import Piece
 from vitrim.data.draws import mix, ranked
 from vitrim.freezing import Half
 from vitrim.methods.dcvit.job import Job
 from vitrim.methods.dcvit.score import divergence
 from vitrim.methods.dcvit.structure import Structure, candidates, chosen_blocks, structure
+from vitrim.methods.fitting import kept
 from vitrim.model import OPEN, Vit
 from vitrim.progress import Progress
 from vitrim.spec import Preprocess
@@ -96,6 +98,10 @@ def finetune(job: Job, student: Vit, *, last: int, steps: int, out: Path | None 
     own = student.config
     if paper and own.preprocess is not None and len(own.preprocess.mean) == 3:
         student.config = replace(own, preprocess=replace(own.preprocess, mean=IMAGENET[0], std=IMAGENET[1]))
+
+    def told(stage: str, done: int, total: int, **facts: Any) -> None:
+        job.tell(what, done, total, **facts)
+
     wanted = {name: p.requires_grad for name, p in student.named_parameters()}
     try:
         fit(
@@ -105,7 +111,7 @@ def finetune(job: Job, student: Vit, *, last: int, steps: int, out: Path | None 
             settings,
             out=out,
             resume=job.resume,
-            progress=_told(job.progress, what),
+            progress=told,
         )
     finally:
         student.config = own
@@ -244,8 +250,6 @@ def by_finetuning(job: Job, budget: Budget) -> tuple[Vit, list[Keep | None], lis
     Gives the student, what was kept of each block, the history and the report.
     """
     base, config, space = job.base, job.config, job.space
-    if job.inputs.feed.alike(job.inputs.batch_size):
-        raise job.inputs.alike()
     shape, limits, paper = structure(space, config, budget), budget.limits(space.reference), config.preset == "paper"
     keeps: list[Keep | None] = [None] * len(base.blocks)
     scores, best = _trials(job, shape, limits)
@@ -279,11 +283,7 @@ def by_finetuning(job: Job, budget: Budget) -> tuple[Vit, list[Keep | None], lis
 def _trials(job: Job, shape: Structure, limits: Mapping[str, int]) -> tuple[dict[int, float], dict[str, Tensor]]:
     """The mismatch after compressing each candidate alone, and the weights of the best student; noted as they come."""
     journal, found = job.journal(limits=limits), candidates(job.space)
-    if (noted := journal.get("metric")) is not None:
-        metric = noted.tensors["images"]
-    else:
-        metric = metric_images(job)
-        journal.put("metric", {"images": metric})
+    metric = kept(journal, "metric", lambda: Piece({"images": metric_images(job)}, {})).tensors["images"]
     scores: dict[int, float] = {}
     best: dict[str, Tensor] = {}
     for done, i in enumerate(found, start=1):
@@ -302,13 +302,3 @@ def _trials(job: Job, shape: Structure, limits: Mapping[str, int]) -> tuple[dict
                 shutil.rmtree(out, ignore_errors=True)
         best = weights or best
     return scores, best
-
-
-def _told(progress: Progress | None, what: str) -> Progress | None:
-    if progress is None:
-        return None
-
-    def tell(stage: str, done: int, total: int, **facts: Any) -> None:
-        progress(what, done, total, **facts)
-
-    return tell

@@ -5,11 +5,10 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vitrim import data as opened
@@ -19,8 +18,8 @@ from vitrim.codec import plain
 from vitrim.data.draws import ranked
 from vitrim.errors import DataError
 from vitrim.methods.dcvit.config import DcvitConfig
+from vitrim.methods.fitting import Run
 from vitrim.model import Stream, Vit
-from vitrim.progress import Progress
 from vitrim.space import Space
 from vitrim.spec import spec_hash
 
@@ -40,12 +39,9 @@ class Inputs:
         feed = opened.calibration_images(
             source, model.config.preprocess, count=config.images, seed=config.seed, method="dcvit"
         )
-        self.images, self.mark, self.count = feed.images, feed.mark, len(feed)
-        self.feed = feed
+        self.images, self.mark, self.count, self.feed = feed.images, feed.mark, len(feed), feed
         if feed.images is not None:
-            self.feed = opened.CalibrationImages(
-                feed.preprocess, images=feed.images.subset(ranked(config.seed, _ORDER, feed.images.rows))
-            )
+            self.feed = feed.subset(ranked(config.seed, _ORDER, feed.images.rows))
         if not self.count:
             raise DataError("dcvit: no images. Pass 50 to 1000 unlabelled ones.")
         if self.count < 8:
@@ -59,41 +55,25 @@ class Inputs:
         return self.feed.batches(self.batch_size)
 
     def streams(self, model: Vit) -> Iterator[Stream]:
-        """What enters the first block. Raises DataError when all images are equal."""
+        """What enters the first block."""
         like = next(model.parameters())
-        first: Tensor | None = None
-        differ = self.count == 1
-        for x in self.batches():
-            first = x[:1] if first is None else first
-            differ = differ or bool((x != first).any())
-            yield model.embed(x.to(like))
-        if not differ:
-            raise self.alike()
+        return (model.embed(x.to(like)) for x in self.batches())
 
-    def alike(self) -> DataError:
-        return DataError(f"dcvit: all {self.count} images are equal; expected different photos. Check the folder.")
+    def refuse_alike(self) -> None:
+        """Raise DataError when all images are equal."""
+        if self.feed.alike(self.batch_size):
+            raise DataError(f"dcvit: all {self.count} images are equal; expected different photos. Check the folder.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
-    """One run.  model: as it was given. base: what is cut, LayerScale folded where it goes. room: for held streams.
+class Job(Run):
+    """One run.  folder: where partial state goes, or None."""
 
-    folder: where partial state goes, or None.
-    """
-
-    model: Vit
-    base: Vit
     space: Space
     inputs: Inputs
     config: DcvitConfig
-    room: Path
     folder: Path | None = None
     resume: bool = False
-    progress: Progress | None = None
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.base.parameters()).device
 
     def place(self, name: str) -> Path | None:
         """Where a part of the run keeps its state."""
@@ -101,30 +81,14 @@ class Job:
 
     def journal(self, **more: Any) -> Journal:
         """Of finished pieces.  more: plain values that must agree too for a run to be gone on with."""
-        names = [
-            "ridge",
-            "weighted",
-            "probe_images",
-            "batch_size",
-            "images",
-            "seed",
-            "align",
-            "freeze",
-            "variant",
-            "preset",
-        ]
-        if self.config.variant == "finetune":
-            names += ["steps", "lr", "metric_images", "metric_steps", "k", "augment"]
-        identity = {name: plain(getattr(self.config, name)) for name in names}
-        identity |= {
-            "spec": spec_hash(self.model.spec),
-            "weights": surgery.fingerprint(self.base),
-            "data": self.inputs.mark,
-        }
-        return Journal(self.folder, "dcvit", identity | more, resume=self.resume)
+        free = {"budget", "device", "hand_over", "finetune_steps"}  # a run may be gone on with under others
+        if self.config.variant == "closed":
+            free |= {"steps", "lr", "metric_images", "metric_steps", "k", "augment"}
+        identity = {f.name: plain(getattr(self.config, f.name)) for f in fields(self.config) if f.name not in free}
+        identity |= {"spec": spec_hash(self.model.spec), "weights": surgery.fingerprint(self.base)}
+        return Journal(self.folder, "dcvit", identity | {"data": self.inputs.mark} | more, resume=self.resume)
 
-    def tell(self, stage: str, done: int, total: int, began: float, fresh: int | None = None) -> None:
+    def time_left(self, stage: str, done: int, total: int, began: float, fresh: int | None = None) -> None:
         """Say how far a stage is.  began: by `time.monotonic`. fresh: of what is done, how much since then; None: all."""
-        if self.progress is not None:
-            each = (time.monotonic() - began) / (done if fresh is None else fresh)
-            self.progress(stage, done, total, seconds_left=each * (total - done))
+        each = (time.monotonic() - began) / (done if fresh is None else fresh)
+        self.tell(stage, done, total, seconds_left=each * (total - done))

@@ -22,7 +22,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from vitrim import closed_form as cf
 from vitrim import surgery
@@ -34,23 +34,16 @@ from vitrim.methods.dcvit.finetune import by_finetuning, finetune
 from vitrim.methods.dcvit.job import Inputs, Job
 from vitrim.methods.dcvit.score import Score, score
 from vitrim.methods.dcvit.structure import check_budget, space_of
+from vitrim.methods.fitting import alone
+from vitrim.methods.method import How
 from vitrim.model import Vit
-from vitrim.progress import Progress
 from vitrim.result import Compressed
 from vitrim.space import Choice
 from vitrim.spec import ModelSpec, SelectionStep, spec_hash
 from vitrim.surgery import Keep
 
 
-def compress(
-    model: Vit,
-    config: DcvitConfig,
-    *,
-    data: Any = None,
-    progress: Progress | None = None,
-    folder: Path | None = None,
-    resume: bool = False,
-) -> Compressed:
+def compress(model: Vit, config: DcvitConfig, **how: Unpack[How]) -> Compressed:
     """Compress `model` to the config's budget; `model` is left as it was.
 
     data: images, whatever `vitrim.data.open` takes (labels are not read); a float tensor [n, C, h, w] is taken as the
@@ -58,23 +51,10 @@ def compress(
     with resume. Raises BudgetError before anything is read when the budget is out of reach, ConfigError for a frozen part
     that is not there, DataError for images that are missing or all equal.
     """
-    if config.budget is None:
-        raise ConfigError("dcvit: no budget. To halve the operations, pass budget=Budget(keep_macs=0.5).")
-    return compress_family(model, config, [config.budget], data=data, progress=progress, folder=folder, resume=resume)[
-        0
-    ]
+    return alone("dcvit", compress_family, model, config, **how)
 
 
-def compress_family(
-    model: Vit,
-    config: DcvitConfig,
-    budgets: Sequence[Budget],
-    *,
-    data: Any = None,
-    progress: Progress | None = None,
-    folder: Path | None = None,
-    resume: bool = False,
-) -> list[Compressed]:
+def compress_family(model: Vit, config: DcvitConfig, budgets: Sequence[Budget], **how: Unpack[How]) -> list[Compressed]:
     """One compressed model for each budget, from one scoring of the blocks; arguments as for `compress`.
 
     The config's own budget is not looked at. All budgets are checked before anything is read.
@@ -83,24 +63,25 @@ def compress_family(
         raise ConfigError(
             "dcvit: no budgets. Pass one or more, such as [Budget(keep_macs=0.8), Budget(keep_macs=0.5)]."
         )
-    space = space_of(model.spec, config)
-    reference = space.reference
+    space, folder = space_of(model.spec, config), how.get("folder")
     for budget in budgets:
         check_budget(space, config, budget)
     base = surgery.fold_layer_scale(model, skip=space.fixed)
     base = base.to(config.device or next(model.parameters()).device).eval()
-    inputs = Inputs(model, data, config)
+    inputs = Inputs(model, how.get("data"), config)
     if inputs.images is None and (config.variant == "finetune" or config.finetune_steps):
         raise DataError(
             "dcvit: fine-tuning varies the images, and needs to know how the model normalises them. Load it with preprocess=."
         )
+    cuts = [bool(exceeded(space.reference, budget.limits(space.reference))) for budget in budgets]
+    if any(cuts):
+        inputs.refuse_alike()
     results = []
     with tempfile.TemporaryDirectory(prefix="vitrim-") as temporary:
         job = Job(
             model=model, base=base, space=space, inputs=inputs, config=config,
-            room=Path(temporary), folder=folder, resume=resume, progress=progress,
+            room=Path(temporary), folder=folder, resume=how.get("resume", False), progress=how.get("progress"),
         )  # fmt: skip
-        cuts = [bool(exceeded(reference, budget.limits(reference))) for budget in budgets]
         scores, sites = score(job) if config.variant == "closed" and any(cuts) else ([], None)
         for n, (budget, cut) in enumerate(zip(budgets, cuts, strict=True)):
             own = job if folder is None or len(budgets) == 1 else replace(job, folder=folder / f"member-{n}")
@@ -148,11 +129,9 @@ def _finished(
 ) -> Compressed:
     """The result with one selection step, from the given model to it, in that model's mode and place."""
     model, variant = job.model, job.config.variant
-    kept = [
-        None if keep is None else surgery.record(block, keep)
-        for block, keep in zip(model.spec.blocks, keeps, strict=True)
-    ]
-    step = SelectionStep(method="dcvit", variant=variant, parent=spec_hash(model.spec), refit=refit, blocks=tuple(kept))
+    pairs = zip(model.spec.blocks, keeps, strict=True)
+    kept = tuple(None if keep is None else surgery.record(block, keep) for block, keep in pairs)
+    step = SelectionStep(method="dcvit", variant=variant, parent=spec_hash(model.spec), refit=refit, blocks=kept)
     small.selection = model.selection.then(step)
     report = {"variant": variant, "blocks": _rows(model.spec, small.spec), **report}
     small = small.train(model.training).to(next(model.parameters()).device)

@@ -178,8 +178,8 @@ def _curve(s: Scoring, index: int, folds: list[cf.Regression], *, attention: boo
     ridge = s.job.config.ridge or cf.choose_ridge(
         inner, linear.prior, keep=torch.arange(0, hidden, 2), bias=linear.bias, metric=inner_metric
     )
-    found = cf.eliminate(summed(inner), linear.prior, ridge=ridge, bias=linear.bias, metric=inner_metric)
-    trial = summed([fold for n, fold in enumerate(folds) if n % FOLDS != FOLDS - 1 and fold.weight > 0] or folds)
+    found = cf.eliminate(cf.total(inner), linear.prior, ridge=ridge, bias=linear.bias, metric=inner_metric)
+    trial = cf.total([fold for n, fold in enumerate(folds) if n % FOLDS != FOLDS - 1 and fold.weight > 0] or folds)
     loses = not attention and s.job.space.levels[index].whole.attention
     levels, losses = _levels(hidden, unit(hidden, s.job.config.align), top=loses), []
     for m in levels:
@@ -193,13 +193,6 @@ def _curve(s: Scoring, index: int, folds: list[cf.Regression], *, attention: boo
 def last_linear(block: Block) -> sublayers.Last:
     """What is refitted of the MLP, with a bias where it has one."""
     return sublayers.last_linear(block.mlp, bias=block.mlp.spec.fc2_bias)
-
-
-def summed(folds: Sequence[cf.Regression]) -> cf.Regression:
-    total = folds[0]
-    for fold in folds[1:]:
-        total = total + fold
-    return total
 
 
 def _levels(hidden: int, step_: int, *, top: bool) -> list[int]:
@@ -230,7 +223,7 @@ def _measure(s: Scoring, index: int, run: Callable[[Stream], Stream]) -> float:
         for number, stream in enumerate(s.held.batches(s.job.device))
         if number in s.probes
     ]
-    return divergence(torch.cat(s.answers), torch.cat(found), classifies=bool(s.job.base.spec.outputs))
+    return divergence(torch.cat(s.answers), torch.cat(found), classifies=s.job.classifies)
 
 
 def divergence(before: Tensor, after: Tensor, *, classifies: bool) -> float:
@@ -266,7 +259,7 @@ def score(job: Job) -> tuple[list[Score], dict[str, cf.Sensitivity] | None]:
             scores.append(score_block(s, i))
             journal.put(f"score-{i}", *scores[i].packed())
             fresh += 1
-            job.tell("score", i + 1, total, began, fresh)
+            job.time_left("score", i + 1, total, began, fresh)
         if i + 1 < total:
             held.advance(block.run, device)
     return scores, s.sites
@@ -274,9 +267,5 @@ def score(job: Job) -> tuple[list[Score], dict[str, cf.Sensitivity] | None]:
 
 def _sensitivity(job: Job) -> dict[str, cf.Sensitivity]:
     inputs, few = job.inputs, -(-job.config.probe_images // job.inputs.batch_size)  # batches
-
-    def told(done: int) -> None:
-        if job.progress is not None:
-            job.progress("sensitivity", done, min(few * inputs.batch_size, inputs.count))
-
+    told = partial(job.tell, "sensitivity", total=min(few * inputs.batch_size, inputs.count))
     return cf.sensitivity(job.base, islice(inputs.batches(), few), seed=job.config.seed, progress=told)
