@@ -34,6 +34,12 @@ def divergence(before: Tensor, after: Tensor, *, classifies: bool) -> Tensor:
     return (before - after).square().sum(-1)
 
 
+def apart(before: Tensor, after: Tensor, *, classifies: bool) -> float:
+    """The mean divergence over images, from what two networks answered, [B, ...]."""
+    ours, theirs = (outcome(answer.double(), classifies=classifies) for answer in (before, after))
+    return float(divergence(ours, theirs, classifies=classifies).mean())
+
+
 def random_signs(answer: Tensor, draws: int, generator: torch.Generator) -> Tensor:
     """[K, B, C] of -1 and 1 like the answers [B, C]; drawn image by image, so that batches do not change them."""
     count = answer.shape[1]

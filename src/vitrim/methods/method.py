@@ -72,21 +72,19 @@ class Plan(TypedDict):
 class How(TypedDict, total=False):
     """What a compression goes by beside its config; all may be left out.
 
-    data: whatever `vitrim.data.open` takes. folder: where a long run leaves what it goes on from, with `resume`. teacher: only for a
-    method that takes one.
+    data: whatever `vitrim.data.open` takes. folder: where a long run leaves what it goes on from, with `resume`.
     """
 
     data: Any
     progress: Progress | None
     folder: Path | None
     resume: bool
-    teacher: Vit
 
 
 class Compress(Protocol):
-    """A smaller model; `model` is left as it was."""
+    """A smaller model; `model` is left as it was. teacher: only for a method that takes one."""
 
-    def __call__(self, model: Vit, config: Any, **how: Unpack[How]) -> Compressed: ...
+    def __call__(self, model: Vit, config: Any, *, teacher: Vit = ..., **how: Unpack[How]) -> Compressed: ...
 
 
 class CompressFamily(Protocol):

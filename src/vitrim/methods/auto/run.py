@@ -39,6 +39,7 @@ from vitrim.methods.auto.score import Inputs, Work, score, warnings_of
 from vitrim.methods.fitting import alone
 from vitrim.methods.method import How
 from vitrim.model import Vit
+from vitrim.progress import Progress
 from vitrim.result import Compressed
 from vitrim.spec import SelectionStep, spec_hash
 
@@ -98,20 +99,29 @@ def _reachable(model: Vit, config: AutoConfig, budgets: Sequence[Budget]) -> Net
     return nets
 
 
-def work_of(model: Vit, config: AutoConfig, nets: Nets, room: Path, **how: Unpack[How]) -> Work:
+def work_of(
+    model: Vit,
+    config: AutoConfig,
+    nets: Nets,
+    room: Path,
+    *,
+    data: Any = None,
+    progress: Progress | None = None,
+    folder: Path | None = None,
+    resume: bool = False,
+) -> Work:
     """A run. room: for held streams."""
-    inputs = Inputs(model, how.get("data"), config)
+    inputs = Inputs(model, data, config)
     free = ("budget", "builds", "device")  # a run may be gone on with under others
     identity = {f.name: plain(getattr(config, f.name)) for f in fields(config) if f.name not in free}
     identity |= {"spec": spec_hash(model.spec), "weights": surgery.fingerprint(model), "data": inputs.mark}
-    journal = Journal(how.get("folder"), "auto", identity, resume=how.get("resume", False))
+    journal = Journal(folder, "auto", identity, resume=resume)
     folded = surgery.fold_layer_scale(model, skip=nets.whole.fixed)
     base = surgery.with_spec(folded, nets.base, folded.state_dict(), share=True).eval()
     if config.device is not None:
         base = base.to(config.device)
-    told = how.get("progress")
     return Work(
-        model=model, base=base, room=room, progress=told, nets=nets, config=config, inputs=inputs, journal=journal
+        model=model, base=base, room=room, progress=progress, nets=nets, config=config, inputs=inputs, journal=journal
     )
 
 

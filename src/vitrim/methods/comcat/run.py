@@ -257,7 +257,12 @@ def compress(
     home = next(model.parameters()).device
     if config.device is not None and torch.device(config.device) != home:
         base = copy.deepcopy(base).to(config.device)
-    feed = None if data is None else _images(model, config, data)
+    feed = None
+    if data is not None:
+        shown = model.config.preprocess
+        feed = opened.calibration_images(data, shown, count=config.images, seed=config.seed, method="comcat")
+        if not len(feed):
+            raise DataError("comcat: no images. Pass a few hundred unlabelled ones.")
     factors = _factors(base, _tops(space) if given is None else given, config, feed, progress)
     energies = [{part: _energy(value) for part, value in own.items()} for own in factors]
     weights: list[dict[str, float]] = [{} for _ in factors]
@@ -319,14 +324,6 @@ def explicit(space: Space, config: ComcatConfig) -> Ranks:
     return ranks
 
 
-def _images(model: Vit, config: ComcatConfig, data: Any) -> CalibrationImages:
-    how = model.config.preprocess
-    feed = opened.calibration_images(data, how, count=config.images, seed=config.seed, method="comcat")
-    if not len(feed):
-        raise DataError("comcat: no images. Pass a few hundred unlabelled ones.")
-    return feed
-
-
 def _tops(space: Space) -> Ranks:
     """The most components that a choice may ask for."""
     return [{part: getattr(levels, part)[1] for part in parts_of(space, i)} for i, levels in enumerate(space.levels)]
@@ -366,17 +363,16 @@ def _probe(
     model: Vit, factors: Factored, energies: Energies, batches: list[Tensor], progress: Progress | None
 ) -> list[dict[str, float]]:
     """Divergence of the outputs per unit of tail energy, each part truncated alone to half of its ranks."""
-    classifies = bool(model.spec.outputs)
-    before = _outcomes(model, batches)
+    before = _answers(model, batches)
     found: list[dict[str, float]] = [{} for _ in factors]
     places = [(i, part) for i, own in enumerate(factors) for part in own]
     for done, (i, part) in enumerate(places, start=1):
         energy = energies[i][part]
         rank = max(1, factors[i][part].left.shape[-1] // 2)
         alone: Ranks = [{part: rank} if j == i else {} for j in range(len(factors))]
-        after = _outcomes(applied(model, factors, alone, variant="", share=True), batches)
+        after = _answers(applied(model, factors, alone, variant="", share=True), batches)
         tail = max(sum(energy[rank:]), cf.TINY * sum(energy), 1e-300)
-        found[i][part] = float(fisher.divergence(before, after, classifies=classifies).mean()) / tail
+        found[i][part] = fisher.apart(before, after, classifies=bool(model.spec.outputs)) / tail
         if progress is not None:
             progress("probe", done, len(places))
     # a truncation whose effect drowns in rounding still counts for something, or its ranks would be given away
@@ -384,11 +380,10 @@ def _probe(
     return [{part: weight if weight > 0 else least for part, weight in own.items()} for own in found]
 
 
-def _outcomes(model: Vit, batches: list[Tensor]) -> Tensor:
-    """What divergences are measured on, of all images.  [n, ...] float64 on the CPU."""
+def _answers(model: Vit, batches: list[Tensor]) -> Tensor:
+    """Of all images.  [n, ...] float64 on the CPU."""
     like = next(model.parameters())
-    results = (double(model(x.to(like), gates=OPEN)) for x in batches)
-    return torch.cat([fisher.outcome(result, classifies=bool(model.spec.outputs)) for result in results])
+    return torch.cat([double(model(x.to(like), gates=OPEN)) for x in batches])
 
 
 def _report(

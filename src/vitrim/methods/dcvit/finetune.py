@@ -20,10 +20,10 @@ from vitrim import closed_form as cf
 from vitrim import surgery
 from vitrim.budget import Budget
 from vitrim.checkpoints import Piece
+from vitrim.closed_form import fisher
 from vitrim.data.draws import mix, ranked
 from vitrim.freezing import Half
 from vitrim.methods.dcvit.job import Job
-from vitrim.methods.dcvit.score import divergence
 from vitrim.methods.dcvit.structure import Structure, candidates, chosen_blocks, structure
 from vitrim.methods.fitting import kept
 from vitrim.model import OPEN, Vit
@@ -241,7 +241,7 @@ def mismatch(teacher: Vit, student: Vit, x: Tensor, batch_size: int) -> float:
         torch.cat([cf.answers(net, net.embed(part.to(like)), 0).cpu() for part in x.split(batch_size)])
         for net in (teacher, student)
     )
-    return divergence(before, after, classifies=bool(teacher.spec.outputs))
+    return fisher.apart(before, after, classifies=bool(teacher.spec.outputs))
 
 
 def by_finetuning(job: Job, budget: Budget) -> tuple[Vit, list[Keep | None], list[dict[str, Any]], dict[str, Any]]:

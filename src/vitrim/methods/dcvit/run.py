@@ -37,6 +37,7 @@ from vitrim.methods.dcvit.structure import check_budget, space_of
 from vitrim.methods.fitting import alone
 from vitrim.methods.method import How
 from vitrim.model import Vit
+from vitrim.progress import Progress
 from vitrim.result import Compressed
 from vitrim.space import Choice
 from vitrim.spec import ModelSpec, SelectionStep, spec_hash
@@ -54,7 +55,16 @@ def compress(model: Vit, config: DcvitConfig, **how: Unpack[How]) -> Compressed:
     return alone("dcvit", compress_family, model, config, **how)
 
 
-def compress_family(model: Vit, config: DcvitConfig, budgets: Sequence[Budget], **how: Unpack[How]) -> list[Compressed]:
+def compress_family(
+    model: Vit,
+    config: DcvitConfig,
+    budgets: Sequence[Budget],
+    *,
+    data: Any = None,
+    progress: Progress | None = None,
+    folder: Path | None = None,
+    resume: bool = False,
+) -> list[Compressed]:
     """One compressed model for each budget, from one scoring of the blocks; arguments as for `compress`.
 
     The config's own budget is not looked at. All budgets are checked before anything is read.
@@ -63,12 +73,12 @@ def compress_family(model: Vit, config: DcvitConfig, budgets: Sequence[Budget], 
         raise ConfigError(
             "dcvit: no budgets. Pass one or more, such as [Budget(keep_macs=0.8), Budget(keep_macs=0.5)]."
         )
-    space, folder = space_of(model.spec, config), how.get("folder")
+    space = space_of(model.spec, config)
     for budget in budgets:
         check_budget(space, config, budget)
     base = surgery.fold_layer_scale(model, skip=space.fixed)
     base = base.to(config.device or next(model.parameters()).device).eval()
-    inputs = Inputs(model, how.get("data"), config)
+    inputs = Inputs(model, data, config)
     if inputs.images is None and (config.variant == "finetune" or config.finetune_steps):
         raise DataError(
             "dcvit: fine-tuning varies the images, and needs to know how the model normalises them. Load it with preprocess=."
@@ -80,7 +90,7 @@ def compress_family(model: Vit, config: DcvitConfig, budgets: Sequence[Budget], 
     with tempfile.TemporaryDirectory(prefix="vitrim-") as temporary:
         job = Job(
             model=model, base=base, space=space, inputs=inputs, config=config,
-            room=Path(temporary), folder=folder, resume=how.get("resume", False), progress=how.get("progress"),
+            room=Path(temporary), folder=folder, resume=resume, progress=progress,
         )  # fmt: skip
         scores, sites = score(job) if config.variant == "closed" and any(cuts) else ([], None)
         for n, (budget, cut) in enumerate(zip(budgets, cuts, strict=True)):

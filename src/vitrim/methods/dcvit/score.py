@@ -223,13 +223,7 @@ def _measure(s: Scoring, index: int, run: Callable[[Stream], Stream]) -> float:
         for number, stream in enumerate(s.held.batches(s.job.device))
         if number in s.probes
     ]
-    return divergence(torch.cat(s.answers), torch.cat(found), classifies=s.job.classifies)
-
-
-def divergence(before: Tensor, after: Tensor, *, classifies: bool) -> float:
-    """A mean over images, from what networks answered [B, ...]."""
-    before, after = (fisher.outcome(answer.double(), classifies=classifies) for answer in (before, after))
-    return float(fisher.divergence(before, after, classifies=classifies).mean())
+    return fisher.apart(torch.cat(s.answers), torch.cat(found), classifies=s.job.classifies)
 
 
 @torch.no_grad()
