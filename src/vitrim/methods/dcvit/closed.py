@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -17,7 +17,7 @@ from vitrim.closed_form import sublayers
 from vitrim.counting import ADDITIVE
 from vitrim.methods.dcvit.job import FOLDS, Job
 from vitrim.methods.dcvit.score import Score, last_linear, metric_of, weights_of
-from vitrim.model import Stream, Vit
+from vitrim.model import Block, Vit
 from vitrim.space import Choice, Space
 from vitrim.spec import ModelSpec
 from vitrim.surgery import Keep
@@ -62,7 +62,7 @@ def keeps_of(space: Space, chosen: Sequence[Choice], scores: Sequence[Score]) ->
             continue
         hidden = None
         if 0 < option.hidden < dense.hidden:
-            curve = one.whole if option.attention == dense.attention else one.bare
+            curve = one.curve(option, dense)
             assert curve is not None
             hidden = curve.kept(option.hidden)
         keeps.append(Keep(attention=option.attention, mlp=option.mlp, hidden=hidden))
@@ -81,7 +81,7 @@ def reconstruct(job: Job, keeps: Sequence[Keep | None], sites: Mapping[str, cf.S
     if all(keep is None for keep in keeps):
         return small
     walk = cf.Walk(job.inputs.streams(base), folder=job.room, device=device)
-    width, count = base.spec.width, len(keeps)
+    count = len(keeps)
     changed = False  # whether the student's stream differs from the teacher's behind what was done so far
     began = time.monotonic()
     for i, keep in enumerate(keeps):
@@ -90,21 +90,16 @@ def reconstruct(job: Job, keeps: Sequence[Keep | None], sites: Mapping[str, cf.S
         if new.spec.attention is not None and (i, "attention") not in fixed and (changed or carries):
             # what an MLP behind token steps would be given back has other rows than the heads
             carries_here = carries and not tb.has_steps("mid")
-            site = None if sites is None else sites[f"mid:{i}"]
-            folds = _Folds(new.attention.out.in_features, width, device=device, lost=carries_here)
-            for number, rows in enumerate(walk.attention(tb, new)):
-                lost = _lost(base, small, i, tb.transform(rows.aim).stream) if carries_here else None
-                folds.add(number, rows, lost, site)
-            out = new.attention.out
+            out, site = new.attention.out, None if sites is None else sites[f"mid:{i}"]
             last = sublayers.Last(sublayers.double(out.weight).T, bias=out.bias is not None)
-            _refit(out, out.bias, last, folds, None, metric_of(site, device))
+            lost = partial(_lost, base, small, i, tb) if carries_here else None
+            _refit(out, out.bias, last, walk.attention(tb, new), site, ridge=None, lost=lost, device=device)
             changed = True
         if new.spec.mlp is not None and (i, "mlp") not in fixed and (changed or keep is not None or carries):
             site = None if sites is None else sites[f"block:{i}"]
-            folds = _Folds(new.spec.mlp.hidden, width, device=device, lost=carries)
-            for number, rows in enumerate(walk.mlp(tb, new)):
-                folds.add(number, rows, _lost(base, small, i, rows.aim) if carries else None, site)
-            _refit(new.mlp.reader, new.mlp.fc2.bias, last_linear(new), folds, config.ridge, metric_of(site, device))
+            linear, bias, last = new.mlp.reader, new.mlp.fc2.bias, last_linear(new)
+            lost = partial(_lost, base, small, i, None) if carries else None
+            _refit(linear, bias, last, walk.mlp(tb, new), site, ridge=config.ridge, lost=lost, device=device)
             changed = True
         if i + 1 < count:
             changed = changed or keep is not None
@@ -121,48 +116,44 @@ def _loses_next(spec: ModelSpec, keeps: Sequence[Keep | None], index: int) -> bo
     return (block.attention is not None and not keep.attention) or (block.attention is None and not keep.mlp)
 
 
-def _lost(base: Vit, small: Vit, index: int, stream: Stream) -> Tensor:
-    """What the teacher adds to its stream behind block `index` with the halves that the student has lost right there."""
+def _lost(base: Vit, small: Vit, index: int, rest: Block | None, rows: cf.Rows) -> Tensor:
+    """What the teacher adds to its stream behind block `index` with the halves that the student has lost right there.  [B, N, D]
+
+    rest: the teacher's block, whose MLP comes behind the half that the rows are of; None: nothing comes.
+    """
+    stream = rows.aim if rest is None else rest.transform(rows.aim).stream
     return cf.lookahead(base, small, index, stream).x - stream.x
-
-
-class _Folds:
-    """Regressions of one half in folds: of its own target, and of the update that is lost right behind it."""
-
-    def __init__(self, inputs: int, width: int, *, device: torch.device, lost: bool) -> None:
-        self.width, self.lost = width, lost
-        outputs = 2 * width if lost else width
-        self.folds = [cf.Regression.empty(inputs, outputs, device=device) for _ in range(FOLDS)]
-
-    def add(self, number: int, rows: cf.Rows, lost: Tensor | None, site: cf.Sensitivity | None) -> None:
-        """Batch `number`.  lost: [B, N, D]."""
-        y = rows.goal if lost is None else torch.cat([rows.goal, lost], dim=-1)
-        self.folds[number % FOLDS].add(rows.inputs, y, weights_of(site, rows.goal))
-
-    def split(self) -> tuple[list[cf.Regression], list[cf.Regression]]:
-        """Folds of the own target and of what is lost (none if nothing is)."""
-        if not self.lost:
-            return self.folds, []
-        eye = torch.eye(2 * self.width)
-        return ([f.on(eye[:, : self.width]) for f in self.folds], [f.on(eye[:, self.width :]) for f in self.folds])
 
 
 def _refit(
     linear: nn.Linear,
     bias: Tensor | None,
     last: sublayers.Last,
-    folds: _Folds,
+    rows: Iterable[cf.Rows],
+    site: cf.Sensitivity | None,
+    *,
     ridge: float | None,
-    metric: Tensor | None,
+    lost: Callable[[cf.Rows], Tensor] | None,
+    device: torch.device,
 ) -> None:
-    """New weights and bias: the own target with a ridge towards the inherited weights, the lost update with one towards none."""
-    own, lost = folds.split()
+    """New weights and bias: the own target with a ridge towards the inherited weights, the lost update with one towards none.
+
+    lost: the update that is lost right behind, of the same rows. ridge: of the own target; None: as images left out say.
+    """
+    metric, width = metric_of(site, device), linear.out_features if last.outputs is None else len(last.outputs)
+    eye = torch.eye(width if lost is None else 2 * width)
+    folds = [cf.Regression.empty(len(last.prior), len(eye), device=device) for _ in range(FOLDS)]
+    for number, row in enumerate(rows):
+        y = row.goal if lost is None else torch.cat([row.goal, lost(row)], dim=-1)
+        folds[number % FOLDS].add(row.inputs, y, weights_of(site, row.goal))
+    own = folds if lost is None else [fold.on(eye[:, :width]) for fold in folds]
     ridge = ridge or _left_out(own, last, metric)
     w, b = sublayers.refitted(cf.total(own), last, metric, ridge=ridge, keep=None)
-    if lost:
+    if lost is not None:
+        behind = [fold.on(eye[:, width:]) for fold in folds]
         nothing = last._replace(prior=torch.zeros_like(last.prior))
-        ridge = _left_out(lost, nothing, metric, (*cf.RIDGES, 10.0, 1e6))
-        more, shift = sublayers.refitted(cf.total(lost), nothing, metric, ridge=ridge, keep=None)
+        ridge = _left_out(behind, nothing, metric, (*cf.RIDGES, 10.0, 1e6))
+        more, shift = sublayers.refitted(cf.total(behind), nothing, metric, ridge=ridge, keep=None)
         w, b = w + more, None if b is None or shift is None else b + shift
     linear.weight.copy_(w.T)
     if b is not None:

@@ -155,14 +155,10 @@ def _rows(
     rows = []
     for i, blocks in enumerate(zip(dense.blocks, small.blocks, strict=True)):
         before, after = map(Choice.of, blocks)
-        row: dict[str, Any] = {
-            "block": i,
-            "attention": "kept" if after.attention else ("lost" if before.attention else "none"),
-            "hidden": after.hidden,
-            "of": before.hidden,
-        }
+        attention = "kept" if after.attention else ("lost" if before.attention else "none")
+        row: dict[str, Any] = {"block": i, "attention": attention, "hidden": after.hidden, "of": before.hidden}
         if losses is not None and scores is not None:
-            curve = scores[i].whole if after.attention == before.attention else scores[i].bare
+            curve = scores[i].curve(after, before)
             row |= {"predicted": losses[i], "ridge": None if curve is None else curve.ridge}
         rows.append(row)
     return rows

@@ -70,19 +70,19 @@ class Score:
     bare: Curve | None = None
     gone: float | None = None
 
+    def curve(self, option: Choice, dense: Choice) -> Curve | None:
+        """Of the MLP of an option, by whether the attention is as it was."""
+        return self.whole if option.attention == dense.attention else self.bare
+
     def losses(self, offered: Sequence[Choice]) -> dict[Choice, float]:
         """Of each option; the first is the dense one."""
-        found: dict[Choice, float] = {}
-        for n, option in enumerate(offered):
-            if n == 0:
-                found[option] = 0.0
-            elif option == Choice():
-                assert self.gone is not None
-                found[option] = self.gone
-            else:
-                curve = self.whole if option.attention == offered[0].attention else self.bare
-                assert curve is not None
-                found[option] = curve.loss(option.hidden)
+        dense, *others = offered
+        found = {dense: 0.0}
+        for option in others:
+            curve = self.curve(option, dense)
+            lost = self.gone if option == Choice() else None if curve is None else curve.loss(option.hidden)
+            assert lost is not None
+            found[option] = lost
         return found
 
     def packed(self) -> Piece:
@@ -129,16 +129,11 @@ def score_block(s: Scoring, index: int) -> Score:
     """
     block = s.job.base.blocks[index]
     levels = s.job.space.levels[index]
-    cuts, bares, attention = len(levels.hidden) > 1, levels.off, levels.whole.attention
-    whole = bare = None
-    if cuts or bares:
-        folds = _block_statistics(s, index, whole=cuts, bare=bares)
-        if cuts:
-            whole = _curve(s, index, folds["whole"], attention=attention)
-        if bares:
-            bare = _curve(s, index, folds["bare"], attention=False)
+    attends = {"whole": levels.whole.attention, "bare": False}
+    folds = _block_statistics(s, index, whole=len(levels.hidden) > 1, bare=levels.off)
+    curves = {name: _curve(s, index, own, attention=attends[name]) for name, own in folds.items()}
     gone = _measure(s, index, partial(_without_block, block)) if levels.empty else None
-    return Score(whole=whole, bare=bare, gone=gone)
+    return Score(**curves, gone=gone)
 
 
 def _without_block(block: Block, stream: Stream) -> Stream:
@@ -147,9 +142,11 @@ def _without_block(block: Block, stream: Stream) -> Stream:
 
 def _block_statistics(s: Scoring, index: int, *, whole: bool, bare: bool) -> dict[str, list[cf.Regression]]:
     """In folds: of what the MLP adds (whole), and of what it would have to add without the attention (bare)."""
+    names = [name for name, wanted in (("whole", whole), ("bare", bare)) if wanted]
+    if not names:
+        return {}
     block, site, device = s.job.base.blocks[index], s.site(index), s.job.device
     sizes = block.mlp.spec.hidden, s.job.base.spec.width
-    names = [name for name, wanted in (("whole", whole), ("bare", bare)) if wanted]
     folds = {name: [cf.Regression.empty(*sizes, device=device) for _ in range(FOLDS)] for name in names}
     for number, stream in enumerate(s.held.batches(device)):
         entry = block.start(stream)
