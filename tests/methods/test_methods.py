@@ -42,7 +42,7 @@ def offer(monkeypatch: pytest.MonkeyPatch) -> Any:
             entry = importlib.metadata.EntryPoint(name, f"package_{index}:METHOD", "vitrim.methods")
             dist = types.SimpleNamespace(name=f"vitrim-{index}")
             entries.append(entry._for(dist))  # type: ignore[attr-defined]
-        monkeypatch.setattr(methods, "entry_points", lambda group: entries)
+        monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: entries)
 
     return install
 

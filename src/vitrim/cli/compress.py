@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vitrim import methods
-from vitrim.budget import Budget
 from vitrim.cli import options, settings, tables
 from vitrim.cli.progress import progress_on_stderr
-from vitrim.tasks.task import METRICS, QUALITY
 
 if TYPE_CHECKING:
+    from vitrim.budget import Budget
     from vitrim.methods.method import MethodConfig
 
 SECTIONS = ("settings", "recover", "evaluate", "measure")
@@ -206,6 +205,8 @@ def show_run(result: Mapping[str, Any]) -> None:
 
 def show_family(found: Mapping[str, Any]) -> None:
     """The members of a family in one table."""
+    from vitrim.tasks.task import METRICS
+
     word = "quality" if found["quality"] is None else METRICS[found["quality"]].short
     dense = found["dense"]
     rows = [["dense", tables.count_text(dense["macs"]), "100 %", "", tables.percent_text(dense["quality"]), ""]]
@@ -219,6 +220,8 @@ def show_family(found: Mapping[str, Any]) -> None:
 
 def accuracy_rows(metrics: Mapping[str, Any], difference: Mapping[str, Any] | None) -> list[list[str]]:
     """What stands for quality, before, after the cut, and after the recovery."""
+    from vitrim.tasks.task import METRICS, QUALITY
+
     dense, cut, recovered = (metrics.get(state) or {} for state in ("dense", "compressed", "recovered"))
     rows = []
     for key in QUALITY:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from vitrim import counting
 from vitrim.cli import options, tables
 from vitrim.errors import ArtifactError
-from vitrim.spec import Config, ModelSpec
+
+if TYPE_CHECKING:
+    from vitrim.spec import ModelSpec
 
 TABLES = ("timm", "torchvision", "t2t")
 """Families whose named models stand in tables, so that nothing else is imported for them."""
@@ -27,6 +29,8 @@ def cost(model: str, against: str | None, output: options.Output) -> None:
     Needs no weights: vitrim cost timm:deit_small_patch16_224
     """
     spec = spec_named(model)
+    from vitrim import counting
+
     counted = counting.cost(spec)
     dense = None if against is None else (against, counting.cost(spec_named(against)))
     if output.as_json:
@@ -72,4 +76,6 @@ def spec_in(file: Path) -> ModelSpec:
             f"{str(file)!r} holds no spec, so {file.parent.name!r} was not saved by vitrim. "
             "Expected such a folder; a checkpoint of timm is read with timm:NAME and --checkpoint PATH."
         )
+    from vitrim.spec import Config
+
     return Config.from_dict(values).spec

@@ -9,7 +9,6 @@ import click
 from vitrim.cli import options, tables
 from vitrim.cli.progress import progress_on_stderr
 from vitrim.errors import ConfigError
-from vitrim.tasks.task import METRICS
 
 SPLITS = ("train", "validation", "val", "test", "all")
 
@@ -56,6 +55,7 @@ def evaluate(
         )
     from vitrim import data as rooms
     from vitrim.tasks.classification import evaluate as score
+    from vitrim.tasks.task import METRICS
 
     # The seed draws `limit`; the validation tenth of the data is the same whatever the seed.
     images = rooms.open(

@@ -9,7 +9,6 @@ import click
 
 from vitrim.cli import options, tables
 from vitrim.cli.progress import progress_on_stderr
-from vitrim.counting import cost
 
 if TYPE_CHECKING:
     from vitrim.model import Vit
@@ -48,6 +47,7 @@ def measure(
         raise click.UsageError("--against names the model itself; pass another one, such as the dense model.")
     where = options.device_named(device)
     from vitrim import timing
+    from vitrim.counting import cost
 
     names = [model] if against is None else [against, model]
     networks = {name: for_timing(name) for name in names}

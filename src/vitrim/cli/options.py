@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
-from vitrim.budget import Budget
 from vitrim.cli import tables
 from vitrim.errors import ConfigError, MeasureError, VitrimError, did_you_mean
 
 if TYPE_CHECKING:
+    from vitrim.budget import Budget
     from vitrim.model import Vit
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
@@ -144,6 +144,8 @@ class Limits:
         macs, params = fixed.pop("keep_macs", (None,)), fixed.pop("keep_params", (None,))
         if len(macs) > 1 and len(params) > 1:
             raise click.UsageError("--keep-macs and --keep-params are both lists; give a list to one of them only.")
+        from vitrim.budget import Budget
+
         return [Budget(keep_macs=a, keep_params=b, **fixed) for a in macs for b in params]
 
 
@@ -305,6 +307,7 @@ def section(values: dict[str, Any], name: str) -> dict[str, Any]:
 
 def budget_in(settings: dict[str, Any]) -> Budget | None:
     """The budget of a config's settings; None where explicit ranks stand for it."""
+    from vitrim.budget import Budget
     from vitrim.config import read
 
     if values := section(settings, "budget"):

@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from vitrim import counting, methods
-from vitrim.budget import Budget
+from vitrim import methods
 from vitrim.cli import options, settings, tables
 from vitrim.cli.cost import spec_named
 from vitrim.cli.progress import progress_on_stderr
 from vitrim.errors import BudgetError
-from vitrim.spec import ModelSpec
 
 if TYPE_CHECKING:
+    from vitrim.budget import Budget
     from vitrim.model import Vit
+    from vitrim.spec import ModelSpec
 
 
 @click.command()
@@ -77,6 +77,8 @@ def plan(
     spec = spec_named(model)
     rows = [planned(name, spec, budget, given) for budget in budgets for name, given in own.items()]
     if output.as_json:
+        from vitrim import counting
+
         whole = counting.cost(spec)
         tables.show_json({"model": model, "macs": whole.macs, "params": whole.params, "plans": rows})
         return
@@ -151,6 +153,8 @@ def budget_text(budget: dict[str, float]) -> str:
 
 def planned(name: str, spec: ModelSpec, budget: Budget, given: dict[str, Any]) -> dict[str, Any]:
     """One method at one budget; out of reach is an answer here, not a failure."""
+    from vitrim import counting
+    from vitrim.budget import Budget
     from vitrim.pipeline.reference import given_spec
 
     whole = counting.cost(spec)

@@ -10,8 +10,6 @@ import click
 from vitrim import recipes
 from vitrim.cli import options, tables
 from vitrim.cli.progress import duration_text, progress_on_stderr
-from vitrim.spec import Config
-from vitrim.tasks.task import METRICS, quality
 
 
 @click.command()
@@ -54,6 +52,8 @@ def train(
     prepared = {} if recipe is None else recipes.read(recipe)
     values = options.for_training(config, settings, threads, **prepared.get("train", {}))
     from vitrim.config import read
+    from vitrim.spec import Config
+    from vitrim.tasks.task import METRICS, quality
     from vitrim.training import TrainConfig
     from vitrim.training.objectives import train as fit
 

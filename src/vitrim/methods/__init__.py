@@ -9,13 +9,14 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib import import_module
-from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vitrim.errors import ConfigError, VitrimError, did_you_mean
 
 if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
     from vitrim.budget import Budget
     from vitrim.methods.method import Method, MethodConfig, Plan
     from vitrim.model import Vit
@@ -55,8 +56,10 @@ METHODS: Mapping[str, Method] = _Methods()
 
 def _offered() -> dict[str, EntryPoint]:
     """The methods of other packages. Raises ConfigError where two have one name."""
+    import importlib.metadata  # slow to import: no verb's help asks for it
+
     found: dict[str, EntryPoint] = {}
-    for entry in entry_points(group="vitrim.methods"):
+    for entry in importlib.metadata.entry_points(group="vitrim.methods"):
         if entry.name in BUILT_IN or entry.name in found:
             other = "vitrim" if entry.name in BUILT_IN else _package(found[entry.name])
             raise ConfigError(
