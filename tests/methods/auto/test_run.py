@@ -52,10 +52,10 @@ def pixels(spec: ModelSpec, count: int = 12) -> torch.Tensor:
     return images(spec, count)
 
 
-def working(model: Vit, config_: AutoConfig, folder: Path, data: torch.Tensor | None = None) -> scoring.Work:
+def working(model: Vit, config_: AutoConfig, folder: Path, data: torch.Tensor | None = None) -> scoring.Job:
     nets = choose.nets_of(model.spec, config_)
     given_ = pixels(model.spec, config_.images) if data is None else data
-    return auto.work_of(model, config_, nets, folder, data=given_)
+    return auto.job_of(model, config_, nets, folder, data=given_)
 
 
 def whole(nets: choose.Nets, width: int | None = None) -> Candidate:
@@ -168,8 +168,8 @@ def test_rebuilding_without_a_cut_changes_nothing(kind, tmp_path):
     spec = replace(WIDE, blocks=(changed,) * 3)
     model = make(spec)
     model.config = replace(model.config, gate_policy="open")
-    work = working(model, config(0.5), tmp_path)
-    small = build.Refit(work, whole(work.nets), "all", "build").build()
+    job = working(model, config(0.5), tmp_path)
+    small = build.Refit(job, whole(job.nets), "all", "build").build()
     assert close(small(pixels(spec)), model(pixels(spec)), 1e-8)
     assert small.spec.blocks[-1].steps == (Prefix(),)
 
@@ -179,8 +179,8 @@ def test_rebuilding_without_a_cut_changes_nothing(kind, tmp_path):
 def test_a_score_is_what_the_network_with_that_part_alone_loses(part, score, tmp_path):
     """The `measured` score of a level is the divergence of the network with it; the `fisher` one is of its size."""
     model, x = make(WIDE), pixels(WIDE, 16)
-    work = working(model, config(0.5, images=16, score=score, draws=200), tmp_path, x)
-    library = scoring.all_parts(work)
+    job = working(model, config(0.5, images=16, score=score, draws=200), tmp_path, x)
+    library = scoring.all_parts(job)
     found = library[1].tensors
     size = {"qk": 8, "v": 8, "hidden": 32, "off": 64}[part]
     state = {name: value.clone() for name, value in model.state_dict().items()}
@@ -206,8 +206,8 @@ def test_a_score_is_what_the_network_with_that_part_alone_loses(part, score, tmp
         }
         changed = surgery.with_spec(cut, cut.spec, state)
     assert changed.spec.blocks[1] != spec
-    measured = work.divergence(changed)
-    scored = getattr(scoring.score_blocks(work, library)[1], part)[size]
+    measured = job.divergence(changed)
+    scored = getattr(scoring.score_blocks(job, library)[1], part)[size]
     if score == "measured":
         assert scored == pytest.approx(measured, rel=1e-6)
     else:
@@ -450,9 +450,9 @@ def test_the_best_of_the_built_plans_on_held_out_images_is_kept():
 def test_batches_set_the_memory_and_not_the_scores(tmp_path):
     found, grams = [], []
     for size in (3, 12):
-        work = working(make(WIDE), config(0.3, batch_size=size), tmp_path)
-        found.append(scoring.score(work))
-        grams.append(work.gram)
+        job = working(make(WIDE), config(0.3, batch_size=size), tmp_path)
+        found.append(scoring.score(job))
+        grams.append(job.gram)
     assert close(*grams)
     for one, two in zip(found[0].blocks, found[1].blocks, strict=True):
         for kind in scoring.KINDS:
@@ -572,21 +572,21 @@ def test_the_built_in_model_keeps_its_accuracy_at_a_seventh_of_its_operations():
 def test_an_attention_that_goes_before_a_frozen_mlp_is_scored_as_it_is_built(tmp_path):
     model, x = make(WIDE), pixels(WIDE, 16)
     frozen = config(0.9, images=16, axes=("attention",), freeze=("blocks.1.mlp",), score="measured")
-    work = working(model, frozen, tmp_path, x)
-    library = scoring.all_parts(work)
-    scored = scoring.score_blocks(work, library)[1].off[64]
+    job = working(model, frozen, tmp_path, x)
+    library = scoring.all_parts(job)
+    scored = scoring.score_blocks(job, library)[1].off[64]
     gone = surgery.cut(model, [None, Keep(attention=False), None], method="test")
-    assert scored == pytest.approx(work.divergence(gone), rel=1e-6)
+    assert scored == pytest.approx(job.divergence(gone), rel=1e-6)
 
 
 def test_a_mean_is_not_put_in_front_of_a_frozen_attention(tmp_path):
     """Where the MLP goes and the attention stays as it is, nothing of the block before may change for it."""
     model = make(WIDE)
-    work = working(model, config(0.9, axes=("mlp",), freeze=("blocks.1.attention",)), tmp_path)
-    plan = whole(work.nets)
+    job = working(model, config(0.9, axes=("mlp",), freeze=("blocks.1.attention",)), tmp_path)
+    plan = whole(job.nets)
     choices = tuple(c._replace(hidden=0) if i == 1 else c for i, c in enumerate(plan.choices))
-    student = build.Refit(work, replace(plan, choices=choices), "all", "build")
-    untouched = build.Refit(work, plan, "all", "other").build().state_dict()
+    student = build.Refit(job, replace(plan, choices=choices), "all", "build")
+    untouched = build.Refit(job, plan, "all", "other").build().state_dict()
     built = student.build().state_dict()
     assert torch.equal(built["blocks.0.mlp.fc2.bias"], untouched["blocks.0.mlp.fc2.bias"])
     assert "blocks.1.mlp.fc1.weight" not in built
@@ -671,8 +671,8 @@ def test_lengths_of_an_encoders_features_cost_nothing():
 def test_rebuilding_without_a_cut_changes_little_in_single_precision(tmp_path):
     model = make(WIDE, dtype=torch.float32)
     x = pixels(WIDE).float()
-    work = working(model, config(0.5), tmp_path, x)
-    small = build.Refit(work, whole(work.nets), "all", "build").build()
+    job = working(model, config(0.5), tmp_path, x)
+    small = build.Refit(job, whole(job.nets), "all", "build").build()
     assert close(small(x), model(x), 1e-4)
 
 

@@ -15,7 +15,7 @@ from vitrim.budget import Budget
 from vitrim.counting import RESOURCES, cost
 from vitrim.errors import BudgetError, ConfigError, DataError
 from vitrim.methods import compress, configure, plan
-from vitrim.methods.comcat import ComcatConfig, allocate, floor, losses, ranks_of, space_of, step, with_ranks
+from vitrim.methods.comcat import ComcatConfig, allocate, floor, losses, ranks_of, space_of, tolerance, with_ranks
 from vitrim.methods.comcat.run import Energies, bounds, explicit
 from vitrim.spec import AttentionSpec, BlockSpec, MlpSpec, ModelSpec, Output, Position, Preprocess, spec_hash
 from vitrim.surgery import Keep, cut
@@ -188,7 +188,7 @@ def test_the_result_is_within_the_budget_and_near_it(spec, data):
     assert getattr(used, resource) <= limit
     if any(ranks):
         slack = limit - getattr(used, resource)
-        assert slack <= max(getattr(dense, resource) / 100, step(spec)[resource])
+        assert slack <= max(getattr(dense, resource) / 100, tolerance(spec)[resource])
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from vitrim.budget import Budget, exceeded
 from vitrim.counting import cost
 from vitrim.errors import BudgetError, ConfigError, DataError
 from vitrim.methods import comcat, dcvit
-from vitrim.methods.dcvit import DcvitConfig, floor, step
+from vitrim.methods.dcvit import DcvitConfig, floor, tolerance
 from vitrim.model import Vit
 from vitrim.spec import (
     Pool,
@@ -35,7 +35,7 @@ def test_any_network_ends_within_the_budget_and_as_its_masked_twin(spec, share, 
     small = dcvit.compress(model, config(budget, images=9, align=2), data=x)
     found = getattr(cost(small.spec), resource)
     assert found <= limit
-    assert limit - found <= max(0.01 * high, step(spec, config(align=2))[resource])
+    assert limit - found <= max(0.01 * high, tolerance(spec, config(align=2))[resource])
     assert all(torch.equal(before[n], v) for n, v in model.state_dict().items())
     keeps = keeps_of(spec, small.model)
     plain = surgery.cut(model, keeps, method="dcvit")
@@ -71,7 +71,7 @@ def test_every_kind_of_limit_is_met_and_nearly_used(budget):
     reference, found = cost(WIDE), cost(small.spec)
     limits = budget.limits(reference)
     assert not exceeded(found, limits)
-    slack = [limits[n] - getattr(found, n) - max(0.01 * getattr(reference, n), step(WIDE)[n]) for n in limits]
+    slack = [limits[n] - getattr(found, n) - max(0.01 * getattr(reference, n), tolerance(WIDE)[n]) for n in limits]
     assert min(slack) <= 0
 
 

@@ -16,7 +16,7 @@ from vitrim.architectures import spec as architecture
 from vitrim.budget import Budget
 from vitrim.counting import cost
 from vitrim.methods.uvc.decisions import decisions_of, finalise
-from vitrim.methods.uvc.run import floor, step
+from vitrim.methods.uvc.run import floor, tolerance
 from vitrim.space import Choice
 from vitrim.spec import ModelSpec
 
@@ -135,9 +135,9 @@ def test_the_finaliser_meets_every_reachable_budget_from_wherever_the_search_end
     layout = finalise(decisions, limits, removed, logits, losses_for(decisions))
     found = cost(decisions.space.spec(layout.choices))
     assert all(getattr(found, name) <= limit for name, limit in limits.items())
-    tolerance = step(spec, config)
+    near = tolerance(spec, config)
     slack = [
-        limit - getattr(found, n) <= max(getattr(reference, n) / 100, tolerance[n])
+        limit - getattr(found, n) <= max(getattr(reference, n) / 100, near[n])
         or getattr(found, n) >= getattr(cost(decisions.space.base), n)
         for n, limit in limits.items()
     ]

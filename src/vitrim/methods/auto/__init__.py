@@ -10,10 +10,10 @@ from vitrim.methods.auto.config import AXES, AutoConfig
 from vitrim.methods.method import Method
 
 if TYPE_CHECKING:
-    from vitrim.methods.auto.choose import floor, plan, step
+    from vitrim.methods.auto.choose import floor, plan, tolerance
     from vitrim.methods.auto.run import compress, compress_family, predict
 
-__all__ = ["AXES", "METHOD", "AutoConfig", "compress", "compress_family", "floor", "plan", "predict", "step"]
+__all__ = ["AXES", "METHOD", "AutoConfig", "compress", "compress_family", "floor", "plan", "predict", "tolerance"]
 
 METHOD = Method(
     name="auto",
@@ -28,6 +28,6 @@ METHOD = Method(
 
 __getattr__, __dir__ = lazy.names(
     __name__,
-    dict.fromkeys(("floor", "plan", "step"), "choose")
+    dict.fromkeys(("floor", "plan", "tolerance"), "choose")
     | dict.fromkeys(("compress", "compress_family", "predict"), "run"),
 )

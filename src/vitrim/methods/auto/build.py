@@ -15,7 +15,7 @@ from vitrim.checkpoints import Piece
 from vitrim.closed_form import stream_width as narrowing
 from vitrim.closed_form import sublayers as parts
 from vitrim.methods.auto.choose import Candidate
-from vitrim.methods.auto.score import Work, own_memory
+from vitrim.methods.auto.score import Job, own_memory
 from vitrim.model import OPEN, Block, Stream, Vit
 from vitrim.spec import BlockSpec, SelectionStep, spec_hash, token_walk
 
@@ -28,13 +28,13 @@ HEAD_RIDGE = 0.3
 class Refit:
     """A candidate's network as it is built, block by block, from the dense one in the candidate's stream."""
 
-    def __init__(self, work: Work, candidate: Candidate, part: str, name: str) -> None:
-        self.work, self.candidate, self.part, self.name = work, candidate, part, name
+    def __init__(self, job: Job, candidate: Candidate, part: str, name: str) -> None:
+        self.job, self.candidate, self.part, self.name = job, candidate, part, name
         self.basis: narrowing.Basis | None = None
-        self.start = work.base
-        if candidate.width != work.base.spec.width:
-            self.start, self.basis = work.narrowed(candidate.width, part)
-        self.goal = work.nets.spec(candidate, tail=False)
+        self.start = job.base
+        if candidate.width != job.base.spec.width:
+            self.start, self.basis = job.narrowed(candidate.width, part)
+        self.goal = job.nets.spec(candidate, tail=False)
         self.state = dict(self.start.state_dict())
         self.kept: list[Tensor | None] = []
         """Hidden units that stay of each block; None: as they are, or none."""
@@ -45,7 +45,7 @@ class Refit:
 
     def metric(self, name: str) -> Tensor:
         """The place's output metric in the student's stream, mean diagonal 1."""
-        wide = self.work.sites[name].metric
+        wide = self.job.sites[name].metric
         if self.basis is None:
             return wide
         f = self.basis.up.mT @ wide @ self.basis.up
@@ -74,7 +74,7 @@ class Refit:
     def attention(self, i: int, walk: cf.Walk) -> None:
         """Cut and refit the attention of block `i` on the student's stream towards the dense one."""
         before, after = self.start.spec.blocks[i].attention, self.goal.blocks[i].attention
-        if before is None or not self.work.nets.levels[i].refit[0]:
+        if before is None or not self.job.nets.levels[i].refit[0]:
             return
         here, site = f"blocks.{i}.attention", f"mid:{i}"
         if after is None:
@@ -87,7 +87,7 @@ class Refit:
             for _, stream in walk.pairs():
                 entry = block.start(stream)
                 q, k, _ = block.attention.qkv_heads(block.norm1(entry.x))
-                scores.add(q, k, self.work.weights(site, q.shape[2]).to(q))
+                scores.add(q, k, self.job.weights(site, q.shape[2]).to(q))
             factors = scores.factors(block.attention).sliced(after.qk_dim)
             _, _, v, _ = parts.head_weights(block.attention)
             rows = [_rows(factors.left), _rows(factors.right.mT), _rows(v)]
@@ -98,18 +98,18 @@ class Refit:
             before = replace(before, qk_dim=after.qk_dim, k_bias=False)
             spec = replace(spec, attention=before)
         block = self.module(i, spec)
-        stats = cf.Regression.empty(before.heads * before.v_dim, self.goal.width, device=self.work.device)
-        for mixed, goal, _ in walk.attention(self.work.base.blocks[i], block):
-            stats.add(mixed, goal, self.work.weights(site, goal.shape[1]).to(goal))
+        stats = cf.Regression.empty(before.heads * before.v_dim, self.goal.width, device=self.job.device)
+        for mixed, goal, _ in walk.attention(self.job.base.blocks[i], block):
+            stats.add(mixed, goal, self.job.weights(site, goal.shape[1]).to(goal))
         b: Tensor | None
         if after.v_dim < before.v_dim:
             found = parts.values(block.attention, stats, self.metric(site))
-            w, b = parts.output(stats, found, after.v_dim, block.attention.v_bias, ridge=self.work.config.output_ridge)
+            w, b = parts.output(stats, found, after.v_dim, block.attention.v_bias, ridge=self.job.config.output_ridge)
             kept = parts.double(block.attention.qkv)[: 2 * before.heads * before.qk_dim]
             self.put(f"{here}.qkv", torch.cat([kept, _rows(found.left[..., : after.v_dim])]))
             self.state.pop(f"{here}.v_bias", None)
         else:
-            w, b = cf.refit(stats, parts.double(block.attention.out.weight).T, ridge=self.work.config.output_ridge)
+            w, b = cf.refit(stats, parts.double(block.attention.out.weight).T, ridge=self.job.config.output_ridge)
         self.put(f"{here}.out.weight", w.T)
         self.put(f"{here}.out.bias", b)
 
@@ -119,15 +119,15 @@ class Refit:
         Also what a block without any half should add to the stream, [D'], for the block before it.
         """
         before, after = self.start.spec.blocks[i].mlp, self.goal.blocks[i].mlp
-        levels = self.work.nets.levels[i]
+        levels = self.job.nets.levels[i]
         lost = self.start.spec.blocks[i].attention is not None and self.goal.blocks[i].attention is None
         if not levels.refit[1] and not (before is None and lost):
             return None, None
         here, site = f"blocks.{i}.mlp", f"block:{i}"
         block: Block = self.module(i, replace(self.goal.blocks[i], mlp=before))
-        stats = cf.Regression.empty(1 if after is None else before.hidden, self.goal.width, device=self.work.device)  # type: ignore[union-attr]
-        for hidden, goal, _ in walk.mlp(self.work.base.blocks[i], block, _ones if after is None else None):
-            stats.add(hidden, goal, self.work.weights(site, goal.shape[1]).to(goal))
+        stats = cf.Regression.empty(1 if after is None else before.hidden, self.goal.width, device=self.job.device)  # type: ignore[union-attr]
+        for hidden, goal, _ in walk.mlp(self.job.base.blocks[i], block, _ones if after is None else None):
+            stats.add(hidden, goal, self.job.weights(site, goal.shape[1]).to(goal))
         if after is None:
             self.forget(here, f"blocks.{i}.norm2")
             mean = parts.mean_target(stats)
@@ -141,13 +141,13 @@ class Refit:
         last, metric = parts.last_linear(block.mlp), self.metric(site)
         keep = None
         if after.hidden < before.hidden:
-            order = parts.elimination(stats, last, metric, ridge=self.work.config.ridge)
+            order = parts.elimination(stats, last, metric, ridge=self.job.config.ridge)
             keep = order.kept(after.hidden)
             rows = torch.cat([keep, keep + before.hidden]) if before.kind == "swiglu" else keep
             for name in (f"{here}.fc1.weight", f"{here}.fc1.bias"):
                 if (value := self.state.get(name)) is not None:
                     self.put(name, value[rows.to(value.device)])
-        w, b = parts.refitted(stats, last, metric, ridge=self.work.config.ridge, keep=keep)
+        w, b = parts.refitted(stats, last, metric, ridge=self.job.config.ridge, keep=keep)
         self.put(f"{here}.{'fc2' if last.outputs is None else 'fc2a'}.weight", w.T)
         self.put(f"{here}.fc2.bias", b)
         return keep, None
@@ -164,7 +164,7 @@ class Refit:
         """The bias of the last half before block `i`. None where there is no such half, or it is frozen."""
         if not i:
             return None
-        block, refit = self.goal.blocks[i - 1], self.work.nets.levels[i - 1].refit
+        block, refit = self.goal.blocks[i - 1], self.job.nets.levels[i - 1].refit
         if block.mlp is not None:
             return f"blocks.{i - 1}.mlp.fc2.bias" if refit[1] else None
         return f"blocks.{i - 1}.attention.out.bias" if refit[0] and block.attention is not None else None
@@ -172,41 +172,41 @@ class Refit:
     @torch.no_grad()
     def build(self) -> Vit:
         """The network, with the prefix step if the result has one."""
-        work, count = self.work, len(self.goal.blocks)
-        like = next(work.base.parameters())
+        job, count = self.job, len(self.goal.blocks)
+        like = next(job.base.parameters())
         walk = cf.Walk(
-            (work.base.embed(x.to(like)) for x in work.inputs.batches(self.part)),
-            (self.start.embed(x.to(like)) for x in work.inputs.batches(self.part)),
-            folder=work.room,
-            device=work.device,
+            (job.base.embed(x.to(like)) for x in job.inputs.batches(self.part)),
+            (self.start.embed(x.to(like)) for x in job.inputs.batches(self.part)),
+            folder=job.room,
+            device=job.device,
             target=self.target,
         )
         for i in range(count):
-            found = work.kept(f"{self.name}-{i}", partial(self.refitted, i, walk)).tensors
+            found = job.kept(f"{self.name}-{i}", partial(self.refitted, i, walk)).tensors
             self.forget(f"blocks.{i}")
             self.state |= {name: value.to(like.device) for name, value in found.items() if name.startswith("blocks.")}
             self.kept.append(found.get("/keep"))
             if (shift := found.get("/shift")) is not None and (bias := self.before(i)):
                 self.put(bias, parts.double(self.state[bias]) + shift)
             if i + 1 < count:
-                walk.advance(work.base.blocks[i], self.module(i, self.goal.blocks[i]), shift=shift)
-            work.tell(self.name.split("-")[0], i + 1, count)
-        spec = work.nets.spec(self.candidate)
-        blocks, parent = tuple(self.record(i) for i in range(count)), spec_hash(work.model.spec)
-        last = SelectionStep(method="auto", variant=work.config.score, parent=parent, refit=True, blocks=blocks)
-        small = surgery.with_spec(work.model, spec, self.state, last).eval()
+                walk.advance(job.base.blocks[i], self.module(i, self.goal.blocks[i]), shift=shift)
+            job.tell(self.name.split("-")[0], i + 1, count)
+        spec = job.nets.spec(self.candidate)
+        blocks, parent = tuple(self.record(i) for i in range(count)), spec_hash(job.model.spec)
+        last = SelectionStep(method="auto", variant=job.config.score, parent=parent, refit=True, blocks=blocks)
+        small = surgery.with_spec(job.model, spec, self.state, last).eval()
         self.refit_heads(small)
         return small
 
     def refit_heads(self, small: Vit) -> None:
         """The last linear of each classifier, on what the student gives it, towards the dense logits."""
-        base, like = self.work.base, next(self.work.base.parameters())
+        base, like = self.job.base, next(self.job.base.parameters())
         found: dict[str, cf.Regression] = {}
-        for x in self.work.inputs.batches(self.part) if small.spec.outputs else ():
+        for x in self.job.inputs.batches(self.part) if small.spec.outputs else ():
             theirs = base(x.to(like), gates=OPEN, want=("outputs",))["outputs"]
             for name, seen in small(x.to(like), gates=OPEN, want=("reads",))["reads"].items():
                 if name not in found:
-                    found[name] = cf.Regression.empty(seen.shape[1], theirs[name].shape[1], device=self.work.device)
+                    found[name] = cf.Regression.empty(seen.shape[1], theirs[name].shape[1], device=self.job.device)
                 found[name].add(seen, theirs[name])
         for name, stats in found.items():
             head = small.heads[name]
@@ -218,8 +218,8 @@ class Refit:
 
     def record(self, i: int) -> dict[str, Any] | None:
         """How block `i` was cut, for the selection."""
-        before, after = self.work.nets.base.blocks[i], self.goal.blocks[i]
-        levels = self.work.nets.levels[i]
+        before, after = self.job.nets.base.blocks[i], self.goal.blocks[i]
+        levels = self.job.nets.levels[i]
         entry: dict[str, Any] = {}
         if before.attention is not None and levels.refit[0]:
             entry["attention"] = "gone" if after.attention is None else "rotated"
@@ -227,7 +227,7 @@ class Refit:
             keep = self.kept[i]
             if after.mlp is None:
                 entry["mlp"] = "gone"
-            elif self.candidate.width != self.work.base.spec.width:
+            elif self.candidate.width != self.job.base.spec.width:
                 entry["mlp"] = "rotated"
             else:
                 entry["mlp"] = {"hidden": None if keep is None else keep.tolist()}

@@ -239,7 +239,7 @@ def floor(spec: ModelSpec, config: AutoConfig | None = None) -> Cost:
     return nets_of(spec, config or AutoConfig()).floor
 
 
-def step(spec: ModelSpec, config: AutoConfig | None = None) -> dict[str, int]:
+def tolerance(spec: ModelSpec, config: AutoConfig | None = None) -> dict[str, int]:
     """How far below a budget the result may end, by resource (law 7): one unit of the part whose unit costs most.
 
     Where ranks and hidden units do not fill all of the range, the largest jump between what they fill counts.

@@ -35,7 +35,7 @@ from vitrim.errors import ConfigError
 from vitrim.methods.auto.build import Refit
 from vitrim.methods.auto.choose import PARTS, Candidate, Nets, Scores, best_candidates, nets_of
 from vitrim.methods.auto.config import AutoConfig
-from vitrim.methods.auto.score import Inputs, Work, score, warnings_of
+from vitrim.methods.auto.score import Inputs, Job, score, warnings_of
 from vitrim.methods.fitting import alone
 from vitrim.methods.method import How
 from vitrim.model import Vit
@@ -64,10 +64,10 @@ def compress_family(model: Vit, config: AutoConfig, budgets: Sequence[Budget], *
     if not any(cut):
         return [_untouched(model, config, nets) for _ in budgets]
     with tempfile.TemporaryDirectory(prefix="vitrim-auto-") as temporary:
-        work = work_of(model, config, nets, Path(temporary), **how)
-        scores = score(work)
+        job = job_of(model, config, nets, Path(temporary), **how)
+        scores = score(job)
         return [
-            _one(work, scores, budget) if goes else _untouched(model, config, nets)
+            _one(job, scores, budget) if goes else _untouched(model, config, nets)
             for budget, goes in zip(budgets, cut, strict=True)
         ]
 
@@ -83,7 +83,7 @@ def predict(model: Vit, config: AutoConfig, budgets: Sequence[Budget], **how: Un
             if not exceeded(nets.whole.reference, limits):
                 found = _described(nets)
             else:
-                scores = scores or score(work_of(model, config, nets, Path(temporary), **how))
+                scores = scores or score(job_of(model, config, nets, Path(temporary), **how))
                 found = _described(nets, scores, best_candidates(nets, scores, limits, count=1)[0])
             rows.append({"budget": budget.to_dict(), **found})
     return rows
@@ -99,7 +99,7 @@ def _reachable(model: Vit, config: AutoConfig, budgets: Sequence[Budget]) -> Net
     return nets
 
 
-def work_of(
+def job_of(
     model: Vit,
     config: AutoConfig,
     nets: Nets,
@@ -109,7 +109,7 @@ def work_of(
     progress: Progress | None = None,
     folder: Path | None = None,
     resume: bool = False,
-) -> Work:
+) -> Job:
     """A run. room: for held streams."""
     inputs = Inputs(model, data, config)
     free = ("budget", "builds", "device")  # a run may be gone on with under others
@@ -120,7 +120,7 @@ def work_of(
     base = surgery.with_spec(folded, nets.base, folded.state_dict(), share=True).eval()
     if config.device is not None:
         base = base.to(config.device)
-    return Work(
+    return Job(
         model=model, base=base, room=room, progress=progress, nets=nets, config=config, inputs=inputs, journal=journal
     )
 
@@ -135,32 +135,32 @@ def _untouched(model: Vit, config: AutoConfig, nets: Nets) -> Compressed:
     return Compressed(model=same, method="auto", variant=config.score, report=report)
 
 
-def _one(work: Work, scores: Scores, budget: Budget) -> Compressed:
+def _one(job: Job, scores: Scores, budget: Budget) -> Compressed:
     """The best of the built plans for a budget."""
-    nets, config = work.nets, work.config
+    nets, config = job.nets, job.config
     plans = best_candidates(nets, scores, budget.limits(nets.whole.reference), count=config.builds)
     candidates = []
     for number, one in enumerate(plans):
         name = f"build-{_name(one)}"
-        work.tell("candidates", number, len(plans), predicted=scores.total(nets, one))
-        reached = work.kept(f"{name}-reached", partial(_reached, work, one, name)).values
+        job.tell("candidates", number, len(plans), predicted=scores.total(nets, one))
+        reached = job.kept(f"{name}-reached", partial(_reached, job, one, name)).values
         candidates.append({**_described(nets, scores, one), "reached_kl": reached["reached"]})
-    work.tell("candidates", len(plans), len(plans))
+    job.tell("candidates", len(plans), len(plans))
     best = min(range(len(plans)), key=lambda n: (candidates[n]["reached_kl"], n))
-    small = Refit(work, plans[best], "all", f"final-{_name(plans[best])}").build()
-    small = small.to(next(work.model.parameters()).device).train(work.model.training)
+    small = Refit(job, plans[best], "all", f"final-{_name(plans[best])}").build()
+    small = small.to(next(job.model.parameters()).device).train(job.model.training)
     shown = ("width", "steps", "macs", "params", "predicted_kl", "reached_kl")
     report = {
         "variant": config.score,
         "metric": "KL(dense || compressed), nats"
-        if work.classifies
+        if job.classifies
         else "squared error of the features divided by their length",
         **candidates[best],
         "candidates": [{name: row[name] for name in shown} for row in candidates],
         "widths": {str(w): loss for w, loss in scores.widths.items()},
-        "images": {name: len(work.inputs.rows[name]) for name in ("all", "fit", "held")},
+        "images": {name: len(job.inputs.rows[name]) for name in ("all", "fit", "held")},
         "dense": nets.whole.dense,
-        "warnings": warnings_of(nets, work.inputs),
+        "warnings": warnings_of(nets, job.inputs),
     }
     history = [
         {"stage": "candidate", **{n: row[n] for n in ("width", "predicted_kl", "reached_kl")}} for row in candidates
@@ -168,9 +168,9 @@ def _one(work: Work, scores: Scores, budget: Budget) -> Compressed:
     return Compressed(model=small, method="auto", variant=config.score, history=history, report=report)
 
 
-def _reached(work: Work, plan: Candidate, name: str) -> Piece:
+def _reached(job: Job, plan: Candidate, name: str) -> Piece:
     """The divergence of a plan's network, built from the images that do not judge it."""
-    return Piece({}, {"reached": work.divergence(Refit(work, plan, "fit", name).build())})
+    return Piece({}, {"reached": job.divergence(Refit(job, plan, "fit", name).build())})
 
 
 def _name(plan: Candidate) -> str:

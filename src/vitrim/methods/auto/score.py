@@ -89,7 +89,7 @@ def warnings_of(nets: Nets, inputs: Inputs) -> list[str]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Work(Run):
+class Job(Run):
     """One run. Its base has no prefix step."""
 
     nets: Nets
@@ -187,23 +187,23 @@ def own_memory(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def block_parts(work: Work, i: int, held: cf.StreamCache) -> Piece:
+def block_parts(job: Job, i: int, held: cf.StreamCache) -> Piece:
     """The parts of block `i` at every level on offer, in the model's dtype, from one pass over the dense stream in front of it.
 
     `qk/left` [H, D, R], `qk/right` [H, R, D], `qk/bias` [H, R]; `v/left`; for each rank v `o/v/w` [H v, D], `o/v/b`;
     for each width m `mlp/m/keep`, `/w` [m, E], `/b` [D]; the same as `off/m/...` without the attention.
     """
-    block, levels, config = work.base.blocks[i], work.nets.levels[i], work.config
-    empty = partial(cf.Regression.empty, outputs=work.base.spec.width, device=work.device)
+    block, levels, config = job.base.blocks[i], job.nets.levels[i], job.config
+    empty = partial(cf.Regression.empty, outputs=job.base.spec.width, device=job.device)
     units = levels.whole.hidden
     scores = parts.Scores() if len(levels.qk) > 1 else None
     heads = empty(block.attention.out.in_features) if len(levels.v) > 1 else None
     mlp = empty(units) if len(levels.hidden) > 1 or levels.bare else None
     off = empty(units) if levels.off and levels.refit[1] else None
     gone = empty(1) if levels.empty else None
-    for stream in held.batches(work.device):
+    for stream in held.batches(job.device):
         entry = block.start(stream)
-        at_mid = work.weights(f"mid:{i}", entry.x.shape[1]).to(entry.x)
+        at_mid = job.weights(f"mid:{i}", entry.x.shape[1]).to(entry.x)
         if scores is not None:
             q, k, _ = block.attention.qkv_heads(block.norm1(entry.x))
             scores.add(q, k, at_mid)
@@ -212,7 +212,7 @@ def block_parts(work: Work, i: int, held: cf.StreamCache) -> Piece:
             heads.add(mixed, mid.x - entry.x, at_mid)
         theirs, ours = cf.following(block, mid, entry, "mid")
         inner = block.mid(mid)
-        at_end = work.weights(f"block:{i}", inner.x.shape[1]).to(inner.x)
+        at_end = job.weights(f"block:{i}", inner.x.shape[1]).to(inner.x)
         after = None
         if mlp is not None:
             hidden = block.units(inner)
@@ -238,7 +238,7 @@ def block_parts(work: Work, i: int, held: cf.StreamCache) -> Piece:
         keep("qk/right", factors.right)
         keep("qk/bias", factors.left_bias)
     if heads is not None:
-        directions = parts.values(block.attention, heads, work.sites[f"mid:{i}"].metric)
+        directions = parts.values(block.attention, heads, job.sites[f"mid:{i}"].metric)
         keep("v/left", directions.left)
         for rank in levels.v[1:]:
             w, b = parts.output(heads, directions, rank, block.attention.v_bias, ridge=config.output_ridge)
@@ -247,7 +247,7 @@ def block_parts(work: Work, i: int, held: cf.StreamCache) -> Piece:
     for name, stats, kept_sizes in (("mlp", mlp, levels.hidden[1:]), ("off", off, levels.hidden)):
         if stats is None:
             continue
-        last, metric = parts.last_linear(block.mlp), work.sites[f"block:{i}"].metric
+        last, metric = parts.last_linear(block.mlp), job.sites[f"block:{i}"].metric
         order = parts.elimination(stats, last, metric, ridge=config.ridge)
         for size in kept_sizes:
             stay = order.kept(size)
@@ -263,7 +263,7 @@ def block_parts(work: Work, i: int, held: cf.StreamCache) -> Piece:
         keep("mlp/0/b", mean if levels.refit[0] else torch.zeros_like(mean))
     if gone is not None:
         mean = parts.mean_target(gone)
-        keep("off/0/b" if levels.whole.attention else "mlp/0/b", mean if work.takes_mean(i) else torch.zeros_like(mean))
+        keep("off/0/b" if levels.whole.attention else "mlp/0/b", mean if job.takes_mean(i) else torch.zeros_like(mean))
     return Piece(found, {})
 
 
@@ -315,33 +315,33 @@ def changes(block: Block, i: int, levels: BlockLevels, found: Piece, entry: Stre
             emit(part, size, f"block:{i}", before.x + update - after.x)
 
 
-def all_parts(work: Work) -> list[Piece]:
+def all_parts(job: Job) -> list[Piece]:
     """The parts of all blocks, in one walk of the dense stream."""
     found: list[Piece] = []
-    count = len(work.base.blocks)
-    held = cf.StreamCache(work.room, "dense")
-    like = next(work.base.parameters())
+    count = len(job.base.blocks)
+    held = cf.StreamCache(job.room, "dense")
+    like = next(job.base.parameters())
     with torch.no_grad():
-        held.fill(work.base.embed(x.to(like)) for x in work.inputs.batches("fit"))
-    for i, block in enumerate(work.base.blocks):
-        found.append(work.kept(f"parts-{i}", partial(block_parts, work, i, held)))
+        held.fill(job.base.embed(x.to(like)) for x in job.inputs.batches("fit"))
+    for i, block in enumerate(job.base.blocks):
+        found.append(job.kept(f"parts-{i}", partial(block_parts, job, i, held)))
         if i + 1 < count:
             with torch.no_grad():
-                held.advance(block.run, work.device)
-        work.tell("parts", i + 1, count)
+                held.advance(block.run, job.device)
+        job.tell("parts", i + 1, count)
     return found
 
 
-def score(work: Work) -> Scores:
+def score(job: Job) -> Scores:
     """What every option costs alone: blocks' parts, stream widths, token schedules."""
-    rows = work.kept("scores", lambda: _packed(score_blocks(work, all_parts(work)))).values["blocks"]
+    rows = job.kept("scores", lambda: _packed(score_blocks(job, all_parts(job)))).values["blocks"]
     blocks = tuple(Losses(**{kind: dict(row[kind]) for kind in KINDS}) for row in rows)
-    nets = work.nets
+    nets = job.nets
     trials = [("width", w) for w in nets.widths[1:]] + [("schedule", s) for s in range(1, len(nets.schedules))]
     found: dict[tuple[str, int], float] = {("width", nets.widths[0]): 0.0, ("schedule", 0): 0.0}
     for done, (kind, n) in enumerate(trials, start=1):
-        found[kind, n] = work.kept(f"{kind}-{n}", partial(_trial, work, kind, n)).values["loss"]
-        work.tell("widths" if kind == "width" else "schedules", done, len(trials))
+        found[kind, n] = job.kept(f"{kind}-{n}", partial(_trial, job, kind, n)).values["loss"]
+        job.tell("widths" if kind == "width" else "schedules", done, len(trials))
     widths: dict[int, float] = {}
     most = 0.0
     for w in nets.widths:  # no narrower stream below a wider one: what noise says otherwise
@@ -356,33 +356,33 @@ def _packed(rows: Sequence[Losses]) -> Piece:
     return Piece({}, {"blocks": [{kind: sorted(getattr(one, kind).items()) for kind in KINDS} for one in rows]})
 
 
-def _trial(work: Work, kind: str, n: int) -> Piece:
+def _trial(job: Job, kind: str, n: int) -> Piece:
     """The loss of a stream width, or of a token schedule, with everything else dense."""
-    nets, base = work.nets, work.base
+    nets, base = job.nets, job.base
     if kind == "width":
-        trial, _ = work.narrowed(n, "probe")
+        trial, _ = job.narrowed(n, "probe")
     else:
         after = nets.spec(nets.uncut(nets.schedules[n]), tail=False)
         blocks = [replace(b, steps=to.steps) for b, to in zip(base.spec.blocks, after.blocks, strict=True)]
         trial = surgery.with_spec(base, replace(base.spec, blocks=tuple(blocks)), base.state_dict(), share=True)
-    return Piece({}, {"loss": work.divergence(trial)})
+    return Piece({}, {"loss": job.divergence(trial)})
 
 
-def score_blocks(work: Work, library: Sequence[Piece]) -> list[Losses]:
+def score_blocks(job: Job, library: Sequence[Piece]) -> list[Losses]:
     """Each level alone, everything else dense, on the held-out images. Each scored batch is noted."""
-    generator = torch.Generator().manual_seed(work.config.seed)
-    total, done = len(work.inputs.rows["held"]), 0
-    sums: list[dict[tuple[str, int], float]] = [{} for _ in work.base.blocks]
-    for n, x in enumerate(work.inputs.batches("held")):
-        noted = work.kept(f"scored-{n}", partial(batch_losses, work, library, x, generator))
+    generator = torch.Generator().manual_seed(job.config.seed)
+    total, done = len(job.inputs.rows["held"]), 0
+    sums: list[dict[tuple[str, int], float]] = [{} for _ in job.base.blocks]
+    for n, x in enumerate(job.inputs.batches("held")):
+        noted = job.kept(f"scored-{n}", partial(batch_losses, job, library, x, generator))
         generator.set_state(noted.tensors["signs"])
         for so_far, one in zip(sums, noted.values["blocks"], strict=True):
             for part, size, loss in one:
                 so_far[part, size] = so_far.get((part, size), 0.0) + loss
         done += len(x)
-        work.tell("score", done, total)
+        job.tell("score", done, total)
     rows = []
-    for found_sums, levels in zip(sums, work.nets.levels, strict=True):
+    for found_sums, levels in zip(sums, job.nets.levels, strict=True):
         losses = Losses()
         for (part, size), value in found_sums.items():
             if not math.isfinite(value):
@@ -393,16 +393,16 @@ def score_blocks(work: Work, library: Sequence[Piece]) -> list[Losses]:
     return rows
 
 
-def batch_losses(work: Work, library: Sequence[Piece], x: Tensor, generator: torch.Generator) -> Piece:
+def batch_losses(job: Job, library: Sequence[Piece], x: Tensor, generator: torch.Generator) -> Piece:
     """Of each block rows of part, size and the divergences that this level causes, summed over these images [B, C, h, w].
 
     Also the state in which the generator is left.
     """
-    base, classifies = work.base, work.classifies
+    base, classifies = job.base, job.classifies
     x = x.to(next(base.parameters()))
     grads: fisher.Gradients | None = None
-    if work.config.score == "fisher":
-        grads = fisher.gradients(base, x, cf.places(base), draws=work.config.draws, generator=generator)
+    if job.config.score == "fisher":
+        grads = fisher.gradients(base, x, cf.places(base), draws=job.config.draws, generator=generator)
     rows: list[list[tuple[str, int, float]]] = []
     with torch.no_grad():
         before = fisher.outcome(base(x, gates=OPEN), classifies=classifies)
@@ -419,7 +419,7 @@ def batch_losses(work: Work, library: Sequence[Piece], x: Tensor, generator: tor
                     lost = fisher.divergence(before, after, classifies=classifies)
                 rows[i].append((part, size, float(lost.sum())))
 
-            changes(block, i, work.nets.levels[i], found, entry, emit)
+            changes(block, i, job.nets.levels[i], found, entry, emit)
             stream = block.run(stream)
     return Piece({"signs": generator.get_state()}, {"blocks": rows})
 

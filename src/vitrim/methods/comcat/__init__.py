@@ -11,7 +11,17 @@ from vitrim.methods.method import Method
 
 if TYPE_CHECKING:
     from vitrim.methods.comcat.factors import factorise
-    from vitrim.methods.comcat.run import allocate, compress, floor, losses, plan, ranks_of, space_of, step, with_ranks
+    from vitrim.methods.comcat.run import (
+        allocate,
+        compress,
+        floor,
+        losses,
+        plan,
+        ranks_of,
+        space_of,
+        tolerance,
+        with_ranks,
+    )
 
 __all__ = [
     "METHOD",
@@ -24,7 +34,7 @@ __all__ = [
     "plan",
     "ranks_of",
     "space_of",
-    "step",
+    "tolerance",
     "with_ranks",
 ]
 

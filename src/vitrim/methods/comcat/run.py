@@ -129,7 +129,7 @@ def floor(spec: ModelSpec, config: ComcatConfig | None = None) -> Cost:
     return space_of(spec, config).floor
 
 
-def step(spec: ModelSpec, config: ComcatConfig | None = None) -> dict[str, int]:
+def tolerance(spec: ModelSpec, config: ComcatConfig | None = None) -> dict[str, int]:
     """The largest cost of one rank of one part, by resource: how far below a budget the result may end (law 7)."""
     return _tolerance(space_of(spec, config))
 

@@ -12,7 +12,7 @@ from vitrim.methods.method import Method
 if TYPE_CHECKING:
     from vitrim.methods.dcvit.closed import allocate
     from vitrim.methods.dcvit.run import compress, compress_family
-    from vitrim.methods.dcvit.structure import floor, narrowed, plan, solve, space_of, step
+    from vitrim.methods.dcvit.structure import floor, narrowed, plan, solve, space_of, tolerance
 
 __all__ = [
     "METHOD",
@@ -25,7 +25,7 @@ __all__ = [
     "plan",
     "solve",
     "space_of",
-    "step",
+    "tolerance",
 ]
 
 METHOD = Method(

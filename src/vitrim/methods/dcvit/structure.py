@@ -94,7 +94,7 @@ def _floor(space: Space, config: DcvitConfig) -> Cost:
     return _narrowed_cost(space, dict.fromkeys(found, 1)) if found else space.reference
 
 
-def step(spec: ModelSpec, config: DcvitConfig | None = None) -> dict[str, int]:
+def tolerance(spec: ModelSpec, config: DcvitConfig | None = None) -> dict[str, int]:
     """The largest jump in cost between neighbouring results, by resource (law 7): one attention, or one step of width."""
     config = config or DcvitConfig()
     space = space_of(spec, config)
@@ -127,7 +127,7 @@ def plan(spec: ModelSpec, config: DcvitConfig | None = None) -> dict[str, Any]:
         config.budget,
         floor=_floor(space, config),
         reference=space.reference,
-        tolerance=step(spec, config),
+        tolerance=tolerance(spec, config),
         needs={"images": config.images, "labels": False, "training": trains},
         dense=space.dense,
     )

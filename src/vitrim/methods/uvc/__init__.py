@@ -10,9 +10,9 @@ from vitrim.methods.method import Method
 from vitrim.methods.uvc.config import PRESETS, Rules, UvcConfig
 
 if TYPE_CHECKING:
-    from vitrim.methods.uvc.run import check, compress, floor, plan, step
+    from vitrim.methods.uvc.run import check, compress, floor, plan, tolerance
 
-__all__ = ["METHOD", "PRESETS", "Rules", "UvcConfig", "check", "compress", "floor", "plan", "step"]
+__all__ = ["METHOD", "PRESETS", "Rules", "UvcConfig", "check", "compress", "floor", "plan", "tolerance"]
 
 METHOD = Method(
     name="uvc",

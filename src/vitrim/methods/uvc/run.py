@@ -50,7 +50,7 @@ def floor(spec: ModelSpec, config: UvcConfig | None = None) -> Cost:
     return decisions_of(spec, config).floor(_counted(config))
 
 
-def step(spec: ModelSpec, config: UvcConfig | None = None) -> dict[str, int]:
+def tolerance(spec: ModelSpec, config: UvcConfig | None = None) -> dict[str, int]:
     """How far below a budget the result may end, by resource: one unit of a width, or a block at its narrowest (law 7)."""
     config = config or UvcConfig(budget=ANY)
     return decisions_of(spec, config).tolerance(_counted(config))
