@@ -74,10 +74,12 @@ def test_the_widest_block_is_the_widest_moment(space: Space, data: st.DataObject
 
 
 @given(space=spaces())
-def test_prices_of_many_choices_are_those_of_each(space: Space) -> None:
+def test_a_price_is_what_the_halves_of_the_block_cost(space: Space) -> None:
     for i, levels in enumerate(space.levels):
-        choices = levels.choices()
-        assert space.prices(i, choices) == [space.price(i, choice) for choice in choices]
+        for choice in levels.choices():
+            block = cost(space.spec(space.with_choice(i, choice))).blocks[i]
+            macs, params = block.attention_macs + block.mlp_macs, block.attention_params + block.mlp_params
+            assert space.price(i, choice) == (macs, params)
 
 
 @given(space=spaces())

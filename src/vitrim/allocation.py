@@ -19,7 +19,7 @@ from typing import Generic, NamedTuple, TypeVar
 import numpy as np
 
 from .budget import Constraints
-from .counting import ADDITIVE, FLOAT_BYTES
+from .counting import ADDITIVE
 from .freezing import HALVES
 from .space import Choice, Space
 
@@ -312,8 +312,9 @@ class Allocator:
         """Every choice of every block, without moments."""
         found = []
         for i, choices in enumerate(self.choices):
-            costs = np.array(self.space.prices(i, choices), dtype=np.int64).reshape(-1, len(ADDITIVE))
-            found.append(Table(costs, np.array([self.loss(i, choice) for choice in choices], dtype=np.float64)))
+            costs = np.array([self.space.price(i, choice) for choice in choices], dtype=np.int64)
+            loss = np.array([self.loss(i, choice) for choice in choices], dtype=np.float64)
+            found.append(Table(costs.reshape(-1, len(ADDITIVE)), loss))
         return found
 
     @cached_property
@@ -328,8 +329,7 @@ class Allocator:
 
     def fits(self, choices: Sequence[Choice], limits: Mapping[str, int]) -> bool:
         """Whether the network of these choices is within the limits, exactly."""
-        used = self.space.used(choices)
-        return all(used[name] <= limit for name, limit in limits.items())
+        return not self.space.over(choices, limits)
 
     def solve(
         self, limits: Mapping[str, int], allow: Callable[[int, Choice], bool] | None = None
@@ -373,24 +373,17 @@ class Allocator:
 
     def lowest(self, unit: Unit) -> tuple[Choice, ...]:
         """Every part at one unit."""
-        return tuple(self._lowest(i, unit) for i in range(len(self.space.levels)))
-
-    def _lowest(self, i: int, unit: Unit) -> Choice:
-        least = self.space.whole[i]
-        for part in parts_of(self.space, i):
-            least = least.sized(part, unit(i, part))
-        return least
+        found = list(self.space.whole)
+        for i in range(len(found)):
+            for part in parts_of(self.space, i):
+                found[i] = found[i].sized(part, unit(i, part))
+        return tuple(found)
 
     def _ladder(self, i: int, part: str, currency: str, unit: Unit) -> list[Point[int | None]]:
         whole, step = self.space.whole[i], unit(i, part)
-        column = ADDITIVE.index(currency)
-        top = next(size for size in getattr(self.space.levels[i], part)[1:])
-        rungs = [*range(step, top + 1, step), getattr(whole, part)]
-        choices = [whole.sized(part, size) for size in rungs]
-        return [
-            Point(self.space.price(i, choice)[column], -self.loss(i, choice), size)
-            for choice, size in zip(choices, rungs, strict=True)
-        ]
+        column, top = ADDITIVE.index(currency), getattr(self.space.levels[i], part)[1]
+        rungs = [(size, whole.sized(part, size)) for size in (*range(step, top + 1, step), getattr(whole, part))]
+        return [Point(self.space.price(i, choice)[column], -self.loss(i, choice), size) for size, choice in rungs]
 
     def filled(
         self,
@@ -406,8 +399,6 @@ class Allocator:
         currency: of `counting.ADDITIVE`, what a unit's worth is reckoned in. regain: whether halves that are gone may come back.
         """
         found = list(choices)
-        used = self.space.total(found)
-        peaks = [self.space.peak(i, choice) for i, choice in enumerate(found)] if "memory_bytes" in limits else []
         column = ADDITIVE.index(currency)
 
         def look(place: tuple[int, str]) -> Move[tuple[int, str], Choice] | None:
@@ -422,23 +413,13 @@ class Allocator:
 
         def take(move: Move[tuple[int, str], Choice]) -> bool:
             i, _ = move.place
-            before, after = self.space.price(i, found[i]), self.space.price(i, move.to)
-            more = {name: used[name] + after[r] - before[r] for r, name in enumerate(ADDITIVE)}
-            more["file_bytes"] = more["memory_bytes"] = FLOAT_BYTES * more["params"]
-            if peaks:
-                peak = self.space.peak(i, move.to)
-                more["memory_bytes"] += max([peak, *peaks[:i], *peaks[i + 1 :]])
-            if any(more[name] > limit for name, limit in limits.items()):
+            if not self.fits([*found[:i], move.to, *found[i + 1 :]], limits):
                 return False
             found[i] = move.to
-            used.update(more)
-            if peaks:
-                peaks[i] = peak
             return True
 
-        places = [
-            [(i, part) for part in (*parts_of(self.space, i), *(HALVES if regain else ()))] for i in range(len(found))
-        ]
+        also = HALVES if regain else ()
+        places = [[(i, part) for part in (*parts_of(self.space, i), *also)] for i in range(len(found))]
         fill([place for here in places for place in here], look, take, lambda place: places[place[0]])
         return tuple(found)
 
@@ -449,12 +430,8 @@ class Allocator:
         if getattr(now, half) or not getattr(whole, half):
             return None
         if half == "attention":
-            found = now._replace(heads=least.heads, qk=least.qk, v=least.v)
-            fits = now.mlp or levels.bare or not whole.mlp
-        else:
-            found = now._replace(hidden=least.hidden, fc1=least.fc1, fc2=least.fc2)
-            fits = now.attention or levels.off or not whole.attention
-        return found if fits else None
+            return Choice(*least[:3], *now[3:]) if now.mlp or levels.bare or not whole.mlp else None
+        return Choice(*now[:3], *least[3:]) if now.attention or levels.off or not whole.attention else None
 
     def _larger(self, i: int, part: str, now: Choice, unit: Unit) -> Choice | None:
         """Block `i` with a unit more of a part; None where there is no more of it, or its half is gone for good."""

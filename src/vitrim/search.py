@@ -8,9 +8,9 @@ whole numbers of it; the cut by `keeps_of` equals the masks that are final then.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from .allocation import ATTENTION, Floats, Ints, Move, fill, parts_of
-from .budget import Constraints, exceeded
 from .counting import ADDITIVE, FLOAT_BYTES, Cost, cost
 from .errors import BudgetError
 from .freezing import HALVES, Half
@@ -378,8 +377,6 @@ class _Settling:
     ) -> None:
         self.axes, self.space, self.limits, self.losses = axes, axes.space, limits, losses
         self.logits: list[float] = logits.tolist()
-        self.constraints = Constraints.of(limits)
-        self.price: Callable[[int, Choice], tuple[int, int]] = cache(self.space.price)
         self.sizes = list(self.space.whole)
         self.is_open = [logit > 0 for logit in self.logits]
         if self.is_open and not any(self.is_open) and not axes.always:
@@ -414,11 +411,7 @@ class _Settling:
 
     def over(self, choices: Sequence[Choice]) -> list[str]:
         """Limited resources of which these take too much."""
-        if self.constraints.memory_bytes is not None:
-            return exceeded(cost(self.space.spec(choices)), self.limits)
-        prices = [self.price(i, choice) for i, choice in enumerate(choices)]
-        used = {name: self.space.outside[name] + sum(p[r] for p in prices) for r, name in enumerate(ADDITIVE)}
-        return [name for name, limit in self.constraints.additive.items() if used[name] > limit]
+        return self.space.over(choices, self.limits)
 
     def level(self, place: Place, align: int, names: Collection[str], *, up: bool) -> tuple[float, int] | None:
         """The next level of a part: its loss for each share of cost, and its count. None: there is none, or its half is gone."""
@@ -441,7 +434,7 @@ class _Settling:
     def share(self, i: int, choice: Choice, names: Collection[str]) -> float:
         """Price of a block as a share of the reference; bytes are parameters'."""
         columns = {0 if name == "macs" else 1 for name in names}
-        return sum(self.price(i, choice)[r] / getattr(self.space.reference, ADDITIVE[r]) for r in columns)
+        return sum(self.space.price(i, choice)[r] / getattr(self.space.reference, ADDITIVE[r]) for r in columns)
 
     def trim(self) -> None:
         """Down by the level of the least loss for its cost, then gate by gate, until nothing is exceeded."""
@@ -483,8 +476,8 @@ class _Settling:
 
     def roomy(self) -> bool:
         """Whether every limit has more than 1 % of the reference left."""
-        now, whole = cost(self.space.spec(self.now)), self.space.reference
-        return all(limit - getattr(now, name) > getattr(whole, name) / 100 for name, limit in self.limits.items())
+        used, whole = self.space.used(self.now), self.space.reference
+        return all(limit - used[name] > getattr(whole, name) / 100 for name, limit in self.limits.items())
 
     def reopen(self) -> bool:
         """Open the closed gate that was nearest to open, at its lowest levels, if it fits."""

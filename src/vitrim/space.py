@@ -6,9 +6,9 @@ cheapest one and the largest jump between neighbours follow from the spec.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import product
 from typing import Any, Literal, NamedTuple
 
@@ -193,34 +193,22 @@ class Space:
     def outside(self) -> dict[str, int]:
         """What no choice changes: all but the halves of the blocks."""
         found = cost(self.base)
-        halves = [self._halves(i, block) for i, block in enumerate(self.base.blocks)]
-        return {
-            name: getattr(found, name) - sum(first[r] + second[r] for first, second in halves)
-            for r, name in enumerate(ADDITIVE)
-        }
+        halves = [price for i, block in enumerate(self.base.blocks) for price in self._halves(i, block)]
+        return {name: getattr(found, name) - sum(price[r] for price in halves) for r, name in enumerate(ADDITIVE)}
 
     def _halves(self, i: int, block: BlockSpec) -> tuple[Price, Price]:
         at, width = self.walk[i], self.base.width
         return attention_price(block.attention, at, width), mlp_price(block.mlp, at, width)
 
+    @cached_property
+    def _half(self) -> Callable[[int, int, Choice], Price]:
+        """Price of the first or second half of a block; each is looked at once, since a block has many choices of few halves."""
+        return cache(lambda i, half, choice: self._halves(i, self.block(i, choice))[half])
+
     def price(self, i: int, choice: Choice) -> Price:
         """MACs and parameters of the halves of block `i` after a choice, in the order of `counting.ADDITIVE`."""
-        first, second = self._halves(i, self.block(i, choice))
+        first, second = self._half(i, 0, choice.without("mlp")), self._half(i, 1, choice.without("attention"))
         return first[0] + second[0], first[1] + second[1]
-
-    def prices(self, i: int, choices: Sequence[Choice]) -> list[Price]:
-        """Of many choices; each half is looked at once."""
-        attention: dict[Choice, Price] = {}
-        mlp: dict[Choice, Price] = {}
-        found = []
-        for choice in choices:
-            first, second = choice.without("mlp"), choice.without("attention")
-            if first not in attention or second not in mlp:
-                a, m = self._halves(i, self.block(i, choice))
-                attention.setdefault(first, a)
-                mlp.setdefault(second, m)
-            found.append((attention[first][0] + mlp[second][0], attention[first][1] + mlp[second][1]))
-        return found
 
     def total(self, choices: Sequence[Choice]) -> dict[str, int]:
         """Exact MACs and parameters of the network of these choices."""
@@ -234,14 +222,21 @@ class Space:
         peaks = (self.peak(i, choice) for i, choice in enumerate(choices))
         return {**found, "memory_bytes": file_bytes + max(peaks, default=self.stem), "file_bytes": file_bytes}
 
+    def over(self, choices: Sequence[Choice], limits: Mapping[str, int]) -> list[str]:
+        """Limited resources of which the network of these choices takes too much.  limits: of `Budget.limits`."""
+        used = self.used(choices)
+        return [name for name, limit in limits.items() if used[name] > limit]
+
     @cached_property
     def stem(self) -> int:
         """Bytes of activations in the widest moment of the stem."""
         return FLOAT_BYTES * stem_peak(self.base)
 
-    def peak(self, i: int, choice: Choice) -> int:
-        """Bytes of activations of a network in which this is the only block."""
-        return max(self.stem, FLOAT_BYTES * block_peak(self.block(i, choice), self.walk[i], self.base.width))
+    @cached_property
+    def peak(self) -> Callable[[int, Choice], int]:
+        """Bytes of activations of a network in which block `i` after a choice is the only one."""
+        at, width = self.walk, self.base.width
+        return cache(lambda i, choice: max(self.stem, FLOAT_BYTES * block_peak(self.block(i, choice), at[i], width)))
 
     # ----------------------------------------------------------------------------------------------------- range, tolerance
 
