@@ -63,12 +63,14 @@ class Masks:
 
     def of(self, index: int) -> dict[str, Tensor]:
         """The tensors of one block, by field."""
-        found = {}
-        for name in self.__slots__:
-            rows = getattr(self, name)
-            if rows is not None and rows[index] is not None:
-                found[name] = rows[index]
-        return found
+        rows = {name: getattr(self, name) for name in self.__slots__}
+        return {name: row[index] for name, row in rows.items() if row is not None and row[index] is not None}
+
+    @staticmethod
+    def by_block(blocks: Sequence[Mapping[str, Tensor]]) -> Masks:
+        """The inverse of `of`: from the tensors of every block, by field."""
+        names = {name for found in blocks for name in found}
+        return Masks(**{name: tuple(found.get(name) for found in blocks) for name in names})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -183,12 +185,8 @@ class Attention(Sublayer):
         self.spec = spec
         inner_qk, inner_v = spec.heads * spec.qk_dim, spec.heads * spec.v_dim
         self.qkv = nn.Parameter(torch.empty(2 * inner_qk + inner_v, width))  # rows: all q heads, all k, all v
-        for name, has, size in (
-            ("q_bias", spec.q_bias, inner_qk),
-            ("k_bias", spec.k_bias, inner_qk),
-            ("v_bias", spec.v_bias, inner_v),
-        ):
-            self.register_parameter(name, nn.Parameter(torch.empty(size)) if has else None)
+        for name, size in (("q_bias", inner_qk), ("k_bias", inner_qk), ("v_bias", inner_v)):
+            self.register_parameter(name, nn.Parameter(torch.empty(size)) if getattr(spec, name) else None)
         self.out = nn.Linear(inner_v, width, bias=spec.out_bias)
         self.q_norm = _head_norm(spec, eps)
         self.k_norm = _head_norm(spec, eps)
@@ -596,12 +594,9 @@ class Vit(nn.Module):
         self.register_parameter(
             "prefix", nn.Parameter(torch.empty(len(spec.prefix), spec.width)) if spec.prefix else None
         )
-        table = None
-        if spec.position.kind != "none":
-            table = nn.Parameter(
-                torch.empty(spec.position_rows, spec.width), requires_grad=spec.position.kind == "learned"
-            )
-        self.register_parameter("position", table)
+        table = torch.empty(spec.position_rows, spec.width)
+        position = nn.Parameter(table, requires_grad=spec.position.kind == "learned")
+        self.register_parameter("position", position if spec.position.kind != "none" else None)
         self.pre_norm = _norm(spec, spec.pre_norm)
         self.blocks = Blocks(
             Block(block, spec.width, spec.norm_eps, at) for block, at in zip(spec.blocks, token_walk(spec), strict=True)
@@ -668,9 +663,7 @@ class Vit(nn.Module):
         if position.resize == "rebuild_1d":
             return sinusoids(rows + grid[0] * grid[1], self.spec.width).to(self.position)
         head, table = self.position[:rows], self.position[rows:]
-        lattice = table.float().T.reshape(1, -1, *position.grid) if table.dtype != torch.float64 else None
-        if lattice is None:
-            lattice = table.T.reshape(1, -1, *position.grid)
+        lattice = table.to(torch.promote_types(table.dtype, torch.float32)).T.reshape(1, -1, *position.grid)
         resized = F.interpolate(
             lattice, size=grid, mode="bicubic", antialias=position.resize == "bicubic_antialias", align_corners=False
         )
@@ -692,12 +685,8 @@ class Vit(nn.Module):
         found: dict[str, Any] = {}
         decisions = []
         for i, block in enumerate(self.blocks):
-            arguments = (
-                stream,
-                NO_MASKS if masks is None else masks.of(i),
-                gates,
-                None if gates.noise is None else gates.noise[i],
-            )
+            noise = None if gates.noise is None else gates.noise[i]
+            arguments = (stream, NO_MASKS if masks is None else masks.of(i), gates, noise)
             if self.grad_checkpoint and torch.is_grad_enabled():
                 stream, seen = checkpoint(block, *arguments, use_reentrant=False)
             else:

@@ -266,21 +266,18 @@ def masks_of(
     leaf: masks of all slots, flat; None: units have none. gates: for each switch, the halves that it closes. scales: what it
     multiplies them with, a scalar or [B]; None: it is open.
     """
-    names = ("block", "attention", "mlp", "heads", "qk", "v", "hidden")
-    rows: dict[str, list[Tensor | None]] = {name: [None] * len(spec.blocks) for name in names}
+    rows: list[dict[str, Tensor]] = [{} for _ in spec.blocks]
     if leaf is not None:
         if torch.is_autocast_enabled(leaf.device.type):
             leaf = leaf.to(torch.get_autocast_dtype(leaf.device.type))  # or the product would be taken in float32
         for slot in slots:
-            rows[slot.part][slot.block] = leaf[slot.start : slot.stop].view(slot.shape)
+            rows[slot.block][slot.part] = leaf[slot.start : slot.stop].view(slot.shape)
     for halves, scale in zip(gates, scales, strict=True):
         i = halves[0][0]
-        if len(halves) == 2 and all(step.at == "end" for step in spec.blocks[i].steps):
-            rows["block"][i] = scale
-        else:
-            for _, half in halves:
-                rows[half][i] = scale
-    return Masks(**{name: tuple(values) for name, values in rows.items() if any(v is not None for v in values)})
+        whole = len(halves) == 2 and all(step.at == "end" for step in spec.blocks[i].steps)
+        if scale is not None:
+            rows[i] |= dict.fromkeys(["block"] if whole else [half for _, half in halves], scale)
+    return Masks.by_block(rows)
 
 
 class MaskedModel:

@@ -6,7 +6,7 @@ A cut by `Keep`s equals the masked network of `masked_twin` (law 3). Factors rep
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -135,19 +135,13 @@ def cut(
     _check_keeps(model.spec, keeps)
     parent = spec_hash(model.spec)
     model = fold_layer_scale(model, skip=skip)
-    state = dict(model.state_dict())
-    blocks: list[BlockSpec] = []
-    chosen: list[dict[str, Any] | None] = []
+    state, blocks = dict(model.state_dict()), list(model.spec.blocks)
+    chosen = tuple(None if keep is None else record(block, keep) for block, keep in zip(blocks, keeps, strict=True))
     for i, (block, keep) in enumerate(zip(model.spec.blocks, keeps, strict=True)):
-        if keep is None:
-            blocks.append(block)
-            chosen.append(None)
-            continue
-        attention = _cut_attention(state, i, block.attention, keep)
-        mlp = _cut_mlp(state, i, block.mlp, keep)
-        blocks.append(replace(block, attention=attention, mlp=mlp))
-        chosen.append(record(block, keep))
-    step = SelectionStep(method=method, variant=variant, parent=parent, blocks=tuple(chosen))
+        if keep is not None:
+            attention, mlp = _cut_attention(state, i, block.attention, keep), _cut_mlp(state, i, block.mlp, keep)
+            blocks[i] = replace(block, attention=attention, mlp=mlp)
+    step = SelectionStep(method=method, variant=variant, parent=parent, blocks=chosen)
     return with_spec(model, replace(model.spec, blocks=tuple(blocks)), state, step)
 
 
@@ -191,33 +185,29 @@ def without_empty(model: Vit) -> Vit:
 def masked_twin(model: Vit, keeps: Sequence[Keep | None]) -> Masks:
     """The 0/1 tensors under which `model` computes what `cut(model, keeps)` computes."""
     _check_keeps(model.spec, keeps)
-    rows: dict[str, list[Tensor | None]] = {
-        name: [None] * len(keeps) for name in ("attention", "mlp", "heads", "qk", "v", "hidden")
-    }
-    parameter = next(model.parameters())
+    like = next(model.parameters())
 
-    def mask(size: tuple[int, ...], kept: Sequence[Any]) -> Tensor:
-        result = parameter.new_zeros(size)
+    def mask(size: tuple[int, ...], kept: Iterable[Any]) -> Tensor:
+        found = like.new_zeros(size)
         for index in kept:
-            result[index] = 1
-        return result
+            found[index] = 1
+        return found
 
-    for i, (block, keep) in enumerate(zip(model.spec.blocks, keeps, strict=True)):
-        if keep is None:
-            continue
+    def row(block: BlockSpec, keep: Keep) -> Iterator[tuple[str, Tensor]]:
         if (a := block.attention) is not None:
             heads = range(a.heads) if keep.heads is None else keep.heads
-            rows["attention"][i] = parameter.new_full((), float(keep.attention))
-            rows["heads"][i] = mask((a.heads,), list(heads))
+            yield "attention", like.new_full((), float(keep.attention))
+            yield "heads", mask((a.heads,), heads)
             for name, channels, size in (("qk", keep.qk, a.qk_dim), ("v", keep.v, a.v_dim)):
                 if channels is not None:
-                    pairs = [(h, c) for h, kept in zip(heads, channels, strict=True) for c in kept]
-                    rows[name][i] = mask((a.heads, size), pairs)
+                    pairs = ((h, c) for h, kept in zip(heads, channels, strict=True) for c in kept)
+                    yield name, mask((a.heads, size), pairs)
         if (m := block.mlp) is not None:
-            rows["mlp"][i] = parameter.new_full((), float(keep.mlp))
+            yield "mlp", like.new_full((), float(keep.mlp))
             if keep.hidden is not None:
-                rows["hidden"][i] = mask((m.hidden,), list(keep.hidden))
-    return Masks(**{name: tuple(values) for name, values in rows.items()})
+                yield "hidden", mask((m.hidden,), keep.hidden)
+
+    return Masks.by_block([dict(row(b, k) if k else ()) for b, k in zip(model.spec.blocks, keeps, strict=True)])
 
 
 def factorise(
@@ -236,24 +226,18 @@ def factorise(
     """
     if len(factors) != len(model.spec.blocks):
         raise SpecError(f"{len(factors)} entries for {len(model.spec.blocks)} blocks; expected one for each.")
-    state = dict(model.state_dict())
-    blocks: list[BlockSpec] = []
+    state, blocks = dict(model.state_dict()), list(model.spec.blocks)
     chosen: list[dict[str, Any] | None] = []
-    for i, (block, new) in enumerate(zip(model.spec.blocks, factors, strict=True)):
-        entry: dict[str, Any] = {}
+    for i, new in enumerate(factors):
+        made: dict[str, Any] = {}
         if new is not None and (new.q is not None or new.v is not None):
-            assert block.attention is not None
-            block = replace(block, attention=_new_attention(state, i, block.attention, new))
-            entry["attention"] = "rotated"
+            made["attention"] = _new_attention(state, i, blocks[i].attention, new)
         if new is not None and (new.fc1 is not None or new.fc2 is not None):
-            assert block.mlp is not None
-            block = replace(block, mlp=_new_mlp(state, i, block.mlp, new))
-            entry["mlp"] = "rotated"
-        blocks.append(block)
-        chosen.append(entry or None)
-    step = SelectionStep(
-        method=method, variant=variant, parent=spec_hash(model.spec), refit=refit, blocks=tuple(chosen)
-    )
+            made["mlp"] = _new_mlp(state, i, blocks[i].mlp, new)
+        blocks[i] = replace(blocks[i], **made)
+        chosen.append(dict.fromkeys(made, "rotated") or None)
+    parent = spec_hash(model.spec)
+    step = SelectionStep(method=method, variant=variant, parent=parent, refit=refit, blocks=tuple(chosen))
     return with_spec(model, replace(model.spec, blocks=tuple(blocks)), state, step, share=share)
 
 
@@ -316,20 +300,20 @@ def _cut_attention(state: dict[str, Tensor], i: int, a: AttentionSpec | None, ke
     if not keep.attention:
         _forget(state, f"blocks.{i}.norm1", here)
         return None
-    heads = tuple(range(a.heads)) if keep.heads is None else keep.heads
-    qk = ((*range(a.qk_dim),),) * len(heads) if keep.qk is None else keep.qk
-    v = ((*range(a.v_dim),),) * len(heads) if keep.v is None else keep.v
-    qk_rows = torch.tensor([h * a.qk_dim + c for h, kept in zip(heads, qk, strict=True) for c in kept])
-    v_rows = torch.tensor([h * a.v_dim + c for h, kept in zip(heads, v, strict=True) for c in kept])
-    inner = a.heads * a.qk_dim
-    device = state[f"{here}.qkv"].device
-    qk_rows, v_rows = qk_rows.to(device), v_rows.to(device)
-    state[f"{here}.qkv"] = state[f"{here}.qkv"][torch.cat([qk_rows, inner + qk_rows, 2 * inner + v_rows])]
-    for name, rows in (("q_bias", qk_rows), ("k_bias", qk_rows), ("v_bias", v_rows)):
+    heads = range(a.heads) if keep.heads is None else keep.heads
+    old, inner = state[f"{here}.qkv"], a.heads * a.qk_dim
+
+    def rows(channels: tuple[Indices, ...] | None, size: int) -> Tensor:
+        each = (range(size),) * len(heads) if channels is None else channels
+        return torch.tensor([h * size + c for h, kept in zip(heads, each, strict=True) for c in kept]).to(old.device)
+
+    qk_rows, v_rows = rows(keep.qk, a.qk_dim), rows(keep.v, a.v_dim)
+    state[f"{here}.qkv"] = old[torch.cat([qk_rows, inner + qk_rows, 2 * inner + v_rows])]
+    for name, kept in (("q_bias", qk_rows), ("k_bias", qk_rows), ("v_bias", v_rows)):
         if f"{here}.{name}" in state:
-            state[f"{here}.{name}"] = state[f"{here}.{name}"][rows]
+            state[f"{here}.{name}"] = state[f"{here}.{name}"][kept]
     state[f"{here}.out.weight"] = state[f"{here}.out.weight"][:, v_rows]
-    return replace(a, heads=len(heads), qk_dim=len(qk[0]), v_dim=len(v[0]))
+    return replace(a, heads=len(heads), qk_dim=len(qk_rows) // len(heads), v_dim=len(v_rows) // len(heads))
 
 
 def _cut_mlp(state: dict[str, Tensor], i: int, m: MlpSpec | None, keep: Keep) -> MlpSpec | None:
@@ -356,7 +340,8 @@ def _forget(state: dict[str, Tensor], *modules: str) -> None:
         del state[name]
 
 
-def _new_attention(state: dict[str, Tensor], i: int, a: AttentionSpec, new: Factors) -> AttentionSpec:
+def _new_attention(state: dict[str, Tensor], i: int, a: AttentionSpec | None, new: Factors) -> AttentionSpec:
+    assert a is not None
     here = f"blocks.{i}.attention"
     inner_qk, inner_v = a.heads * a.qk_dim, a.heads * a.v_dim
     old = state[f"{here}.qkv"]
@@ -385,7 +370,8 @@ def _rows(factor: Tensor) -> Tensor:  # H D R -> (H R) D
     return factor.transpose(1, 2).flatten(0, 1)
 
 
-def _new_mlp(state: dict[str, Tensor], i: int, m: MlpSpec, new: Factors) -> MlpSpec:
+def _new_mlp(state: dict[str, Tensor], i: int, m: MlpSpec | None, new: Factors) -> MlpSpec:
+    assert m is not None
     here = f"blocks.{i}.mlp"
     for name, factor in (("fc1", new.fc1), ("fc2", new.fc2)):
         if factor is None:
