@@ -189,13 +189,8 @@ class Controller:
             setattr(self, name, state[name].double().numpy().copy())
         self.count = state["count"]
 
-    def agree(self, device: torch.device) -> None:
+    def agree(self) -> None:
         """Take the decisions of rank 0, where several processes search."""
-        arrays = [np.atleast_1d(getattr(self, name)) for name in self.STATE]
-        kind = torch.float32 if device.type == "mps" else torch.float64
-        flat = torch.tensor(np.concatenate([*arrays, [self.count]]), device=device, dtype=kind)
-        torch.distributed.broadcast(flat, 0)
-        values = flat.double().cpu().numpy()
-        for name, part in zip(self.STATE, np.split(values[:-1], np.cumsum([a.size for a in arrays])[:-1]), strict=True):
-            setattr(self, name, part.copy())
-        self.count = float(values[-1])
+        held = [self.state()]
+        torch.distributed.broadcast_object_list(held, 0)
+        self.restore(held[0])

@@ -17,7 +17,7 @@ from vitrim.budget import Constraints
 from vitrim.checkpoints import same_run
 from vitrim.codec import plain
 from vitrim.counting import ADDITIVE, FLOAT_BYTES, Cost
-from vitrim.freezing import HALVES, Half
+from vitrim.freezing import HALVES
 from vitrim.methods.uvc.config import UvcConfig
 from vitrim.methods.uvc.controller import Array, Controller, prox
 from vitrim.methods.uvc.decisions import Decisions, finalise
@@ -140,7 +140,9 @@ class Search:
             found[f"y/{name}"] = float(c.y[w])
         for g, halves in enumerate(self.decisions.gates):
             logit = float(self.shown[g])  # as the step had it
-            found[f"gate/{gate_name(halves)}"] = 1 / (1 + math.exp(-logit)) if self.final is None else float(logit > 0)
+            i, half = halves[0]
+            name = str(i) if len(halves) == 2 else f"{i}/{half}"
+            found[f"gate/{name}"] = 1 / (1 + math.exp(-logit)) if self.final is None else float(logit > 0)
         return found
 
     # ------------------------------------------------------------------------------------------------------------- the parts
@@ -166,7 +168,7 @@ class Search:
             lambda removed, logits: self.decisions.shares(removed, logits, counts=counts, ranks=ranks),
         )
         if step.world > 1:
-            controller.agree(self.leaf.device)
+            controller.agree()
         every = max(1, (stop - first) // 200)
         if (step.index - first) % every == 0 or step.index + 1 == stop:
             k = self._binding()
@@ -186,13 +188,10 @@ class Search:
     @torch.no_grad()
     def _refresh(self, step: Step) -> None:
         """The leaf's values for this step: a function of the decisions alone."""
-        values = np.ones(len(self.leaf))
-        if self.final is not None:
-            values = self.final
-        else:
-            if self.rules.masked:
-                values[: self.masks] = self._soft_masks()
-            values[self.masks :] = self.controller.effective(self._share(step))
+        values = self.final
+        if values is None:
+            soft = self._soft_masks() if self.rules.masked else np.ones(self.masks)
+            values = np.concatenate([soft, self.controller.effective(self._share(step))])
         self.shown = values[self.masks :]
         self.leaf.copy_(torch.tensor(values))
 
@@ -207,9 +206,8 @@ class Search:
             noise = torch.logit(draws.clamp(1e-9, 1 - 1e-9)).to(logits)
             scales = list(torch.sigmoid((logits + noise) / GUMBEL_TAU).unbind(1))  # B each
         else:
-            scales = [
-                None if final > 0 else logit for final, logit in zip(self.final[self.masks :], logits, strict=True)
-            ]
+            ends = zip(self.final[self.masks :], logits, strict=True)
+            scales = [None if final > 0 else logit for final, logit in ends]
         if step.index < first:
             scales = [None] * len(scales)
         masks = leaf[: self.masks] if self.rules.masked or self.final is not None else None
@@ -330,11 +328,6 @@ def _read_rows(
             now = now if row[half] else now.without(half)
         choices.append(now)
     return tuple(sizes), tuple(choices)
-
-
-def gate_name(halves: Sequence[Half]) -> str:
-    i, half = halves[0]
-    return str(i) if len(halves) == 2 else f"{i}/{half}"
 
 
 def _identity(config: UvcConfig) -> dict[str, Any]:

@@ -28,10 +28,10 @@ from vitrim.budget import Budget, exceeded
 from vitrim.counting import ADDITIVE, Cost, cost
 from vitrim.data import Images
 from vitrim.errors import ConfigError, DataError
-from vitrim.freezing import HALVES, Half
+from vitrim.freezing import HALVES
 from vitrim.methods.uvc.config import UvcConfig
 from vitrim.methods.uvc.decisions import decisions_of
-from vitrim.methods.uvc.objective import Search, gate_name, rows_of
+from vitrim.methods.uvc.objective import Search, rows_of
 from vitrim.model import Vit
 from vitrim.progress import Progress
 from vitrim.result import Compressed
@@ -67,8 +67,7 @@ def plan(spec: ModelSpec, config: UvcConfig | None = None) -> dict[str, Any]:
     Raises BudgetError when the config's budget is out of reach.
     """
     chosen = config or UvcConfig(budget=ANY)
-    decisions, rules = decisions_of(spec, chosen), chosen.rules
-    labels = bool(spec.outputs) and not (chosen.distill and rules.alpha == 1)
+    decisions = decisions_of(spec, chosen)
     return outlook(
         "uvc",
         chosen.preset,
@@ -76,7 +75,7 @@ def plan(spec: ModelSpec, config: UvcConfig | None = None) -> dict[str, Any]:
         floor=decisions.floor(_counted(chosen)),
         reference=decisions.space.reference,
         tolerance=decisions.tolerance(_counted(chosen)),
-        needs={"images": rules.batch_size, "labels": labels, "training": True},
+        needs={"images": chosen.rules.batch_size, "labels": needs_labels(spec, chosen), "training": True},
         dense=decisions.space.dense,
     )
 
@@ -104,22 +103,22 @@ def compress(
     config.bounds.refuse_unreachable(floor=decisions.floor(_counted(config)), reference=reference, method="uvc")
     limits = config.bounds.limits(reference)
     if not exceeded(reference, limits):
-        count = len(model.spec.blocks)
-        every = [(i, half) for i in range(count) for half in HALVES]
-        whole = surgery.cut(model, [None] * count, method="uvc", variant=config.preset, skip=every)
+        every = [(i, half) for i in range(len(model.spec.blocks)) for half in HALVES]
+        whole = surgery.cut(model, [None] * len(model.spec.blocks), method="uvc", variant=config.preset, skip=every)
         told = {"within_budget": True, "warnings": []}
         return Compressed(model=whole, method="uvc", variant=config.preset, report=told)
     if data is None:
         raise DataError("uvc: the search trains on images; none were given. Pass data=.")
-    needed, label_free = needs_labels(model.spec, config)
-    images = rooms.open(data, split="train", labelled=True if needed else False if label_free else None)
-    inner = _inner(teacher or model, config, images, label_free=label_free)
+    _refuse_untaught(model.spec, config)
+    labelled = None if model.spec.outputs else False  # an encoder looks at none
+    images = rooms.open(data, split="train", labelled=needs_labels(model.spec, config) or labelled)
+    inner = _inner(teacher or model, config, images)
     objective = Search(decisions, inner, config, limits)
-    base = surgery.fold_layer_scale(model, skip=fixed)
-    labelled = images.labelled and not label_free
-    label_map = class_index(model.config.labels, images.classes, classes=model.spec.classes) if labelled else None
+    label_map = None
+    if images.labelled and model.spec.outputs:
+        label_map = class_index(model.config.labels, images.classes, classes=model.spec.classes)
     fitted = fit(
-        base,
+        surgery.fold_layer_scale(model, skip=fixed),
         objective,
         images,
         config.training,
@@ -131,46 +130,45 @@ def compress(
     small = surgery.cut(fitted.model, objective.keeps(), method="uvc", variant=config.preset, skip=fixed)
     last = replace(small.selection.steps[-1], parent=spec_hash(model.spec), refit=True)
     small.selection = model.selection.then(last)
-    report = _report(objective, small.spec)
-    report |= {
+    report = _report(objective, small.spec) | {
         "steps": fitted.steps,
         "seconds": round(fitted.seconds, 1),
         "images_per_s": fitted.images_per_s,
-        "objective": _objective_name(config, label_free),
+        "objective": NAMES[type(inner)],
     }
-    history = [_row(line, decisions.gates) for line in fitted.history if line["kind"] == "train"]
+    history = [_row(line) for line in fitted.history if line["kind"] == "train"]
     return Compressed(model=small, method="uvc", variant=config.preset, history=history, report=report)
 
 
-def needs_labels(spec: ModelSpec, config: UvcConfig) -> tuple[bool, bool]:
-    """Whether the search needs labels, and whether it does not look at any. Raises ConfigError where it can learn nothing."""
+def needs_labels(spec: ModelSpec, config: UvcConfig) -> bool:
+    """Whether the search cannot do without."""
+    return bool(spec.outputs) and not (config.distill and config.rules.alpha == 1)
+
+
+def _refuse_untaught(spec: ModelSpec, config: UvcConfig) -> None:
     if not spec.outputs and not config.distill:
         raise ConfigError("uvc: distill=False on an encoder, which has no classifier to train; leave distill on.")
-    label_free = not spec.outputs
-    return not label_free and not (config.distill and config.rules.alpha == 1), label_free
 
 
 def check(spec: ModelSpec, config: UvcConfig, images: Images) -> None:
     """Raise what `compress` would raise about these training images or this machine, before any work is done."""
-    needed, _ = needs_labels(spec, config)
-    if needed:
+    _refuse_untaught(spec, config)
+    if needs_labels(spec, config):
         rooms.open(images, labelled=True)
     ready(config.training, images)
 
 
-def _objective_name(config: UvcConfig, label_free: bool) -> str:
-    return "label_free" if label_free else "distilled" if config.distill else "supervised"
+NAMES: dict[type, str] = {LabelFree: "label_free", Supervised: "supervised", Distilled: "distilled"}
 
 
-def _inner(model: Vit, config: UvcConfig, images: Images, *, label_free: bool) -> Objective:
+def _inner(model: Vit, config: UvcConfig, images: Images) -> Objective:
+    """What the weights learn."""
     rules = config.rules
-    if label_free:
+    if not model.spec.outputs:
         return LabelFree(model)
     labels = images.labels
-    several = labels is not None and labels.dim() > 1
-    if not config.distill:
-        return Supervised(smoothing=rules.smoothing, multi_label=several)
-    return Distilled(model, alpha=rules.alpha, tau=rules.tau, smoothing=rules.smoothing, multi_label=several)
+    how: Any = {"smoothing": rules.smoothing, "multi_label": labels is not None and labels.dim() > 1}
+    return Distilled(model, alpha=rules.alpha, tau=rules.tau, **how) if config.distill else Supervised(**how)
 
 
 SHOWN = ("loss", "lr", "grad_norm", "epoch", "phase", "seconds_left", "images_per_s")
@@ -191,24 +189,22 @@ def _named(progress: Progress | None) -> Progress | None:
     return told
 
 
-def _row(line: Mapping[str, Any], gates: Sequence[Sequence[Half]]) -> dict[str, Any]:
+def _row(line: Mapping[str, Any]) -> dict[str, Any]:
     """A line of metrics.jsonl with the decisions by what they are about: `block 3`, `block 3 head 1`, `block 3 mlp`."""
+
+    def within(*path: str) -> dict[str, Any]:
+        start = "/".join((*path, ""))
+        return {key.removeprefix(start): value for key, value in line.items() if key.startswith(start)}
+
+    def by_block(found: Mapping[str, Any], word: str) -> dict[str, Any]:
+        return {f"block {place}".replace("/", word): value for place, value in found.items()}
+
     row = {key: line[key] for key in ("step", "phase", "loss", "lr") if key in line}
     row |= {key: value for key, value in line.items() if key.endswith("_loss")}
-    for name in ("cost", "budget", "z"):
-        row[name] = {key.split("/", 1)[1]: line[key] for key in line if key.startswith(f"{name}/")}
+    row |= {name: within(name) for name in ("cost", "budget", "z")}
     for name in ("removed", "y"):
-        row[name] = {
-            part: {_about(key.split("/")[2:], "head"): line[key] for key in line if key.startswith(f"{name}/{part}/")}
-            for part in ("heads", "v", "hidden")
-        }
-    names = [gate_name(halves) for halves in gates]
-    row["gates"] = {_about(name.split("/"), ""): line[f"gate/{name}"] for name in names}
-    return row
-
-
-def _about(place: Sequence[str], what: str) -> str:
-    return " ".join(["block", place[0], *(word for word in (what, *place[1:]) if word and len(place) > 1)])
+        row[name] = {part: by_block(within(name, part), " head ") for part in ("heads", "v", "hidden")}
+    return row | {"gates": by_block(within("gate"), " ")}
 
 
 def _report(objective: Search, spec: ModelSpec) -> dict[str, Any]:
