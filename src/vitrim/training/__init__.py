@@ -35,7 +35,7 @@ __all__ = [
 __getattr__, __dir__ = lazy.names(
     __name__,
     {
-        **dict.fromkeys(("AMP_DTYPES", "LEAST_BETWEEN", "FitResult", "fit", "mapped", "ready", "schedule"), "loop"),
+        **dict.fromkeys(__all__, "loop"),
         **dict.fromkeys(("Batch", "Objective", "Step"), "objective"),
         **dict.fromkeys(("TrainConfig", "read_config"), "config"),
         "Augment": ".config",

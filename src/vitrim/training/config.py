@@ -11,7 +11,32 @@ from vitrim.errors import ConfigError
 
 
 @checked
-class TrainConfig:
+class Running:
+    """How the one loop runs, whatever it learns."""
+
+    accumulate: int = Field(default=1, ge=1)
+    """Micro-batches of one step: more need less memory and give the same gradients."""
+    amp: Literal["no", "bf16", "fp16"] = "no"
+    """Precision of the products; weights stay float32. fp16 needs a GPU."""
+    augment: Augment = Augment()
+    """What happens to a single image."""
+    seed: int = Field(default=0, ge=0)
+    workers: int = Field(default=0, ge=0)
+    """Processes that decode images; 0: this one. Changes no result."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to compute; auto: the fastest that is there."""
+    world_size: int = Field(default=1, ge=1)
+    """Processes that torchrun must have started."""
+    grad_checkpoint: bool = False
+    """Recompute the blocks in the backward pass: less memory, a third more time."""
+    log_every: int = Field(default=20, ge=1)
+    """Steps between lines of metrics.jsonl."""
+    checkpoint_seconds: float = Field(default=180.0, ge=0)
+    """Time between checkpoints; 0: one at each step."""
+
+
+@checked
+class TrainConfig(Running):
     """How a network is trained. `batch_size` counts the images of all processes."""
 
     epochs: float = Field(default=30.0, gt=0)
@@ -20,8 +45,6 @@ class TrainConfig:
     """Optimiser steps of the whole run; None: as many as `epochs` makes."""
     batch_size: int = Field(default=128, ge=1)
     """Images that one optimiser step sees, over all processes and micro-batches."""
-    accumulate: int = Field(default=1, ge=1)
-    """Micro-batches of one step: more need less memory and give the same gradients."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: float = Field(default=1e-3, gt=0)
     """Learning rate at the top of the schedule."""
@@ -35,8 +58,6 @@ class TrainConfig:
     """Largest norm of the gradient; None: as it comes."""
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
     """Keep a running mean of the weights, and validate and return that; None: the weights themselves."""
-    amp: Literal["no", "bf16", "fp16"] = "no"
-    """Precision of the products; weights stay float32. fp16 needs a GPU."""
     smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of each target that is spread over all classes."""
     mixup: float = Field(default=0.0, ge=0)
@@ -45,23 +66,9 @@ class TrainConfig:
     """Alpha of cutmix; 0: none. With both, each batch takes one of them."""
     mix_share: float = Field(default=1.0, ge=0, le=1)
     """Share of the batches that are mixed at all."""
-    augment: Augment = Augment()
-    """What happens to a single image."""
-    seed: int = Field(default=0, ge=0)
-    workers: int = Field(default=0, ge=0)
-    """Processes that decode images; 0: this one. Changes no result."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    world_size: int = Field(default=1, ge=1)
-    """Processes that torchrun must have started."""
-    grad_checkpoint: bool = False
-    """Recompute the blocks in the backward pass: less memory, a third more time."""
     eval_every: int | None = Field(default=None, ge=1)
     """Steps between validations; None: one at the end of each epoch, but at least 50 steps apart: an epoch of few images is
     shorter than a validation. There is always one at the end."""
-    log_every: int = Field(default=20, ge=1)
-    """Steps between lines of metrics.jsonl."""
-    checkpoint_seconds: float = Field(default=180.0, ge=0)
-    """Time between checkpoints; 0: one at each step."""
     tracker: str | None = None
     """Another place for the metrics, by its name in accelerate: "tensorboard", "wandb", ..."""
 

@@ -83,8 +83,7 @@ def fit(
     on too little memory, on a run that does not fit the one to be resumed, and on a wrong number of processes.
     """
     with left_as_found(model):
-        run = _Run(model, objective, images, config, Path(out) if out is not None else None, progress)
-        run.label_map = label_map
+        run = _Run(model, objective, images, config, Path(out) if out is not None else None, label_map, progress)
         try:
             run.start(resume=resume)
             run.loop(validate)
@@ -93,42 +92,33 @@ def fit(
             run.close()
 
 
+@dataclass
 class _Run:
     """The state of one `fit`."""
 
-    def __init__(
-        self,
-        model: Vit,
-        objective: Objective,
-        images: Images,
-        config: TrainConfig,
-        out: Path | None,
-        progress: Progress | None,
-    ) -> None:
-        self.bare, self.objective, self.images, self.config, self.out = model, objective, images, config, out
-        self.progress = progress
-        ready(config, images)
-        self.epoch_steps = len(images) // config.batch_size
-        self.total = config.total_steps(len(images))
-        if model.config.preprocess is None:
+    bare: Vit
+    objective: Objective
+    images: Images
+    config: TrainConfig
+    out: Path | None
+    label_map: Tensor | None
+    progress: Progress | None
+
+    def __post_init__(self) -> None:
+        config, count = self.config, len(self.images)
+        ready(config, self.images)
+        self.epoch_steps, self.total = count // config.batch_size, config.total_steps(count)
+        if self.bare.config.preprocess is None:
             raise DataError("the model does not say how images are prepared; give its config a Preprocess.")
-        self.transform = training_transform(model.config.preprocess, config.augment)
-        self.accelerator = _accelerator(config, out)
-        self.first = next(p for p in model.parameters())
-        self.wrapped: nn.Module = model
+        self.transform = training_transform(self.bare.config.preprocess, config.augment)
+        self.accelerator = _accelerator(config, self.out)
+        self.first = next(self.bare.parameters())
+        self.wrapped: nn.Module = self.bare
         self.history: list[dict[str, Any]] = []
-        self.label_map: Tensor | None = None
-        self.mixer = (
-            Mixup(
-                mixup_alpha=config.mixup,
-                cutmix_alpha=config.cutmix,
-                prob=config.mix_share,
-                label_smoothing=0.0,
-                num_classes=config.micro_batch,
-            )
-            if config.mixup or config.cutmix
-            else None
-        )
+        self.mixer = None
+        if config.mixup or config.cutmix:
+            alphas = {"mixup_alpha": config.mixup, "cutmix_alpha": config.cutmix, "prob": config.mix_share}
+            self.mixer = Mixup(**alphas, label_smoothing=0.0, num_classes=config.micro_batch)
 
     @property
     def main(self) -> bool:
@@ -140,11 +130,9 @@ class _Run:
         """Put everything on its device, and take up the newest checkpoint if there is one."""
         config = self.config
         self.bare.to(self.accelerator.device)
-        groups = self.objective.param_groups(self.bare)
+        groups = [{"lr": config.lr, "schedule": "cosine", **g} for g in self.objective.param_groups(self.bare)]
         for group in groups:
-            group.setdefault("lr", config.lr)
             group["top_lr"] = group["lr"]
-            group.setdefault("schedule", "cosine")
         kinds = {
             "adamw": lambda: torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True),
             "sgd": lambda: torch.optim.SGD(groups, momentum=0.9, nesterov=True, weight_decay=config.weight_decay),
@@ -210,9 +198,7 @@ class _Run:
                     self.last_saved = time.monotonic()
                 if last:
                     return
-                began = (
-                    time.monotonic()
-                )  # the next step's images are part of its time; validations and checkpoints are not
+                began = time.monotonic()  # the next step's images are part of its time, validations and checkpoints not
 
     def _steps_of_epoch(self) -> Iterator[list[tuple[Tensor, Tensor | None]]]:
         """Micro-batches of this process, for each step that is left of the epoch."""
@@ -252,9 +238,8 @@ class _Run:
                 low = min(config.min_lr, group["top_lr"])
                 group["lr"] = low + (group["top_lr"] - low) * height
         self.wrapped.train()
-        total = torch.zeros(
-            (), device=accelerator.device, dtype=torch.float64 if accelerator.device.type != "mps" else None
-        )
+        exact = torch.float64 if accelerator.device.type != "mps" else None
+        total = torch.zeros((), device=accelerator.device, dtype=exact)
         for m, (x, y) in enumerate(micros):
             step = dataclasses.replace(base, micro=m)
             last = m == len(micros) - 1

@@ -35,7 +35,10 @@ class Batch:
 
 
 class Objective(Protocol):
-    """What is learned. Only `model(...)`, the wrapped model's forward, may be called in `loss`."""
+    """What is learned. Only `model(...)`, the wrapped model's forward, may be called in `loss`.
+
+    One that says nothing else trains in one phase and has no state.
+    """
 
     def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """Groups for the optimiser, as torch has them; called once, with the model on its device.
@@ -49,18 +52,24 @@ class Objective(Protocol):
 
     def after_backward(self, step: Step) -> None:
         """Once a step, when gradients are whole and not yet clipped."""
+        return
 
     def after_step(self, step: Step) -> None:
         """Once a step, after the optimiser's."""
+        return
 
     def phase(self, step: Step) -> str:
         """Name of the part of the run, for logs."""
+        return "train"
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs, as tensors and JSON values."""
+        return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse; called after `param_groups`."""
+        return
 
     def metrics(self) -> dict[str, float]:
         """Figures of the latest step, for logs."""
+        return {}

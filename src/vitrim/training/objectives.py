@@ -24,7 +24,7 @@ from vitrim.progress import Progress
 from vitrim.spec import Config, ModelSpec, Output, Preprocess
 from vitrim.training.config import TrainConfig
 from vitrim.training.loop import AMP_DTYPES, FitResult, fit, mapped
-from vitrim.training.objective import Batch, Step
+from vitrim.training.objective import Batch, Objective, Step
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """(logits B classes, labels) -> a scalar, a mean over the images."""
@@ -45,29 +45,14 @@ def decay_groups(named: Iterable[tuple[str, nn.Parameter]]) -> list[dict[str, An
     return [group for group in groups if group["params"]]
 
 
-class Plain:
-    """What the objectives here share: they train the model's own weights, in one phase, and have no state."""
+class Plain(Objective):
+    """What the objectives here share: they train the model's own weights, and tell the parts of the loss."""
 
     def __init__(self) -> None:
         self.parts: dict[str, Tensor] = {}
 
     def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         return decay_groups(model.named_parameters())
-
-    def after_backward(self, step: Step) -> None:
-        """Nothing to do."""
-
-    def after_step(self, step: Step) -> None:
-        """Nothing to do."""
-
-    def phase(self, step: Step) -> str:
-        return "train"
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to restore."""
 
     def metrics(self) -> dict[str, float]:
         """The parts of the loss, as the latest micro-batch of this process had them."""
@@ -101,12 +86,15 @@ class Supervised(Plain):
 
 
 class _Taught(Plain):
-    """An objective with a teacher, which is never changed: asked in eval mode, without gradients."""
+    """An objective with a teacher, which is never changed: asked in eval mode, without gradients.
 
-    def __init__(self, teacher: Vit) -> None:
+    taps: streams that are matched too, as `want` names them.
+    """
+
+    def __init__(self, teacher: Vit, taps: Sequence[str]) -> None:
         super().__init__()
-        self.given = teacher
-        self.teacher = teacher
+        self.given = self.teacher = teacher
+        self.taps = tuple(taps)
         self.shift: tuple[Tensor, Tensor] | None = None
 
     def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
@@ -142,18 +130,19 @@ class _Taught(Plain):
                 self.shift = std / their_std, (mean - their_mean) / their_std
 
     @torch.no_grad()
-    def ask(self, images: Tensor, want: tuple[str, ...]) -> dict[str, Any]:
-        """What the teacher says of the model's images [B, C, h, w]."""
+    def ask(self, images: Tensor) -> dict[str, Any]:
+        """What the teacher says of the model's images [B, C, h, w]: its result, and its streams at the taps."""
         if self.shift is not None:
             images = images * self.shift[0] + self.shift[1]
-        found: dict[str, Any] = self.teacher(images, want=want)
+        found: dict[str, Any] = self.teacher(images, want=("logits", *self.taps))
         return found
 
-    def matched(self, found: dict[str, Any], theirs: dict[str, Any], taps: tuple[str, ...]) -> Tensor:
-        """Mean over the taps of the squared distance of the streams, as a share of the teacher's mean square."""
-        prefix = len(self.teacher.spec.prefix)
-        total = []
-        for tap in taps:
+    def matched(self, total: Tensor, found: dict[str, Any], theirs: dict[str, Any], weight: float = 1.0) -> Tensor:
+        """The loss plus the streams' squared distance, as a share of the teacher's mean square, a mean over the taps."""
+        if not self.taps:
+            return total
+        prefix, each = len(self.teacher.spec.prefix), []
+        for tap in self.taps:
             ours, goal = _wide(found[tap]), _wide(theirs[tap])
             if ours.shape[1] == prefix != goal.shape[1]:  # after an exact tail only the prefix tokens are left
                 goal = goal[:, :prefix]
@@ -162,8 +151,10 @@ class _Taught(Plain):
                     f"{tap}: the model's stream is {tuple(ours.shape[1:])}, the teacher's {tuple(goal.shape[1:])}; expected "
                     "equal tokens and widths. Match blocks before the first token step, or none."
                 )
-            total.append((ours - goal).square().mean() / goal.square().mean())
-        return torch.stack(total).mean()
+            each.append((ours - goal).square().mean() / goal.square().mean())
+        distance = torch.stack(each).mean()
+        self.parts["feature_loss"] = distance.detach()
+        return total + weight * distance
 
 
 class Distilled(_Taught):
@@ -190,7 +181,7 @@ class Distilled(_Taught):
         alpha: weight of the teacher in [0, 1]; at 1 no labels are needed. features: blocks whose outputs are matched too.
         multi_label: the teacher's answers are one probability for each label. loss: in place of the label loss.
         """
-        super().__init__(teacher)
+        super().__init__(teacher, [f"block:{i}" for i in features])
         if kind not in ("soft", "hard"):
             raise ConfigError(f"kind={kind!r}; expected 'soft' or 'hard'.")
         if not 0 <= alpha <= 1 or not tau > 0:
@@ -198,13 +189,12 @@ class Distilled(_Taught):
         if not teacher.spec.outputs:
             raise ConfigError("the teacher has no classifier; train label-free on its features instead.")
         self.kind, self.alpha, self.tau = kind, alpha, tau
-        self.taps = tuple(f"block:{i}" for i in features)
         self.feature_weight, self.multi_label = feature_weight, multi_label
         self.labels = Supervised(smoothing=smoothing, multi_label=multi_label, loss=loss)
 
     def loss(self, model: nn.Module, batch: Batch, step: Step) -> Tensor:
         found = model(batch.images, want=("logits", "outputs", *self.taps))
-        theirs = self.ask(batch.images, ("logits", *self.taps))
+        theirs = self.ask(batch.images)
         told = [name for name in found["outputs"] if "dist" in name]
         by_label, by_teacher = found["logits"], found["logits"]
         if told and len(told) < len(found["outputs"]):
@@ -217,11 +207,7 @@ class Distilled(_Taught):
             label = self.labels.score(by_label, batch.labels)
             total = total + (1 - self.alpha) * label
             self.parts["label_loss"] = label.detach()
-        if self.taps:
-            distance = self.matched(found, theirs, self.taps)
-            total = total + self.feature_weight * distance
-            self.parts["feature_loss"] = distance.detach()
-        return total
+        return self.matched(total, found, theirs, self.feature_weight)
 
     def _teacher_loss(self, ours: Tensor, theirs: Tensor) -> Tensor:
         if self.multi_label:
@@ -241,24 +227,18 @@ class LabelFree(_Taught):
 
     def __init__(self, teacher: Vit, *, taps: Sequence[str] | None = None) -> None:
         """taps: what to match, as `want` names it ("block:5", "mid:5"); None: the last block, () the result alone."""
-        super().__init__(teacher)
         last = len(teacher.spec.blocks) - 1
-        self.taps = ((f"block:{last}",) if last >= 0 else ()) if taps is None else tuple(taps)
+        super().__init__(teacher, ([f"block:{last}"] if last >= 0 else []) if taps is None else taps)
 
     def loss(self, model: nn.Module, batch: Batch, step: Step) -> Tensor:
-        want = ("logits", *self.taps)
-        found, theirs = model(batch.images, want=want), self.ask(batch.images, want)
+        found, theirs = model(batch.images, want=("logits", *self.taps)), self.ask(batch.images)
         if self.teacher.spec.outputs:
             total = _divergence(_wide(found["logits"]), _wide(theirs["logits"]), 1.0)
         else:
             goal = _wide(theirs["logits"])
             total = (_wide(found["logits"]) - goal).square().mean() / goal.square().mean()
         self.parts = {"result_loss": total.detach()}
-        if self.taps:
-            distance = self.matched(found, theirs, self.taps)
-            self.parts["feature_loss"] = distance.detach()
-            total = total + distance
-        return total
+        return self.matched(total, found, theirs)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -303,9 +283,10 @@ def train(
     images, held = (data_module.open(data, split=split, labelled=True) for split in ("train", "validation"))
     with seeded(_INITIAL, config.seed):  # the same start on every process, and after every restart
         model = _starting_model(source, images.classes, _classes(images), new_head=new_head)
-    mapping = _label_map(model, images)
-    labels = images.labels
-    multi_label = labels is not None and labels.dim() > 1
+    mapping = None
+    if model.config.labels is not None and images.classes is not None:
+        mapping = data_module.match_labels(model.config.labels, images.classes)
+    multi_label = images.labels is not None and images.labels.dim() > 1
     objective = Supervised(smoothing=config.smoothing, multi_label=multi_label, loss=loss)
     _refuse_foreign_folder(out, resume=resume)
     result = fit(
@@ -357,11 +338,9 @@ def _starting_model(
             config = dataclasses.replace(config, labels=names)
         model = build(config)
     if model.config.preprocess is None:
-        size = model.spec.image_px
         middle = (0.5,) * model.spec.channels
-        model.config = dataclasses.replace(
-            model.config, preprocess=Preprocess(mean=middle, std=middle, size_px=size, crop=1.0)
-        )
+        preprocess = Preprocess(mean=middle, std=middle, size_px=model.spec.image_px, crop=1.0)
+        model.config = dataclasses.replace(model.config, preprocess=preprocess)
     if not model.spec.outputs:
         raise ConfigError("the model has no classifier to train; pass new_head=True (--new-head) for one.")
     if model.config.labels is None and model.spec.classes is not None and classes > model.spec.classes:
@@ -386,12 +365,6 @@ def _config_with_head(config: Config, classes: int, labels: tuple[str, ...] | No
     outputs = tuple(dataclasses.replace(output, classes=classes, rank=None) for output in old)
     spec = dataclasses.replace(config.spec, outputs=outputs)
     return dataclasses.replace(config, spec=spec, labels=labels, task="classification")
-
-
-def _label_map(model: Vit, images: Images) -> Tensor | None:
-    if model.config.labels is None or images.classes is None:
-        return None
-    return data_module.match_labels(model.config.labels, images.classes)
 
 
 def _refuse_foreign_folder(out: str | os.PathLike[str] | None, *, resume: bool) -> None:
@@ -431,9 +404,8 @@ def _scorer(
         logits, labels = torch.cat(answers), mapped(torch.cat(truths), label_map, model.spec.classes)
         found = {"loss": float(objective.score(logits, labels)), "count": float(len(labels))}
         if metric is not None:
-            return {**found, **metric(logits, labels)}
-        if labels.dim() > 1:
-            return {**found, "label_accuracy": float(((logits > 0) == (labels > 0.5)).double().mean())}
-        return {**found, "top1": float((logits.argmax(1) == labels).double().mean())}
+            return found | dict(metric(logits, labels))
+        right = (logits > 0) == (labels > 0.5) if labels.dim() > 1 else logits.argmax(1) == labels
+        return found | {"label_accuracy" if labels.dim() > 1 else "top1": float(right.double().mean())}
 
     return score

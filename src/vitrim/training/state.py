@@ -74,12 +74,11 @@ class State:
         self.accelerator.wait_for_everyone()
         found = checkpoints.newest(folder)
         if found is not None and not resume:
-            raise TrainingError(
-                f"{out.name}/ holds a run already ({found.name}); nothing is overwritten. "
-                "Pass resume=True (--resume) to go on with it, or choose another folder."
-            )
+            raise TrainingError(checkpoints.taken(out, found.name))
         if found is not None:
-            self._load(*checkpoints.read(found), found.name)
+            tensors, values = checkpoints.read(found)
+            checkpoints.same_run(out, values["run"], self.identity)
+            self._load(tensors, values)
         self.accelerator.wait_for_everyone()
         if not main:
             return []
@@ -92,25 +91,15 @@ class State:
             ) from error
         return _cut_back(out / "metrics.jsonl", self.done)
 
-    def _load(self, tensors: dict[str, Tensor], values: dict[str, Any], name: str) -> None:
-        for key, now in self.identity.items():
-            if values["run"].get(key) != now:
-                raise TrainingError(
-                    f"{name} is of another run: {key} was {values['run'].get(key)!r} and is {now!r}. "
-                    "Resume with the same settings and data, or choose another folder."
-                )
-        parts = {
-            part: checkpoints.unpack(part, tensors, values[part])
-            for part in ("model", "ema", "optimizer", "objective", "scaler")
-        }
+    def _load(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        names = ("model", "ema", "optimizer", "objective", "scaler")
+        parts = {name: checkpoints.unpack(name, tensors, values[name]) for name in names}
         self.model.load_state_dict(parts["model"])
         if self.ema is not None:
             for key, tensor in parts["ema"].items():
                 self.ema[key].copy_(tensor)
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict(
-            {"state": {int(k): v for k, v in parts["optimizer"].items()}, "param_groups": groups}
-        )
+        moments = {int(k): v for k, v in parts["optimizer"].items()}
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(parts["scaler"])
         self.objective.load_state_dict(parts["objective"])

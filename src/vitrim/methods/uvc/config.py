@@ -8,10 +8,10 @@ from typing import Literal
 from pydantic import Field
 
 from vitrim.budget import Budget
-from vitrim.config import Augment, checked, read
+from vitrim.config import checked, read
 from vitrim.errors import BudgetError, ConfigError
 from vitrim.methods.method import MethodConfig
-from vitrim.training.config import TrainConfig
+from vitrim.training.config import Running, TrainConfig
 
 LEAST_LINES = 20
 """Lines of history that a short search writes at least, as far as it has steps."""
@@ -88,7 +88,7 @@ PRESETS = {
 
 
 @checked
-class UvcConfig(MethodConfig):
+class UvcConfig(Running, MethodConfig):
     """What to reach and how the search goes there. None, where it may stand, is the preset's value."""
 
     preset: Literal["clean", "paper"] = "clean"
@@ -109,8 +109,6 @@ class UvcConfig(MethodConfig):
     """Passes over the images, of no account where `steps` is given."""
     batch_size: int | None = Field(default=None, ge=1)
     """Images that one step sees, over all processes and micro-batches."""
-    accumulate: int = Field(default=1, ge=1)
-    """Micro-batches of one step."""
     lr: float = Field(default=1e-4, gt=0)
     """Of the weights, at the top of the cosine."""
     warmup: float | None = Field(default=None, ge=0, lt=1)
@@ -127,22 +125,6 @@ class UvcConfig(MethodConfig):
     """Temperature of the distillation."""
     align: int = Field(default=8, ge=1)
     """Dims and MLP units are multiples of it, where the budget can be met so."""
-    augment: Augment = Augment()
-    """What happens to a single image."""
-    amp: Literal["no", "bf16", "fp16"] = "no"
-    """Precision of the products; fp16 needs a GPU."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Where to compute; auto: the fastest that is there."""
-    workers: int = Field(default=0, ge=0)
-    """Processes that decode images; 0: this one. Changes no result."""
-    world_size: int = Field(default=1, ge=1)
-    """Processes that torchrun must have started."""
-    grad_checkpoint: bool = False
-    """Recompute the blocks in the backward pass: less memory, a third more time."""
-    log_every: int = Field(default=20, ge=1)
-    """Steps between lines of the history."""
-    checkpoint_seconds: float = Field(default=180.0, ge=0)
-    """Time between checkpoints; 0: one at each step."""
 
     def __post_init__(self) -> None:
         if self.budget is None:
@@ -181,11 +163,7 @@ class UvcConfig(MethodConfig):
         rules = self.rules
         every = self.log_every if self.steps is None else min(self.log_every, max(1, self.steps // LEAST_LINES))
         own = {field.name: getattr(self, field.name) for field in fields(TrainConfig) if hasattr(self, field.name)}
-        given = {
-            name: getattr(rules, name) for name in ("epochs", "batch_size", "smoothing", "mixup", "cutmix", "mix_share")
-        }
-        return read(
-            TrainConfig,
-            {**own, **given, "min_lr": min(1e-5, self.lr), "warmup": rules.lr_warmup, "log_every": every},
-            where="uvc",
-        )
+        names = ("epochs", "batch_size", "smoothing", "mixup", "cutmix", "mix_share")
+        given = {name: getattr(rules, name) for name in names}
+        ours = {"min_lr": min(1e-5, self.lr), "warmup": rules.lr_warmup, "log_every": every}
+        return read(TrainConfig, {**own, **given, **ours}, where="uvc")
