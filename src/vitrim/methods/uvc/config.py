@@ -88,7 +88,7 @@ PRESETS = {
 
 
 @checked
-class UvcConfig(Running, MethodConfig):
+class SearchConfig(MethodConfig):
     """What to reach and how the search goes there. None, where it may stand, is the preset's value."""
 
     preset: Literal["clean", "paper"] = "clean"
@@ -125,6 +125,11 @@ class UvcConfig(Running, MethodConfig):
     """Temperature of the distillation."""
     align: int = Field(default=8, ge=1)
     """Dims and MLP units are multiples of it, where the budget can be met so."""
+
+
+@checked
+class UvcConfig(Running, SearchConfig):
+    """What to reach, how the search goes there, and how its training runs."""
 
     def __post_init__(self) -> None:
         if self.budget is None:
