@@ -21,7 +21,6 @@ from .spec import (
     ModelSpec,
     Similarity,
     T2TPerformer,
-    Tokens,
     token_walk,
 )
 
@@ -170,14 +169,16 @@ def macs(spec: ModelSpec) -> int:
 def cost(model: Any) -> Cost:
     """Cost of a spec, a config, or anything with a `.spec`."""
     spec: ModelSpec = model if isinstance(model, ModelSpec) else model.spec
-    blocks = tuple(_block(spec, i, tokens) for i, tokens in enumerate(token_walk(spec)))
+    walk = token_walk(spec)
+    blocks = tuple(_block(spec, i, tokens) for i, tokens in enumerate(walk))
+    peaks = (block_peak(block, at, spec.width) for block, at in zip(spec.blocks, walk, strict=True))
     stem_macs, stem_params = _stem(spec)
-    head_macs, head_params = _head(spec)
+    head_macs, head_params = _head(spec, walk[-1].leave.count if walk else len(spec.prefix) + math.prod(spec.grid))
     total_params = stem_params + head_params + sum(block.params for block in blocks)
     return Cost(
         params=total_params,
         macs=stem_macs + head_macs + sum(block.macs for block in blocks),
-        activation_bytes=FLOAT_BYTES * _peak_numbers(spec),
+        activation_bytes=FLOAT_BYTES * max((stem_peak(spec), *peaks)),
         file_bytes=FLOAT_BYTES * total_params,
         stem_macs=stem_macs,
         stem_params=stem_params,
@@ -242,33 +243,20 @@ def _stem(spec: ModelSpec) -> tuple[int, int]:
     return macs_, params_
 
 
-def _head(spec: ModelSpec) -> tuple[int, int]:
-    """MACs and parameters behind the blocks: norms, pooling, classifiers."""
-    d, leave = spec.width, _last_tokens(spec)
+def _head(spec: ModelSpec, tokens: int) -> tuple[int, int]:
+    """MACs and parameters behind the blocks, which so many tokens leave: norms, pooling, classifiers."""
+    d = spec.width
     total, number = 0, 2 * d * (spec.final_norm + spec.pool_norm)
     if spec.pool.kind == "map":
         assert spec.pool.hidden is not None
         hidden = spec.pool.hidden
-        total += d * d + leave.count * 2 * d * d + 2 * leave.count * d + d * d + 2 * d * hidden
+        total += d * d + tokens * 2 * d * d + 2 * tokens * d + d * d + 2 * d * hidden
         number += d + 4 * d * d + 4 * d + 2 * d + 2 * d * hidden + hidden + d
     for output in spec.outputs:
         weights = linear_macs(1, d * len(output.reads), output.classes, output.rank)
         total += weights
         number += weights + output.classes * output.bias
     return total, number
-
-
-def _last_tokens(spec: ModelSpec) -> Tokens:
-    rows, cols = spec.grid
-    start = Tokens(prefix=len(spec.prefix), patches=rows * cols, grid=spec.grid)
-    walk = token_walk(spec)
-    return walk[-1].leave if walk else start
-
-
-def _peak_numbers(spec: ModelSpec) -> int:
-    """Numbers alive in the widest moment of the network."""
-    blocks = zip(spec.blocks, token_walk(spec), strict=True)
-    return max(stem_peak(spec), *(block_peak(block, at, spec.width) for block, at in blocks), 0)
 
 
 def stem_peak(spec: ModelSpec) -> int:

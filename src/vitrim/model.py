@@ -307,6 +307,14 @@ class Mlp(Sublayer):
         return self.scaled(self.last(hidden, masks))
 
 
+def _mergeable(step: Step, patches: int, grid: tuple[int, int] | None) -> int:
+    """What a step makes fewer of: columns or rows of the lattice, or patch tokens."""
+    if not isinstance(step, Merge):
+        return patches
+    assert grid is not None
+    return grid[1] if step.axis == "h" else grid[0]
+
+
 class TokenStep(nn.Module):
     """One token step of a block; holds the channel gate of a learned merge."""
 
@@ -333,22 +341,20 @@ class TokenStep(nn.Module):
             return stream._replace(x=stream.x[:, : stream.prefix], grid=None, sizes=None, bias=False)
         head, patches = stream.x[:, : stream.prefix], stream.x[:, stream.prefix :]
         sizes = patches.new_ones(patches.shape[:2]) if stream.sizes is None else stream.sizes
+        n = _mergeable(step, patches.shape[1], stream.grid)
+        keep = self.keep(n)
+        if keep == n:
+            return stream
         if isinstance(step, Similarity):
-            n = patches.shape[1]
-            if self.keep(n) == n:
-                return stream
-            merged = merging.merge_similar(patches, sizes, keep=self.keep(n))
+            merged = merging.merge_similar(patches, sizes, keep=keep)
         else:
             assert stream.grid is not None
-            n = stream.grid[1] if step.axis == "h" else stream.grid[0]
-            if self.keep(n) == n:
-                return stream
             merged = merging.merge_lattice(
                 patches,
                 sizes,
                 grid=stream.grid,
                 axis=step.axis,
-                keep=self.keep(n),
+                keep=keep,
                 weight=step.weight,
                 tau=step.tau,
                 gate=self.gate,
@@ -409,11 +415,7 @@ class Block(nn.Module):
             self.mlp = Mlp(width, spec.mlp)
         self.steps = nn.ModuleList()
         for step, before in zip(spec.steps, at.before, strict=True):
-            length = before.patches
-            if isinstance(step, Merge):
-                assert before.grid is not None
-                length = before.grid[1] if step.axis == "h" else before.grid[0]
-            self.steps.append(TokenStep(step, width, length=length))
+            self.steps.append(TokenStep(step, width, length=_mergeable(step, before.patches, before.grid)))
 
     def token_steps(self, at: str) -> list[TokenStep]:
         """The steps at a place, in order; the prefix step apart."""

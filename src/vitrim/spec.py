@@ -14,13 +14,28 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from .codec import Codec
 from .errors import SpecError, did_you_mean
 
 SCHEMA = 1
 """Version of the JSON layout; files of a newer one are refused."""
+
+
+class Written:
+    """What is kept as JSON under a name of its own."""
+
+    __slots__ = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, with the schema number at the top; `from_dict` is the inverse."""
+        return _JSON.write(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Read what `to_dict` wrote. Raises SpecError on an unknown key, a missing one or a newer schema."""
+        return _JSON.read(cls, data, cls.__name__.removeprefix("Model").lower())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -177,7 +192,7 @@ class Output:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ModelSpec:
+class ModelSpec(Written):
     """One Vision Transformer. Checked when made: an impossible one raises `SpecError` with the place and the mend."""
 
     schema: int = SCHEMA
@@ -217,15 +232,6 @@ class ModelSpec:
             return 0
         return math.prod(self.position.grid) + (len(self.prefix) if self.position.prefix_rows else 0)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; `from_dict` is the inverse."""
-        return _JSON.write(self)
-
-    @staticmethod
-    def from_dict(data: Mapping[str, Any]) -> ModelSpec:
-        """Read what `to_dict` wrote. Raises SpecError on an unknown key, a missing one or a newer schema."""
-        return _JSON.read(ModelSpec, data, "spec")
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Preprocess:
@@ -249,7 +255,7 @@ class Preprocess:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Config:
+class Config(Written):
     """What a saved model says of itself: the artifact's `config.json`.
 
     labels: class names in the order of the logits; None when the source did not say.
@@ -269,15 +275,6 @@ class Config:
                 f"config: {len(self.labels)} labels for {self.spec.classes} classes; expected one name for each class."
             )
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values, with the schema number at the top."""
-        return _JSON.write(self)
-
-    @staticmethod
-    def from_dict(data: Mapping[str, Any]) -> Config:
-        """Read what `to_dict` wrote. Raises SpecError."""
-        return _JSON.read(Config, data, "config")
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SelectionStep:
@@ -296,19 +293,10 @@ class SelectionStep:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Selection:
+class Selection(Written):
     """The compressions that led to a model, oldest first. Empty for a dense one."""
 
     steps: tuple[SelectionStep, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return _JSON.write(self)
-
-    @staticmethod
-    def from_dict(data: Mapping[str, Any]) -> Selection:
-        """Read what `to_dict` wrote. Raises SpecError."""
-        return _JSON.read(Selection, data, "selection")
 
     def then(self, step: SelectionStep) -> Selection:
         """This selection with one more step."""
@@ -406,27 +394,24 @@ def _after(step: Step, tokens: Tokens, where: str) -> Tokens:
 # ---------------------------------------------------------------------------------------------------------------- checks
 
 
+_HINTS = {
+    **dict.fromkeys(("heads", "qk_dim", "v_dim"), " To drop the attention, set attention=None."),
+    "hidden": " To drop the MLP, set mlp=None.",
+}
+
+
 def _positive(where: str, **values: int | float | None) -> None:
     for name, value in values.items():
         if value is not None and value <= 0:
-            hint = {
-                "heads": " To drop the attention, set attention=None.",
-                "qk_dim": " To drop the attention, set attention=None.",
-                "v_dim": " To drop the attention, set attention=None.",
-                "hidden": " To drop the MLP, set mlp=None.",
-            }.get(name, "")
-            raise SpecError(f"{where}: {name}={value!r}; expected a number above 0.{hint}")
+            raise SpecError(f"{where}: {name}={value!r}; expected a number above 0.{_HINTS.get(name, '')}")
 
 
 def _check(spec: ModelSpec) -> None:
     if spec.schema != SCHEMA:
         raise SpecError(f"spec: schema {spec.schema!r}; this vitrim reads schema {SCHEMA}. Install a newer vitrim.")
     _positive("spec", width=spec.width, channels=spec.channels, norm_eps=spec.norm_eps)
-    for name, sides in (
-        ("image_px", spec.image_px),
-        ("patch_px", spec.patch_px),
-        ("position.grid", spec.position.grid),
-    ):
+    places = {"image_px": spec.image_px, "patch_px": spec.patch_px, "position.grid": spec.position.grid}
+    for name, sides in places.items():
         _positive("spec", **{f"{name}[{axis}]": side for axis, side in enumerate(sides)})
     if any(image % patch for image, patch in zip(spec.image_px, spec.patch_px, strict=True)):
         raise SpecError(
@@ -481,9 +466,8 @@ def _check_step(spec: ModelSpec, i: int, j: int, step: Step) -> None:
             raise SpecError(
                 f"{where}: a prefix step, but the network reads more than prefix tokens (pool {spec.pool.kind!r}); remove the step."
             )
-        if any(later.at != "start" or isinstance(later, Prefix) for later in spec.blocks[i].steps[j + 1 :]) or any(
-            other.at != "start" for other in spec.blocks[i].steps
-        ):
+        steps = spec.blocks[i].steps
+        if any(other.at != "start" for other in steps) or any(isinstance(later, Prefix) for later in steps[j + 1 :]):
             raise SpecError(f"{where}: token steps beside a prefix step have no patch tokens left; remove them.")
 
 

@@ -95,9 +95,9 @@ class Controller:
         """
         value, slope_w, slope_g = shares(self.removed, self.effective(share))
         self.goal = self._goal(share)
-        penalties = [
-            bottom(e, s * n) for e, s, n in zip(energies, self.removed.tolist(), self.sizes.tolist(), strict=True)
-        ]
+        counts = (self.removed * self.sizes).tolist()
+        norms = np.array([bottom(e, s) for e, s in zip(energies, counts, strict=True)])
+        penalties, rises = norms.reshape(-1, 2).T
         if self.rules.masked:
             keep = 1 / (1 + np.exp(-self.effective(share)))
             # slopes in the probability itself can be averaged while logits move and cool
@@ -107,12 +107,12 @@ class Controller:
             memory = np.maximum(5.0, spans * steps)
             self.prices += (fresh - self.prices) / memory
             self.weight += (1 - self.weight) / memory
-            self._move(share, steps, value, slope_w, slope_g / doubt, penalties)
+            self._move(share, steps, value, slope_w, slope_g / doubt, rises)
         else:
-            self._move_as_published(value, slope_w, slope_g, loss_gates, penalties)
+            self._move_as_published(value, slope_w, slope_g, loss_gates, rises)
         self.cost = shares(self.removed, self.effective(share))[0]
         per_step = 1.0 / steps if self.rules.masked else 1.0
-        self.y += self.rules.y_step * per_step * np.array([p[0] for p in penalties])
+        self.y += self.rules.y_step * per_step * penalties
         phase = min(len(self.rules.z_steps) - 1, int(share * len(self.rules.z_steps)))
         # in `clean` a high price is reached, and left, as fast as a low one
         pace = np.maximum(1.0, self.z) if self.rules.masked else 1.0
@@ -132,19 +132,11 @@ class Controller:
         part = self.rules.z_push * np.maximum(1.0, self.z) * self._over(value)
         return np.where(self.bound, np.maximum(0.0, self.z + part), 0.0)
 
-    def _move(
-        self,
-        share: float,
-        steps: int,
-        value: Array,
-        slope_w: Array,
-        slope_g: Array,
-        penalties: Sequence[tuple[float, float]],
-    ) -> None:
+    def _move(self, share: float, steps: int, value: Array, slope_w: Array, slope_g: Array, rises: Array) -> None:
         """Each decision moves by (saving - loss) / (saving + |loss|) of the largest step: the same for any scale of the loss."""
         push = self._push(value)
         prices = self.prices / self.weight
-        slopes = np.array([p[1] for p in penalties]) * self.sizes
+        slopes = rises * self.sizes
         loss = np.concatenate([prices[: len(self.widths)] + self.y * slopes, prices[len(self.widths) :]])
         saving = np.concatenate([-(push @ slope_w), push @ slope_g])
         scale = np.concatenate([np.abs(slope_w).max(0), np.abs(slope_g).max(0)])
@@ -155,17 +147,10 @@ class Controller:
         self.removed = np.clip(self.removed + most * step_w, 0.0, self.tops)
         self.logits = np.clip(self.logits - 2 * GATE_LIMIT * most_g * step_g, -GATE_LIMIT, GATE_LIMIT)
 
-    def _move_as_published(
-        self,
-        value: Array,
-        slope_w: Array,
-        slope_g: Array,
-        loss_gates: Array,
-        penalties: Sequence[tuple[float, float]],
-    ) -> None:
+    def _move_as_published(self, value: Array, slope_w: Array, slope_g: Array, loss_gates: Array, rises: Array) -> None:
         """Steps in units, infinity norm at most 1; gates by SGD on the plain mean of several steps' gradients."""
         push, rules = self._push(value), self.rules
-        gradient = self.y * np.array([p[1] for p in penalties]) + (push @ slope_w) / self.sizes
+        gradient = self.y * rises + (push @ slope_w) / self.sizes
         for chosen in ([w.part == "v" for w in self.widths], [w.part != "v" for w in self.widths]):
             if any(chosen):
                 gradient[chosen] /= max(1.0, float(np.abs(gradient[chosen]).max()))

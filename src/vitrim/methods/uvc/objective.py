@@ -246,19 +246,11 @@ class Search:
 
     def _energies(self) -> list[Array]:
         """For each width, the norms of its groups in the order in which they go; shares of their sum in `clean`."""
-        found: dict[int, Array] = {}
-        for slot in self.slots:
-            if slot.part == "qk":
-                continue
-            where, scores = self._widths(slot), self.scores(slot)
-            rows = np.take_along_axis(scores, np.argsort(scores, axis=-1, kind="stable"), axis=-1).reshape(
-                -1, slot.size
-            )
-            if len(where) == 1:
-                rows = rows.sum(0, keepdims=True)
-            for w, row in zip(where, rows, strict=True):
-                found[w] = row / max(1e-30, row.sum()) if self.rules.masked else row
-        return [found[w] for w in range(len(self.decisions.widths))]
+        found: list[Array] = []
+        for slot in (slot for slot in self.slots if slot.part != "qk"):  # in the order of the widths
+            rows = np.sort(self.scores(slot), axis=-1).reshape(-1, slot.size)
+            found += list(rows if len(self._widths(slot)) > 1 else rows.sum(0, keepdims=True))
+        return [row / max(1e-30, row.sum()) if self.rules.masked else row for row in found]
 
     @torch.no_grad()
     def _shrink(self, step: Step) -> None:
@@ -271,9 +263,7 @@ class Search:
         else:
             low = min(1e-5, config.lr)
             strength = low + (config.lr - low) * schedule(step.index, step.total, config.training.warmup)
-        for slot in self.slots:
-            if slot.part == "qk":
-                continue
+        for slot in (slot for slot in self.slots if slot.part != "qk"):
             where, places, gone = self._widths(slot), search.ranks(self.scores(slot)), self._removed(slot)
             lost = places < np.ceil(gone - 1e-9) if self.rules.ceil else places + 0.5 < gone
             if not lost.any():
