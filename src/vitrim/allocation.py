@@ -44,10 +44,6 @@ class Table:
     loss: Floats
     peaks: Ints | None = None
 
-    def take(self, rows: Ints) -> Table:
-        """These options."""
-        return Table(self.costs[rows], self.loss[rows], None if self.peaks is None else self.peaks[rows])
-
 
 def solve(
     tables: Sequence[Table], constraints: Constraints, *, outside: Ints, allowed: Sequence[Flags] | None = None
@@ -108,7 +104,7 @@ def allocate(tables: Sequence[Table], limits: Sequence[int]) -> list[int] | None
     if not limits:
         return [int(t.loss.argmin()) for t in tables]
     rows = [pareto(table) for table in tables]
-    slim = [table.take(kept) for table, kept in zip(tables, rows, strict=True)]
+    slim = [Table(table.costs[kept], table.loss[kept]) for table, kept in zip(tables, rows, strict=True)]
     found = _one(slim, limits[0]) if len(limits) == 1 else _several(slim, limits)
     return None if found is None else [int(kept[j]) for kept, j in zip(rows, found, strict=True)]
 

@@ -35,13 +35,11 @@ NO_DECAY = ("prefix", "position", "latent")
 
 def decay_groups(named: Iterable[tuple[str, nn.Parameter]]) -> list[dict[str, Any]]:
     """Two optimiser groups: matrices and kernels decay; vectors, tokens and position tables do not."""
-    decayed: list[nn.Parameter] = []
-    free: list[nn.Parameter] = []
+    groups: list[dict[str, Any]] = [{"params": []}, {"params": [], "weight_decay": 0.0}]
     for name, parameter in named:
         if parameter.requires_grad:
-            plain = parameter.dim() < 2 or name.rsplit(".", 1)[-1] in NO_DECAY
-            (free if plain else decayed).append(parameter)
-    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": free, "weight_decay": 0.0}]
+            free = parameter.dim() < 2 or name.rsplit(".", 1)[-1] in NO_DECAY
+            groups[free]["params"].append(parameter)
     return [group for group in groups if group["params"]]
 
 
