@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .errors import TrainingError
-from .files import sync_file, sync_folder
+from .files import replace_file, sync_file, sync_folder
 
 SCHEMA = 1
 _NAME = re.compile(r"step-(\d{8,})")
@@ -156,12 +156,8 @@ def same_run(place: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> 
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file so that it has either its old or its new content, even after a crash."""
-    partial = path.with_name(f"partial-{path.name}")
-    partial.write_text(text, encoding="utf-8")
-    sync_file(partial)
-    partial.replace(path)
-    sync_folder(path.parent)
+    """Write a text so that the file has either its old or its new content, even after a crash."""
+    replace_file(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def pack(prefix: str, values: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:

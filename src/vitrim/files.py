@@ -86,6 +86,19 @@ def replace_within(folder: Path, fill: Callable[[Path], None], *, names: Sequenc
     shutil.rmtree(staging, ignore_errors=True)
 
 
+def replace_file(path: Path, fill: Callable[[Path], object]) -> None:
+    """Write a file so that it has either its old or its new content, even after a crash."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.unlink(missing_ok=True)  # of a process that was killed
+    try:
+        fill(partial)
+        sync_file(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a new file and flush it to the disk."""
     with open(path, "x", encoding="utf-8", newline="\n") as file:

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from functools import cache
 from importlib import resources
-from typing import Any
+from typing import Any, Literal
 
 from ..spec import (
     AttentionSpec,
@@ -89,16 +89,11 @@ def spec(name: str, classes: int | None = None, *, family: str = "timm") -> Mode
 def expand(fields: Mapping[str, Any]) -> ModelSpec:
     """The spec that an entry of the table stands for: equal blocks, heads times head width equal to the width."""
     f = {**DEFAULTS, **fields}
-    head_dim = f["width"] // f["heads"]
     block = BlockSpec(
-        attention=AttentionSpec(
-            heads=f["heads"],
-            qk_dim=head_dim,
-            v_dim=head_dim,
-            scale=head_dim**-0.5,
-            q_bias=f["qkv_bias"],
-            k_bias=f["qkv_bias"],
-            v_bias=f["qkv_bias"],
+        attention=dense_attention(
+            f["heads"],
+            f["width"] // f["heads"],
+            bias=f["qkv_bias"],
             out_bias=f["proj_bias"],
             qk_norm=f["qk_norm"],
             layer_scale=f["layer_scale"],
@@ -139,6 +134,34 @@ def expand(fields: Mapping[str, Any]) -> ModelSpec:
     )
 
 
+def dense_attention(
+    heads: int,
+    dim: int,
+    *,
+    bias: bool,
+    scale: float | None = None,
+    out_bias: bool = True,
+    qk_norm: Literal["none", "layer", "rms"] = "none",
+    layer_scale: bool = False,
+) -> AttentionSpec:
+    """Attention whose heads have one width and whose queries, keys and values have a bias or not together.
+
+    scale: None is `dim ** -0.5`.
+    """
+    return AttentionSpec(
+        heads=heads,
+        qk_dim=dim,
+        v_dim=dim,
+        scale=dim**-0.5 if scale is None else scale,
+        q_bias=bias,
+        k_bias=bias,
+        v_bias=bias,
+        out_bias=out_bias,
+        qk_norm=qk_norm,
+        layer_scale=layer_scale,
+    )
+
+
 def _stem(f: Mapping[str, Any]) -> Stem:
     if f["stem"] == "conv":
         return ConvStem(bias=f["stem_bias"])
@@ -162,4 +185,4 @@ def _table(family: str) -> Mapping[str, Any]:
     return models
 
 
-__all__ = ["DEFAULTS", "FAMILIES", "expand", "names", "spec", "tags"]
+__all__ = ["DEFAULTS", "FAMILIES", "dense_attention", "expand", "names", "spec", "tags"]

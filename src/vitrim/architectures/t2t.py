@@ -6,7 +6,8 @@ import math
 from dataclasses import replace
 
 from ..errors import SourceError, did_you_mean
-from ..spec import AttentionSpec, BlockSpec, MlpSpec, ModelSpec, Output, Position, T2TPerformer, T2TTransformer
+from ..spec import ModelSpec, Output, T2TPerformer, T2TTransformer
+from . import expand
 
 # width, depth, heads, MLP units per unit of width, stem
 SIZES: dict[str, tuple[int, int, int, int, T2TPerformer | T2TTransformer]] = {
@@ -36,22 +37,10 @@ def spec(name: str, *, classes: int = 1000, image_px: int = 224) -> ModelSpec:
     if name not in SIZES:
         raise SourceError(f"T2T-ViT has no model {name!r}{did_you_mean(name, SIZES)}; known: {', '.join(names())}.")
     width, depth, heads, ratio, stem = SIZES[name]
-    head_dim = width // heads
-    attention = AttentionSpec(
-        heads=heads, qk_dim=head_dim, v_dim=head_dim, scale=head_dim**-0.5, q_bias=False, k_bias=False, v_bias=False
-    )
-    side = image_px // math.prod(stem.strides)
     patch = math.prod(stem.strides)
-    return ModelSpec(
-        image_px=(image_px, image_px),
-        patch_px=(patch, patch),
-        stem=stem,
-        width=width,
-        position=Position(kind="fixed", grid=(side, side), resize="rebuild_1d"),
-        norm_eps=EPS,
-        blocks=(BlockSpec(attention=attention, mlp=MlpSpec(hidden=ratio * width)),) * depth,
-        outputs=(Output(classes=classes),) if classes else (),
-    )
+    fields = {"image": (image_px, image_px), "patch": (patch, patch), "eps": EPS, "classes": classes, "qkv_bias": False}
+    fields |= {"width": width, "depth": depth, "heads": heads, "hidden": ratio * width}
+    return replace(expand({**fields, "position": "fixed", "resize": "rebuild_1d"}), stem=stem)
 
 
 def specs() -> dict[str, ModelSpec]:

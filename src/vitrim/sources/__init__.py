@@ -3,6 +3,9 @@
 `timm:NAME`, `hf-hub:USER/NAME` (a model of timm's on the Hub), `hf:NAME_OR_FOLDER` (transformers), `torchvision:NAME`,
 `t2t:NAME`, `builtin:NAME`, a folder that vitrim saved, and `hub:USER/NAME` (such a folder on the Hub; also without `hub:`
 where no folder has that name).
+
+A family refuses by its name whatever the spec cannot say: parts are recognised by their class, a changed forward by running
+both networks on a random image, and every number of the module must have found its place.
 """
 
 from __future__ import annotations
@@ -50,9 +53,9 @@ def load(
 ) -> Vit:
     """A model in float32 on the CPU, in eval mode. Raises SourceError, or ArtifactError for a damaged folder.
 
-    pretrained: False gives random weights.  checkpoint: a local file of weights for a `timm:` or `hf-hub:` name.
-    classes: of the classifier; None takes what the weights have.  verify: compare with the foreign
-    module on a random image.
+    pretrained: False gives random weights.  checkpoint: a local file of weights instead; its classifier is kept whatever
+    its size.  classes: None takes what the weights have; another number is refused unless the weights are random, but 0
+    drops the classifier, which changes no other number.  verify: compare with the foreign module on a random image.
     """
     text = str(name)
     family, colon, rest = text.partition(":")

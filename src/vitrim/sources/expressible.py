@@ -82,6 +82,12 @@ def halves(block: BlockSpec) -> tuple[AttentionSpec, MlpSpec]:
     return block.attention, block.mlp
 
 
+def any_half(spec: ModelSpec, *names: str) -> bool:
+    """Whether a half of any block has one of these."""
+    halves = (half for block in spec.blocks for half in (block.attention, block.mlp))
+    return any(getattr(half, name, False) for half in halves for name in names)
+
+
 def refusal(name: str, fault: str) -> SourceError:
     """The error that says what a family cannot say."""
     return SourceError(

@@ -59,7 +59,7 @@ def read(path: Path) -> dict[str, Tensor]:
     state = _unwrapped(found)
     if not isinstance(state, Mapping) or not state or not all(isinstance(key, str) for key in state):
         raise SourceError(
-            f"{path.name} holds {_kind(state)}, not weights by name. Save them by torch.save(model.state_dict(), ...)."
+            f"{path.name} holds {'nothing' if state in (None, {}) else f'a {type(state).__name__}'}, not weights by name. Save them by torch.save(model.state_dict(), ...)."
         )
     if strange := [key for key, value in state.items() if not isinstance(value, Tensor)]:
         raise SourceError(
@@ -145,8 +145,7 @@ def unfetched(name: str, why: str) -> SourceError:
 
 def fill(module: nn.Module, state: Mapping[str, Tensor], path: Path, model: str) -> nn.Module:
     """A module with a file's numbers in float32, in eval mode. Raises SourceError listing what does not fit."""
-    expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
-    check(path, {key: tuple(value.shape) for key, value in state.items()}, expected, model)
+    check(path, state, {key: tuple(value.shape) for key, value in module.state_dict().items()}, model)
     module.load_state_dict({key: value.float() for key, value in state.items()}, strict=True, assign=True)
     return module.eval()
 
@@ -181,10 +180,9 @@ def write_folder(out: Path, put: Callable[[Path], None]) -> Path:
     return out
 
 
-def check(
-    path: Path, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], model: str
-) -> None:
+def check(path: Path, state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], model: str) -> None:
     """Raises SourceError listing what is missing, unexpected or misshapen, at most ten names of each."""
+    found = {key: tuple(value.shape) for key, value in state.items()}
     missing = [key for key in expected if key not in found]
     unexpected = [key for key in found if key not in expected]
     shapes = [(key, found[key], expected[key]) for key in expected if key in found and found[key] != expected[key]]
@@ -281,7 +279,3 @@ def _join(state: dict[str, Tensor], name: str) -> None:
                 for key in keys:
                     del state[key]
             return
-
-
-def _kind(value: Any) -> str:
-    return "nothing" if value in (None, {}) else f"a {type(value).__name__}"

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
+from ..architectures import dense_attention
 from ..errors import SourceError, SpecError
-from ..spec import AttentionSpec, ConvStem, MlpKind, Output
+from ..spec import AttentionSpec, ConvStem, MlpKind, MlpSpec, Output
 from .files import listed
 
 ACTIVATIONS: dict[str, MlpKind] = {
@@ -91,10 +92,37 @@ class Reader:
             raise self.refused(f"the activation {name} ({where})")
         return ACTIVATIONS[name]
 
-    def joint_fits(self, qkv: Any, out: Any, heads: int, dim: int, where: str) -> None:
-        """Check the linears of attention whose queries, keys and values are one."""
+    def without(self, faults: Mapping[str, bool], said: str = "{}") -> None:
+        """Refuse the first of these that is there. said: what stands around its words."""
+        for what in (what for what, there in faults.items() if there):
+            raise self.refused(said.format(what))
+
+    def attention(self, attn: Any, heads: int, dim: int, where: str, **more: Any) -> AttentionSpec:
+        """Attention whose queries, keys and values are one linear `qkv`, before `proj`. more: as of `dense_attention`."""
+        qkv, out = attn.qkv, attn.proj
+        self.linears({"qkv": qkv, "proj": out}, where)
         if qkv.out_features != 3 * heads * dim or out.in_features != heads * dim:
             raise self.refused(f"attention whose linears do not fit {heads} heads of {dim} ({where})")
+        return dense_attention(heads, dim, bias=qkv.bias is not None, out_bias=out.bias is not None, **more)
+
+    def mlp(
+        self, linears: Mapping[str, Any], act: Any, where: str, *, layer_scale: bool = False, gated: bool = False
+    ) -> MlpSpec:
+        """An MLP by its linears, of which the last is the second. gated: the first, or those before it, are gate and value."""
+        self.linears(linears, where)
+        *first, second = linears.values()
+        kind, biases = self.activation(act, where), {part.bias is not None for part in first}
+        if gated and kind != "silu":
+            raise self.refused(f"an MLP gated by {kind} ({where})")
+        if len(biases) != 1:
+            raise self.refused(f"a bias on one of the gated MLP's two first linears ({where})")
+        return MlpSpec(
+            kind="swiglu" if gated else kind,
+            hidden=second.in_features,
+            fc1_bias=biases.pop(),
+            fc2_bias=second.bias is not None,
+            layer_scale=layer_scale,
+        )
 
     def outputs(
         self, head: Any, attribute: str, name: str = "head", reads: tuple[str, ...] = ("pool",)
@@ -124,34 +152,6 @@ def valid(module: nn.Module, family: str) -> Iterator[None]:
         yield
     except SpecError as error:
         raise SourceError(f"{family} module {type(module).__name__}: {error}") from None
-
-
-def dense_attention(
-    heads: int,
-    dim: int,
-    *,
-    bias: bool,
-    scale: float | None = None,
-    out_bias: bool = True,
-    qk_norm: Literal["none", "layer", "rms"] = "none",
-    layer_scale: bool = False,
-) -> AttentionSpec:
-    """Attention whose heads have one width and whose queries, keys and values have a bias or not together.
-
-    scale: None is `dim ** -0.5`.
-    """
-    return AttentionSpec(
-        heads=heads,
-        qk_dim=dim,
-        v_dim=dim,
-        scale=dim**-0.5 if scale is None else scale,
-        q_bias=bias,
-        k_bias=bias,
-        v_bias=bias,
-        out_bias=out_bias,
-        qk_norm=qk_norm,
-        layer_scale=layer_scale,
-    )
 
 
 def by_name(designs: Mapping[str, str]) -> dict[str, str]:

@@ -1,10 +1,9 @@
-"""Hugging Face: transformers' plain Vision Transformers -> spec and weights, and back where transformers can say it.
+"""Hugging Face: transformers' plain Vision Transformers -> spec and weights.
 
 Source   transformers 5.9 and later: ViT, DeiT, DINOv2 (with and without registers), CLIP and SigLIP vision towers,
          ViT-MAE and MSN.
 Takes    a folder that `save_pretrained` wrote, a name on the Hub, either with a local checkpoint, or a module from memory.
-Gives    our model with the same numbers: float32, on the CPU, in eval mode; labels and image settings come along.
-Refuses  by its name whatever the spec cannot say. Code that comes with weights is never run (`trust_remote_code`).
+Gives    labels and image settings too. Code that comes with weights is never run (`trust_remote_code`).
 
 What an encoder gives is its pooled vector: the class token after the last norm (DINOv2's and CLIP's `pooler_output`;
 `last_hidden_state[:, 0]` elsewhere), SigLIP's attention pooling, or all normed tokens where SigLIP has no head. ViT's and
@@ -18,7 +17,6 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -35,22 +33,8 @@ from ...model import Vit
 from ...spec import ModelSpec, Preprocess
 from .. import files, parity
 from ..places import filled
+from . import read
 from .processor import preprocess_of
-from .read import (
-    ADVICE,
-    BASE_MODELS,
-    DESIGNS,
-    ENCODERS,
-    OTHERS,
-    class_name,
-    encoder_of,
-    left_out,
-    other,
-    parts_of,
-    refused,
-    spec_of,
-    weights_of,
-)
 from .write import quiet
 
 LOG = logging.getLogger("vitrim.sources")
@@ -73,15 +57,14 @@ def from_module(
 
     preprocess: a module carries none; where its family resizes positions unasked (DINOv2), its size is the spec's.
     labels: None takes the configuration's `id2label`, unless that only counts (`LABEL_0`).
-    verify: run both on one random image and compare; False trusts the classes of the module's parts.
     """
-    whole = class_name(module)
-    encoder, left = encoder_of(module)
+    whole = read.class_name(module)
+    encoder, left = read.encoder_of(module)
     provenance = provenance or {}
-    left = (*provenance.get("left_out", ()), *left, *left_out(encoder))
-    design = DESIGNS[class_name(encoder)]
+    left = (*provenance.get("left_out", ()), *left, *read.left_out(encoder))
+    design = read.DESIGNS[read.class_name(encoder)]
     image_px = preprocess.size_px if preprocess is not None and design.any_size else None
-    spec = spec_of(encoder, image_px)
+    spec = read.spec_of(encoder, image_px)
     if "pooler" in left:
         LOG.warning(
             "%s: its pooler (a linear and %s behind the class token) is left out; features are last_hidden_state[:, 0].",
@@ -91,19 +74,23 @@ def from_module(
     classifies = any(output.name != "projection" for output in spec.outputs)
     model = filled(
         spec,
-        weights_of(encoder, spec),
+        read.weights_of(encoder, spec),
         preprocess=preprocess,
         labels=labels or (_labels(encoder, spec) if classifies else None),
-        provenance={**provenance, "architecture": class_name(encoder), **({"left_out": list(left)} if left else {})},
+        provenance={
+            **provenance,
+            "architecture": read.class_name(encoder),
+            **({"left_out": list(left)} if left else {}),
+        },
         task="classification" if classifies else "features",
     )
     if verify:
         parity.verify(
             encoder,
             model,
-            blocks=lambda theirs: parts_of(theirs).block_modules,
-            what=f"transformers' {class_name(encoder)}",
-            advice=ADVICE,
+            blocks=lambda theirs: read.parts_of(theirs).block_modules,
+            what=f"transformers' {read.class_name(encoder)}",
+            advice=read.ADVICE,
             answer=lambda theirs, x: answer(theirs, x, spec),
         )
     return model
@@ -111,13 +98,13 @@ def from_module(
 
 def answer(module: Any, x: Tensor, spec: ModelSpec) -> Any:
     """What a module says of images x [B, C, h, w]: its logits, its projection, or an encoder's pooled vector or tokens."""
-    design = DESIGNS[class_name(module)]
-    kwargs: dict[str, Any] = {}
-    with _unmasked(module):
-        if design.package == "vit_mae":
-            patches = (x.shape[-2] // spec.patch_px[0]) * (x.shape[-1] // spec.patch_px[1])
-            kwargs["noise"] = torch.arange(patches, dtype=x.dtype, device=x.device).expand(x.shape[0], -1)
-        out = module(x, **kwargs)
+    design = read.DESIGNS[read.class_name(module)]
+    if design.package == "vit_mae":
+        patches = (x.shape[-2] // spec.patch_px[0]) * (x.shape[-1] // spec.patch_px[1])
+        with _unmasked(module.config):
+            out = module(x, noise=torch.arange(patches, dtype=x.dtype, device=x.device).expand(x.shape[0], -1))
+    else:
+        out = module(x)
     if isinstance(out, Tensor):
         return out
     if (logits := getattr(out, "logits", None)) is not None:  # a classifier of no classes gives what it would read
@@ -130,14 +117,9 @@ def answer(module: Any, x: Tensor, spec: ModelSpec) -> Any:
 
 
 @contextmanager
-def _unmasked(module: Any) -> Iterator[None]:
+def _unmasked(config: Any) -> Iterator[None]:
     """ViT-MAE without masking: its share is a setting that the module reads in each forward pass. It is put back."""
-    config: Any = getattr(module, "config", None)
-    share = getattr(config, "mask_ratio", None)
-    if share is None:
-        yield
-        return
-    config.mask_ratio = 0.0
+    share, config.mask_ratio = config.mask_ratio, 0.0
     try:
         yield
     finally:
@@ -154,16 +136,13 @@ def load(
 ) -> Vit:
     """A model by its folder or its name on the Hub (`google/vit-base-patch16-224`).
 
-    pretrained: its own weights, through `from_pretrained`; False: random ones.
-    checkpoint: a local file of weights instead; its classifier is kept whatever its size.
-    classes: None takes what the weights have; another number is refused unless the weights are random, but 0 drops the
-    classifier, which changes no other number.
+    pretrained: its own weights, through `from_pretrained`.
     """
     kind, config, left = _described(name)
     told: dict[str, Any] = {"source": f"hf:{name}", "transformers": transformers.__version__}
     if left:
         told["left_out"] = list(left)
-    design = DESIGNS[kind.__name__]
+    design = read.DESIGNS[kind.__name__]
     if checkpoint is not None:
         path = Path(checkpoint)
         module = _with_checkpoint(kind, config, path, classes, told, extra=bool(left))
@@ -172,7 +151,9 @@ def load(
         found = _classes(kind, config)
         if classes is not None and classes not in (0, found):
             raise files.other_classes(classes, f"the weights of {name!r} have {found}")
-        module = _pretrained(kind, config, name, extra=bool(left))
+        with fetching(name, "weights"):
+            module, info = _from_pretrained(kind, config, name)
+        _check_loaded(module, info, f"the weights of {name!r}", name, extra=bool(left))
         if classes == 0:
             for head in design.classifiers:
                 setattr(module, head, nn.Identity())
@@ -185,7 +166,7 @@ def load(
         if getattr(module, "pooler", None) is not None:
             module.pooler = None
         told["weights"] = "random"
-    spec = spec_of(module)
+    spec = read.spec_of(module)
     preprocess = _preprocess(name, None if design.any_size else spec.image_px, spec.channels)
     return from_module(module.eval(), preprocess=preprocess, verify=verify, provenance=told)
 
@@ -196,8 +177,8 @@ def describe(name: str, classes: int | None = None) -> ModelSpec:
     _set_classes(kind, config, classes)
     with torch.device("meta"):
         module = kind(config)
-    spec = spec_of(module)
-    preprocess = _preprocess(name, None, spec.channels) if DESIGNS[kind.__name__].any_size else None
+    spec = read.spec_of(module)
+    preprocess = _preprocess(name, None, spec.channels) if read.DESIGNS[kind.__name__].any_size else None
     return spec if preprocess is None else replace(spec, image_px=preprocess.size_px)
 
 
@@ -223,19 +204,19 @@ def _described(name: str) -> tuple[Any, Any, tuple[str, ...]]:
     model_type, named = str(data.get("model_type", "")), list(data.get("architectures") or ())
     if any(key.startswith(("AutoModel", "AutoConfig")) for key in data.get("auto_map") or {}):
         raise SourceError(
-            f"{name!r} brings code of its own (trust_remote_code), which vitrim never runs: weights should not be able to. {ADVICE}"
+            f"{name!r} brings code of its own (trust_remote_code), which vitrim never runs: weights should not be able to. {read.ADVICE}"
         )
     if data.get("quantization_config"):
         method = data["quantization_config"].get("quant_method", "an unnamed method")
-        raise refused(f"quantised weights ({method}; name the model that it was made from)")
-    if model_type in OTHERS or (model_type not in BASE_MODELS and not named):
-        raise other(model_type, named[0] if named else name)
-    first = named[0] if named else BASE_MODELS[model_type]
-    left = (ENCODERS[first][2],) if first in ENCODERS else ()
-    first = ENCODERS[first][0] if first in ENCODERS else first
-    if first not in DESIGNS:
-        raise other(model_type, first)
-    kind = _class(first)
+        raise read.refused(f"quantised weights ({method}; name the model that it was made from)")
+    if model_type in read.OTHERS or (model_type not in read.BASE_MODELS and not named):
+        raise read.other(model_type, named[0] if named else name)
+    first = named[0] if named else read.BASE_MODELS[model_type]
+    left = (read.ENCODERS[first][2],) if first in read.ENCODERS else ()
+    first = read.ENCODERS[first][0] if first in read.ENCODERS else first
+    if first not in read.DESIGNS:
+        raise read.other(model_type, first)
+    kind = read.class_named(first)
     with quiet():
         try:
             return kind, kind.config_class.from_pretrained(name), left
@@ -245,33 +226,17 @@ def _described(name: str) -> tuple[Any, Any, tuple[str, ...]]:
             ) from error
 
 
-def _class(name: str) -> Any:
-    package = DESIGNS[name].package
-    return getattr(import_module(f"transformers.models.{package}.modeling_{package}"), name)
-
-
 def _classes(kind: Any, config: Any) -> int:
     """Classes of the configuration; 0 for an encoder."""
-    return int(config.num_labels) if DESIGNS[kind.__name__].classifiers else 0
+    return int(config.num_labels) if read.DESIGNS[kind.__name__].classifiers else 0
 
 
 def _set_classes(kind: Any, config: Any, classes: int | None) -> None:
     if classes is None or classes == _classes(kind, config):
         return
-    if not DESIGNS[kind.__name__].classifiers:
+    if not read.DESIGNS[kind.__name__].classifiers:
         raise SourceError(f"classes={classes}: {kind.__name__} is an encoder without classifier. Leave classes out.")
     config.num_labels = classes
-
-
-def _pretrained(kind: Any, config: Any, name: str, *, extra: bool) -> Any:
-    """The module with its own weights. Raises SourceError where they are missing, damaged or do not fit.
-
-    extra: they are of a larger model.
-    """
-    with fetching(name, "weights"):
-        module, info = _from_pretrained(kind, config, name)
-    _check_loaded(module, info, f"the weights of {name!r}", name, extra=extra)
-    return module
 
 
 def _with_checkpoint(
@@ -279,10 +244,10 @@ def _with_checkpoint(
 ) -> Any:
     """A module filled from a local file. Raises SourceError listing keys that are missing, too many or misshapen.
 
-    told: is given the classes, where the file's differ from the configuration's.  extra: as in `_pretrained`.
+    told: is given the classes, where the file's differ from the configuration's.  extra: as in `_check_loaded`.
     """
     state = files.read(path)
-    heads = DESIGNS[kind.__name__].classifiers
+    heads = read.DESIGNS[kind.__name__].classifiers
     for head in heads:
         key = next((key for key in state if key == f"{head}.weight" or key.endswith(f".{head}.weight")), None)
         found = 0 if key is None else state[key].shape[0]
@@ -296,8 +261,8 @@ def _with_checkpoint(
             LOG.info("%s: kept the classifier as the file has it: %s.", path.name, said)
             told["classifier"] = said
         config.num_labels = found
-    if not heads and classes:
-        raise SourceError(f"classes={classes}: {kind.__name__} is an encoder without classifier. Leave classes out.")
+    if not heads:
+        _set_classes(kind, config, classes)
     with torch.device("meta"):
         expected = kind(config).state_dict()
     state = files.reconciled(state, expected, file=path.name)

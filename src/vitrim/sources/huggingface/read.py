@@ -1,8 +1,7 @@
 """The structure of transformers' plain Vision Transformers: module -> spec, and which of its tensors is which of ours.
 
 What a model reads is told by its class (or the first of its bases that is transformers' own); its parts are found by
-what they are within the module, never by the keys of a file, which transformers keeps in an older spelling. What the
-spec cannot say is refused by its name, and so is a tensor left over.
+what they are within the module, never by the keys of a file, which transformers keeps in an older spelling.
 """
 
 from __future__ import annotations
@@ -10,17 +9,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import reduce
+from importlib import import_module
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ...errors import SourceError
-from ...spec import AttentionSpec, BlockSpec, MlpSpec, ModelSpec, Output, Pool, Position
+from ...spec import AttentionSpec, BlockSpec, ModelSpec, Pool, Position
 from ..parts import Reader, by_name, valid
 from ..places import Places, taken
 
 ADVICE = "vitrim reads transformers' plain Vision Transformers: ViT, DeiT, DINOv2, CLIP, SigLIP, ViT-MAE and MSN."
+refused = Reader(ADVICE).refused
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,6 +127,7 @@ OTHERS = by_name(
 """What sets a `model_type` apart from a plain Vision Transformer."""
 
 
+TOKENS = {"cls_token": "cls", "class_embedding": "cls", "distillation_token": "dist", "register_tokens": "reg"}
 BLOCK = {
     "norm1": ("layernorm_before", "norm1", "layer_norm1"),
     "norm2": ("layernorm_after", "norm2", "layer_norm2"),
@@ -162,9 +165,10 @@ class Parts:
         return ".".join(word for word in (self.names[id(part)], leaf) if word)
 
 
-def refused(what: str) -> SourceError:
-    """The error that names what the spec cannot say."""
-    return Reader(ADVICE).refused(what)
+def class_named(name: str) -> Any:
+    """transformers' class of a design."""
+    package = DESIGNS[name].package
+    return getattr(import_module(f"transformers.models.{package}.modeling_{package}"), name)
 
 
 def other(model_type: str, name: str) -> SourceError:
@@ -230,7 +234,7 @@ def spec_of(module: nn.Module, image_px: tuple[int, int] | None = None) -> Model
     blocks = tuple(_block(block, f"block {i}", reader) for i, block in enumerate(parts.blocks))
     pool = _pool(parts, reader)
     eps = reader.one_eps(1e-6)
-    registers = _registers(module, parts)
+    registers = module.get_parameter(parts.tokens["reg"]).shape[-2] if "reg" in parts.tokens else 0
     prefix: tuple[Any, ...] = (*(token for token in ("cls", "dist") if token in parts.tokens), *["reg"] * registers)
     table = module.get_parameter(parts.position)
     reader.table_rows(table.shape[-2], math.prod(grid) + len(prefix) - registers)
@@ -254,7 +258,11 @@ def spec_of(module: nn.Module, image_px: tuple[int, int] | None = None) -> Model
             norm_eps=eps,
             blocks=blocks,
             pool=pool,
-            outputs=_outputs(parts, reader),
+            outputs=tuple(
+                output
+                for key, (name, reads) in design.heads.items()
+                for output in reader.outputs(parts.heads[key], key, name, reads)
+            ),
         )
     unused = {key for key in module.state_dict() if any(f".{part}." in f".{key}." for part in design.unused)}
     reader.all_placed(module, unused | set(places_of(module, spec, parts)))
@@ -274,17 +282,7 @@ def parts_of(module: nn.Module) -> Parts:
         raise refused(f"{len(lists)} lists of blocks ({type(tower).__name__})")
     inside = names[id(embeddings)]
     own = {name: f"{inside}.{name}" for name, _ in embeddings.named_parameters()}
-    tokens = {
-        token: own[name]
-        for token, options in (
-            ("cls", ("cls_token", "class_embedding")),
-            ("dist", ("distillation_token",)),
-            ("reg", ("register_tokens",)),
-        )
-        for name in options
-        if name in own
-    }
-    position = next((own[name] for name in ("position_embeddings", "position_embedding.weight") if name in own), None)
+    position = own.get("position_embeddings", own.get("position_embedding.weight"))
     if position is None:
         raise refused("no table of positions")
     return Parts(
@@ -292,13 +290,13 @@ def parts_of(module: nn.Module) -> Parts:
         names=names,
         embeddings=embeddings,
         conv=convs[0],
-        tokens=tokens,
+        tokens={TOKENS[name]: path for name, path in own.items() if name in TOKENS},
         position=position,
-        pre_norm=_first(tower, "pre_layrnorm", "pre_layernorm", default=None),
+        pre_norm=_found(tower, "pre_layrnorm", "pre_layernorm"),
         norm=None if design.norm == "unused" else _first(tower, "layernorm", "post_layernorm"),
         block_modules=tuple(lists[0]),
         blocks=[_block_parts(block, f"block {i}") for i, block in enumerate(lists[0])],
-        map_head=_first(tower, "head", default=None) if design.pool == "map" else None,
+        map_head=_found(tower, "head") if design.pool == "map" else None,
         heads={head: getattr(module, head) for head in design.heads},
     )
 
@@ -313,74 +311,53 @@ def _tower(module: Any) -> Any:
     return inside[0]
 
 
-_MISSING = object()
+def _found(parent: Any, *paths: str) -> Any:
+    """The first of the attributes that is there and not None; None where none is."""
+    found = (reduce(lambda part, name: getattr(part, name, None), path.split("."), parent) for path in paths)
+    return next((part for part in found if part is not None), None)
 
 
-def _first(parent: Any, *paths: str, default: Any = _MISSING, where: str = "") -> Any:
-    """The first of the attributes that is there and not None. Raises SourceError where none is and no default."""
-    for path in paths:
-        found: Any = parent
-        for name in path.split("."):
-            found = getattr(found, name, None)
-        if found is not None:
-            return found
-    if default is not _MISSING:
-        return default
-    raise refused(f"no {paths[0]} in {type(parent).__name__}{where and f' ({where})'}")
+def _first(parent: Any, *paths: str, where: str = "") -> Any:
+    """As `_found`. Raises SourceError where none is."""
+    if (found := _found(parent, *paths)) is None:
+        raise refused(f"no {paths[0]} in {type(parent).__name__}{where and f' ({where})'}")
+    return found
 
 
 def _block_parts(block: Any, where: str) -> dict[str, Any]:
     parts = {ours: _first(block, *theirs, where=where) for ours, theirs in BLOCK.items()}
     for half, names in (("attention", ATTENTION), ("mlp", MLP)):
         parts.update({ours: _first(parts[half], *theirs, where=where) for ours, theirs in names.items()})
-    gate = _first(parts["mlp"], "gate_proj", default=None)
+    gate = _found(parts["mlp"], "gate_proj")
     first = (gate, _first(parts["mlp"], "fc1" if gate is None else "up_proj", where=where))
     parts["fc1"] = first[1:] if gate is None else first
-    parts["scales"] = [_first(block, name, default=None) for name in ("layer_scale1", "layer_scale2")]
+    parts["scales"] = [_found(block, name) for name in ("layer_scale1", "layer_scale2")]
     return parts
 
 
 def _block(parts: dict[str, Any], where: str, reader: Reader) -> BlockSpec:
     reader.norms({name: parts[name] for name in ("norm1", "norm2")}, where)
-    q, k, v, out, first, second = (parts[name] for name in ("q", "k", "v", "out", "fc1", "fc2"))
-    linears = {
-        "q": q,
-        "k": k,
-        "v": v,
-        "out": out,
-        **{f"fc1 ({i})": part for i, part in enumerate(first)},
-        "fc2": second,
-    }
-    reader.linears(linears, where)
-    scaled = [scale is not None for scale in parts["scales"]]
-    head_dim = _first(parts["attention"], "head_dim", where=where)
-    inner = q.out_features
+    q, k, v, out = (parts[name] for name in ("q", "k", "v", "out"))
+    reader.linears({"q": q, "k": k, "v": v, "out": out}, where)
+    head_dim, inner = _first(parts["attention"], "head_dim", where=where), q.out_features
     if inner % head_dim or {k.out_features, v.out_features, out.in_features} != {inner}:
         raise refused(f"attention whose linears do not fit heads of {head_dim} ({where})")
-    kind = reader.activation(parts["act"], where)
-    if len(first) == 2 and kind != "silu":
-        raise refused(f"an MLP gated by {kind} ({where})")
-    biases = {part.bias is not None for part in first}
-    if len(biases) != 1:
-        raise refused(f"a bias on one of the gated MLP's two first linears ({where})")
+    scales = [scale is not None for scale in parts["scales"]]
+    first = {f"fc1 ({i})": part for i, part in enumerate(parts["fc1"])}
     return BlockSpec(
         attention=AttentionSpec(
             heads=inner // head_dim,
             qk_dim=head_dim,
             v_dim=head_dim,
             scale=float(_first(parts["attention"], "scaling", "scale", where=where)),
+            layer_scale=scales[0],
             q_bias=q.bias is not None,
             k_bias=k.bias is not None,
             v_bias=v.bias is not None,
             out_bias=out.bias is not None,
-            layer_scale=scaled[0],
         ),
-        mlp=MlpSpec(
-            kind="swiglu" if len(first) == 2 else kind,
-            hidden=second.in_features,
-            fc1_bias=biases.pop(),
-            fc2_bias=second.bias is not None,
-            layer_scale=scaled[1],
+        mlp=reader.mlp(
+            {**first, "fc2": parts["fc2"]}, parts["act"], where, layer_scale=scales[1], gated=len(first) == 2
         ),
     )
 
@@ -399,17 +376,6 @@ def _pool(parts: Parts, reader: Reader) -> Pool:
         raise refused(f"the activation {kind} in its pooling head")
     reader.linears({"fc1": mlp.fc1}, where)
     return Pool(kind="map", heads=attention.num_heads, hidden=mlp.fc1.out_features, act=kind)
-
-
-def _outputs(parts: Parts, reader: Reader) -> tuple[Output, ...]:
-    heads = parts.design.heads.items()
-    return tuple(
-        output for key, (name, reads) in heads for output in reader.outputs(parts.heads[key], key, name, reads)
-    )
-
-
-def _registers(module: nn.Module, parts: Parts) -> int:
-    return int(module.get_parameter(parts.tokens["reg"]).shape[-2]) if "reg" in parts.tokens else 0
 
 
 def _pair(value: Any) -> tuple[int, int]:

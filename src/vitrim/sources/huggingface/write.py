@@ -12,7 +12,6 @@ import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +23,11 @@ from ... import surgery
 from ...files import sync_file, write_text
 from ...model import Vit
 from ...spec import MlpSpec, ModelSpec
-from ..expressible import ENCODER, KINDS, ON_POOL, Family, halves, refusal, unsayable
+from ..expressible import ENCODER, KINDS, ON_POOL, Family, any_half, halves, refusal, unsayable
 from ..files import write_folder
-from ..places import given, numbers_of
+from ..places import QKV, given, numbers_of
 from .processor import processor_of
-from .read import DESIGNS, parts_of, places_of, spec_of
+from .read import DESIGNS, class_named, parts_of, places_of, spec_of
 
 ACTIVATIONS = {
     "gelu": "gelu",
@@ -102,18 +101,14 @@ def _candidates(model: Vit) -> list[str]:
     """Classes that may say the model, best first."""
     spec, came = model.spec, str(model.provenance.get("architecture", ""))
     reads = tuple(output.reads for output in spec.outputs)
-    scaled = any(half.layer_scale for block in spec.blocks for half in (block.attention, block.mlp) if half is not None)
     gated = any(block.mlp is not None and block.mlp.kind == "swiglu" for block in spec.blocks)
     classifier = "ForImageClassification"
     if "cls" not in spec.prefix:
         found = ["SiglipVisionModel" if not reads else f"Siglip{classifier}"]
     elif spec.pre_norm:
         projects = reads == (("pool",),) and not spec.outputs[0].bias
-        found = [
-            "CLIPVisionModel" if not reads else "CLIPVisionModelWithProjection" if projects else f"CLIP{classifier}"
-        ]
-        if spec.pool.kind == "mean":
-            found = [f"CLIP{classifier}"]
+        encoder = f"CLIPVisionModel{'WithProjection' if projects else ''}"
+        found = [encoder if spec.pool.kind != "mean" and (projects or not reads) else f"CLIP{classifier}"]
     elif "reg" in spec.prefix:
         found = [f"Dinov2WithRegisters{classifier if reads else 'Model'}"]
     elif "dist" in spec.prefix:
@@ -122,7 +117,7 @@ def _candidates(model: Vit) -> list[str]:
         found = [f"Dinov2{classifier}"]
     elif reads:
         found = [f"ViT{classifier}"]
-    elif scaled or gated:
+    elif gated or any_half(spec, "layer_scale"):
         found = ["Dinov2Model", "ViTModel"]
     else:
         found = ["ViTMAEModel"] if spec.position.kind == "fixed" else ["ViTModel"]
@@ -151,9 +146,7 @@ def _made(model: Vit, name: str) -> nn.Module:
         "num_channels": spec.channels,
     }
     if design.package not in TOWERS:
-        kwargs["qkv_bias"] = any(
-            getattr(block.attention, key) for block in spec.blocks for key in ("q_bias", "k_bias", "v_bias")
-        )
+        kwargs["qkv_bias"] = any_half(spec, *QKV)
         if a.heads * a.v_dim != spec.width:
             kwargs["head_dim"] = a.v_dim
     if design.package.startswith("dinov2"):
@@ -179,8 +172,7 @@ def _made(model: Vit, name: str) -> nn.Module:
 
 def _configured(name: str, kwargs: dict[str, Any], classes: int) -> tuple[Any, Any]:
     """The class and its configuration."""
-    package = DESIGNS[name].package
-    kind = getattr(import_module(f"transformers.models.{package}.modeling_{package}"), name)
+    package, kind = DESIGNS[name].package, class_named(name)
     if name in ("CLIPForImageClassification", "SiglipForImageClassification"):
         vision = {"vision_use_head": False} if package == "siglip" else {}
         text = {"hidden_size": 1, "intermediate_size": 1, "num_hidden_layers": 0, "num_attention_heads": 1}

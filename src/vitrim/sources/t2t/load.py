@@ -1,10 +1,9 @@
-"""T2T-ViT: a module with its authors' structure, or a file of their tensors -> spec and weights, and back.
+"""T2T-ViT: a module with its authors' structure, or a file of their tensors -> spec and weights.
 
 Source   Yuan et al., ICCV 2021, arXiv:2101.11986; names and layout of the authors' released networks.
 Takes    a published name with a local file (`.pth.tar`) or random weights, or a module from memory.
-Gives    our model with the same numbers: float32, on the CPU, in eval mode.
-Refuses  by its name whatever the spec cannot say: the convolutional tokeniser, squeeze-and-excitation, dense and ghost
-         variants, half-block gates of UVC's copy that say skip.
+Refuses  the convolutional tokeniser, squeeze-and-excitation, dense and ghost variants, half-block gates of UVC's copy that
+         say skip.
 
 Their code is no package, so a module is known by its parts, and by running both networks on a random image.
 """
@@ -42,7 +41,6 @@ def load(
 
     pretrained: their weights are on no hub that vitrim reads, so give the downloaded file; False: random ones.
     checkpoint: such a file, of any square image size and with a classifier of any size, or of UVC's copy of the network.
-    classes: None takes what the weights have; 0 drops the classifier; another number is for random weights.
     verify: a file is held against the names and shapes of the network; there is no module of theirs to run beside it.
     """
     base = names.spec(name)
@@ -54,8 +52,9 @@ def load(
             "a downloaded file (--checkpoint PATH, checkpoint=), or take random weights (--no-pretrained, pretrained=False)."
         )
     spec = base if classes is None else names.spec(name, classes=classes)
-    task: Any = "classification" if spec.outputs else "features"
-    model = build(Config(spec=spec, task=task, preprocess=_preprocess(spec)))
+    model = build(
+        Config(spec=spec, task="classification" if spec.outputs else "features", preprocess=_preprocess(spec))
+    )
     model.provenance = {"source": f"t2t:{name}", "weights": "random"}
     return model
 
@@ -71,25 +70,12 @@ def from_module(
     """Our model with a copy of a T2T-ViT module's numbers; the module and the random state stay as they are.
 
     preprocess: None takes ImageNet's at the module's size, as the authors evaluate.
-    verify: run both on one random image and compare; False trusts the classes of the module's parts.
     """
     spec = spec_of(module)
-    model = filled(
-        spec,
-        weights_of(module, spec),
-        preprocess=preprocess or _preprocess(spec),
-        labels=labels,
-        provenance=provenance,
-    )
+    how = preprocess or _preprocess(spec)
+    model = filled(spec, weights_of(module, spec), preprocess=how, labels=labels, provenance=provenance)
     if verify:
-        parity.verify(
-            module,
-            model,
-            blocks=lambda theirs: theirs.blocks,
-            what="T2T-ViT",
-            advice=ADVICE,
-            answer=_first,
-        )
+        parity.verify(module, model, blocks=lambda theirs: theirs.blocks, what="T2T-ViT", advice=ADVICE, answer=_first)
     return model
 
 
@@ -111,7 +97,7 @@ def _from_file(name: str, base: ModelSpec, path: Path, classes: int | None) -> V
         raise SourceError(f"{path.name}: {error}") from None
     gone = BlockSpec(attention=None, mlp=None)
     spec = replace(spec, blocks=tuple(gone if i in skipped else block for i, block in enumerate(spec.blocks)))
-    files.check(path, {key: tuple(value.shape) for key, value in state.items()}, shapes_of(spec), f"{name!r}")
+    files.check(path, state, shapes_of(spec), f"{name!r}")
     spec = replace(spec, position=position_of(state["pos_embed"][0], spec.grid[0]))
     told = {"source": f"t2t:{name}", "weights": path.name}
     if skipped:

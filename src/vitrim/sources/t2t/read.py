@@ -20,10 +20,11 @@ from ...model import Vit, sinusoids
 from ...spec import BlockSpec, Config, MlpSpec, ModelSpec, Position, T2TPerformer, T2TTransformer
 from ...stems import EPSILON, padding
 from ..files import listed
-from ..parts import Reader, dense_attention, valid
+from ..parts import Reader, valid
 from ..places import BlockNames, Places, taken
 
 ADVICE = "vitrim reads T2T-ViT with the structure of its authors' `t2t_vit_14` and `t2t_vit_t_14`."
+refused = Reader(ADVICE).refused
 GATES = ("block_skip_gating", "attn_skip_gating", "mlp_skip_gating")
 """What UVC's copy of the network has beside the same tensors: two numbers each, skip and run."""
 
@@ -75,11 +76,6 @@ def spec_of(module: nn.Module) -> ModelSpec:
 def weights_of(module: nn.Module, spec: ModelSpec) -> dict[str, Tensor]:
     """The module's numbers under our names: float32 copies on the CPU."""
     return taken(module.state_dict(), places_of(spec), spec.width)
-
-
-def refused(what: str) -> SourceError:
-    """The error that names what the spec cannot say."""
-    return Reader(ADVICE).refused(what)
 
 
 # ------------------------------------------------------------------------------------------------------- names and shapes
@@ -251,27 +247,16 @@ def _block(block: Any, where: str, reader: Reader) -> BlockSpec:
     _has(block, ("norm1", "attn", "norm2", "mlp"), where)
     attn = block.attn
     _has(attn, ("qkv", "proj", "num_heads", "scale"), where)
-    reader.linears({"qkv": attn.qkv, "proj": attn.proj}, where)
     reader.norms({"norm1": block.norm1, "norm2": block.norm2}, where)
-    heads, head_dim = int(attn.num_heads), attn.proj.in_features // int(attn.num_heads)
-    reader.joint_fits(attn.qkv, attn.proj, heads, head_dim, where)
-    return BlockSpec(
-        attention=dense_attention(
-            heads,
-            head_dim,
-            scale=float(attn.scale),
-            bias=attn.qkv.bias is not None,
-            out_bias=attn.proj.bias is not None,
-        ),
-        mlp=_mlp(block.mlp, where, reader),
-    )
+    heads, scale = int(attn.num_heads), float(attn.scale)
+    attention = reader.attention(attn, heads, getattr(attn.proj, "in_features", 0) // heads, where, scale=scale)
+    return BlockSpec(attention=attention, mlp=_mlp(block.mlp, where, reader))
 
 
 def _mlp(mlp: Any, where: str, reader: Reader) -> MlpSpec:
     _has(mlp, ("fc1", "act", "fc2"), where)
-    reader.linears({"fc1": mlp.fc1, "fc2": mlp.fc2}, where)
     _gelu(mlp.act, where)
-    return MlpSpec(hidden=mlp.fc2.in_features, fc1_bias=mlp.fc1.bias is not None, fc2_bias=mlp.fc2.bias is not None)
+    return reader.mlp({"fc1": mlp.fc1, "fc2": mlp.fc2}, mlp.act, where)
 
 
 def _has(parent: Any, names: Collection[str], where: str) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ...architectures.t2t import EPS
-from ...files import sync_file, sync_folder
+from ...files import replace_file
 from ...model import Vit
 from ...spec import ConvStem, Prefix, T2TPerformer, T2TTransformer
 from ...surgery import with_spec, without_empty
@@ -59,16 +57,6 @@ def write(model: Vit, out: Path) -> Path:
     Written whole or not at all. Raises SourceError as `to_state` does.
     """
     state = to_state(model)
-    out = Path(out)
-    partial = out.with_name(f".{secrets.token_hex(8)}.partial")
-    try:
-        if out.suffix == ".safetensors":
-            save_file({name: value.contiguous() for name, value in state.items()}, partial)
-        else:
-            torch.save(state, partial)
-        sync_file(partial)
-        os.replace(partial, out)
-    finally:
-        partial.unlink(missing_ok=True)
-    sync_folder(out.parent)
+    save = save_file if out.suffix == ".safetensors" else torch.save
+    replace_file(out, lambda partial: save(state, partial))
     return out

@@ -1,10 +1,7 @@
-"""timm: a plain pre-norm `VisionTransformer` -> spec and weights, and back where timm can say it.
+"""timm: a plain pre-norm `VisionTransformer` -> spec and weights.
 
 Source   timm's `vision_transformer.py` and `deit.py` (1.0.23 and later).
 Takes    a name, a module from memory, or a name with a local checkpoint.
-Gives    our model with the same numbers: float32, on the CPU, in eval mode.
-Refuses  by its name whatever the spec cannot say. Parts are recognised by their class, a changed forward of a subclass
-         by running both networks on a random image, and every number of the module must have found its place.
 """
 
 from __future__ import annotations
@@ -42,20 +39,13 @@ def from_module(
     """Our model with a copy of a timm module's numbers; the module and the random state stay as they are.
 
     preprocess: None takes what the module's own `pretrained_cfg` says, if it has one.
-    verify: run both on one random image and compare; False trusts the classes of the module's parts.
     """
     spec = spec_of(module)
-    model = filled(
-        spec,
-        weights_of(module, spec),
-        preprocess=preprocess or _preprocess(module, spec),
-        labels=labels,
-        provenance=provenance,
-    )
+    how = preprocess or _preprocess(module, spec)
+    model = filled(spec, weights_of(module, spec), preprocess=how, labels=labels, provenance=provenance)
     if verify:
-        parity.verify(
-            module, model, blocks=lambda theirs: theirs.blocks, what="timm's VisionTransformer", advice=ADVICE
-        )
+        what = "timm's VisionTransformer"
+        parity.verify(module, model, blocks=lambda theirs: theirs.blocks, what=what, advice=ADVICE)
     return model
 
 
@@ -69,27 +59,24 @@ def load(
 ) -> Vit:
     """A timm model by name (`deit_small_patch16_224`, with or without a tag, or `hf-hub:USER/NAME`).
 
-    pretrained: the published weights, fetched by timm from the Hub; False: random ones.
-    checkpoint: a local file of weights instead; its classifier is kept whatever its size.
-    classes: None takes what the weights have; another number is refused unless the weights are random, but 0 drops the
-    classifier, which changes no other number.
+    pretrained: the published weights, fetched by timm from the Hub.
     """
     _check_name(name)
+    weights, labels = "random", None
     if checkpoint is not None:
+        weights = Path(checkpoint).name
         module = _with_checkpoint(name, Path(checkpoint), classes)
-        return from_module(module, verify=verify, provenance=_provenance(name, module, Path(checkpoint).name))
-    if not pretrained:
+    elif pretrained:
+        weights, module = "pretrained", _create(name, pretrained=True)
+        if classes is not None and classes != getattr(module, "num_classes", None):
+            if classes:
+                raise files.other_classes(classes, f"the weights of {name!r} have {module.num_classes}")
+            module.reset_classifier(0)
+        labels = _labels(module)
+    else:
         options: dict[str, Any] = {} if classes is None else {"num_classes": classes}
         module = _create(name, **options)
-        return from_module(module, verify=verify, provenance=_provenance(name, module, None))
-    module = _create(name, pretrained=True)
-    if classes is not None and classes != getattr(module, "num_classes", None):
-        if classes:
-            raise files.other_classes(classes, f"the weights of {name!r} have {module.num_classes}")
-        module.reset_classifier(0)
-    return from_module(
-        module, labels=_labels(module), verify=verify, provenance=_provenance(name, module, "pretrained")
-    )
+    return from_module(module, labels=labels, verify=verify, provenance=_provenance(name, module, weights))
 
 
 # ------------------------------------------------------------------------------------------------------ names and files
@@ -221,14 +208,8 @@ def _source(name: str) -> str:
     return name if ":" in name else f"timm:{name}"
 
 
-def _provenance(name: str, module: nn.Module, weights: str | None) -> dict[str, Any]:
-    cfg = getattr(module, "pretrained_cfg", {})
-    hub = cfg.get("hf_hub_id") if weights == "pretrained" else None
-    licence = cfg.get("license") if weights == "pretrained" else None
-    return {
-        "source": _source(name),
-        "weights": weights or "random",
-        "timm": timm.__version__,
-        **({"base_model": hub} if hub else {}),
-        **({"license": licence} if licence else {}),
-    }
+def _provenance(name: str, module: nn.Module, weights: str) -> dict[str, Any]:
+    told = {"source": _source(name), "weights": weights, "timm": timm.__version__}
+    cfg = getattr(module, "pretrained_cfg", {}) if weights == "pretrained" else {}
+    known = {"base_model": cfg.get("hf_hub_id"), "license": cfg.get("license")}
+    return {**told, **{key: value for key, value in known.items() if value}}

@@ -1,7 +1,4 @@
-"""The structure of a timm `VisionTransformer`: module -> spec, and which of its tensors is which of ours.
-
-Parts are recognised by their class; what the spec cannot say is refused by its name, and so is a tensor left over.
-"""
+"""The structure of a timm `VisionTransformer`: module -> spec, and which of its tensors is which of ours."""
 
 from __future__ import annotations
 
@@ -16,13 +13,13 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block as TimmBlock
 from torch import Tensor, cat, nn
 
-from ...errors import SourceError
 from ...spec import AttentionSpec, BlockSpec, ConvStem, MlpSpec, ModelSpec, Output, Pool, Position
 from ..expressible import halves
-from ..parts import Reader, by_name, dense_attention, valid
+from ..parts import Reader, by_name, valid
 from ..places import BlockNames, Places, taken
 
 ADVICE = "vitrim reads timm's plain pre-norm Vision Transformers, such as 'timm:deit_small_patch16_224'."
+refused = Reader(ADVICE).refused
 
 BLOCKS = {
     "ParallelScalingBlock": "parallel blocks",
@@ -69,9 +66,11 @@ def spec_of(module: nn.Module) -> ModelSpec:
         raise refused(family(type(module).__module__.rsplit(".", 1)[-1], type(module).__name__))
     reader = Reader(ADVICE)
     blocks = tuple(_block(block, f"block {i}", reader) for i, block in enumerate(module.blocks))
-    stem = _stem(module, reader)
+    stem, embed = _stem(module, reader), module.patch_embed
     distilled = isinstance(module, VisionTransformerDistilled)
-    prefix = _prefix(module, distilled)
+    registers = 0 if module.reg_token is None else module.reg_token.shape[1]
+    tokens = ["cls", "dist"] if distilled else ["cls"] if module.cls_token is not None else []
+    prefix: tuple[Any, ...] = (*tokens, *["reg"] * registers)  # a distilled one's are refused as left-over numbers
     position = _position(module, len(prefix), reader)
     norms = {name: reader.norm(getattr(module, name), name) for name in ("norm_pre", "norm", "fc_norm")}
     pool, pool_norm = _pool(module, prefix, reader), norms["fc_norm"]
@@ -80,11 +79,11 @@ def spec_of(module: nn.Module) -> ModelSpec:
     eps = reader.one_eps(1e-6)
     with valid(module, "timm"):
         spec = ModelSpec(
-            image_px=tuple(module.patch_embed.img_size),
-            patch_px=tuple(module.patch_embed.patch_size),
-            channels=module.patch_embed.proj.in_channels,
+            image_px=tuple(embed.img_size),
+            patch_px=tuple(embed.patch_size),
+            channels=embed.proj.in_channels,
             stem=stem,
-            width=module.patch_embed.proj.out_channels,
+            width=embed.proj.out_channels,
             prefix=prefix,
             position=position,
             pre_norm=norms["norm_pre"],
@@ -110,11 +109,6 @@ def weights_of(module: Any, spec: ModelSpec) -> dict[str, Tensor]:
     return weights
 
 
-def refused(what: str) -> SourceError:
-    """The error that names what the spec cannot say."""
-    return Reader(ADVICE).refused(what)
-
-
 def family(file: str, name: str) -> str:
     """What sets a class or model `name` of timm's model file `file` apart from a plain Vision Transformer."""
     if file in ("vision_transformer", "deit"):
@@ -126,19 +120,12 @@ def _stem(module: VisionTransformer, reader: Reader) -> ConvStem:
     embed = module.patch_embed
     if not isinstance(embed, PatchEmbed) or not isinstance(getattr(embed, "proj", None), nn.Conv2d):
         raise refused(f"a convolutional (hybrid) or other stem ({type(embed).__name__})")
-    if not isinstance(embed.norm, nn.Identity):
+    if not _idle(embed.norm):
         raise refused(f"a norm in its patch embedding ({type(embed.norm).__name__})")
     stem = reader.stem(embed.proj, tuple(embed.patch_size))
     if embed.img_size is None:
         raise refused("no image size; make it with img_size=")
     return stem
-
-
-def _prefix(module: VisionTransformer, distilled: bool) -> tuple[Any, ...]:
-    registers = 0 if module.reg_token is None else module.reg_token.shape[1]
-    if distilled:
-        return ("cls", "dist", *["reg"] * registers)  # registers of a distilled one are refused as left-over numbers
-    return (*(["cls"] if module.cls_token is not None else []), *["reg"] * registers)
 
 
 def _position(module: VisionTransformer, prefix: int, reader: Reader) -> Position:
@@ -151,21 +138,17 @@ def _position(module: VisionTransformer, prefix: int, reader: Reader) -> Positio
 
 
 def _pool(module: VisionTransformer, prefix: tuple[Any, ...], reader: Reader) -> Pool:
-    if module.attn_pool is not None:
-        if module.global_pool != "map":
-            raise refused(f"{module.global_pool!r} pooling")
-        if prefix and not module.pool_include_prefix:
-            raise refused("map pooling over the patch tokens alone, beside prefix tokens")
-        return _map_pool(module.attn_pool, module.embed_dim, reader)
-    if module.global_pool == "token":
-        return Pool(kind="cls")
-    if module.global_pool == "":
-        return Pool(kind="none")
-    if module.global_pool != "avg":
-        raise refused(f"{module.global_pool!r} pooling")
-    if module.pool_include_prefix and prefix:
-        raise refused("average pooling over the prefix tokens too (pool_include_prefix)")
-    return Pool(kind="mean")
+    pooling, latent = module.global_pool, module.attn_pool is not None
+    kinds: dict[str, Literal["cls", "mean", "none"]] = {"token": "cls", "avg": "mean", "": "none"}
+    among = prefix and module.pool_include_prefix
+    reader.without(
+        {
+            f"{pooling!r} pooling": pooling != "map" if latent else pooling not in kinds,
+            "map pooling over the patch tokens alone, beside prefix tokens": latent and bool(prefix) and not among,
+            "average pooling over the prefix tokens too (pool_include_prefix)": pooling == "avg" and bool(among),
+        }
+    )
+    return _map_pool(module.attn_pool, module.embed_dim, reader) if latent else Pool(kind=kinds[pooling])
 
 
 def _map_pool(pool: Any, width: int, reader: Reader) -> Pool:
@@ -178,26 +161,27 @@ def _map_pool(pool: Any, width: int, reader: Reader) -> Pool:
         "with a position table of its own": pool.pos_embed is not None,
         f"with {pool.latent_len} queries": pool.latent_len != 1,
         f"that gives {pool.pool!r} of its queries": pool.pool not in ("token", "avg"),  # one query: either gives it
-        "without a projection of its query": isinstance(pool.q, nn.Identity),
-        "with norms of queries and keys": not isinstance(pool.q_norm, nn.Identity)
-        or not isinstance(pool.k_norm, nn.Identity),
+        "without a projection of its query": _idle(pool.q),
+        "with norms of queries and keys": not (_idle(pool.q_norm) and _idle(pool.k_norm)),
         f"of another width than {width}": (pool.latent_dim, pool.out_features) != (width, width),
+        f"with an MLP of another design ({type(mlp).__name__})": type(mlp) is not TimmMlp or not _idle(mlp.norm),
     }
-    for fault, there in faults.items():
-        if there:
-            raise refused(f"map pooling {fault}")
-    if type(mlp) is not TimmMlp or not isinstance(mlp.norm, nn.Identity):
-        raise refused(f"map pooling with an MLP of another design ({type(mlp).__name__})")
-    linears: dict[str, Any] = {"q": pool.q, "kv": pool.kv, "proj": pool.proj, "fc1": mlp.fc1, "fc2": mlp.fc2}
+    reader.without(faults, "map pooling {}")
+    linears = {"q": pool.q, "kv": pool.kv, "proj": pool.proj, "fc1": mlp.fc1, "fc2": mlp.fc2}
     reader.linears(linears, "map pooling")
-    if any(part.bias is None for part in linears.values()):
-        raise refused("map pooling without biases")
-    if not reader.norm(pool.norm, "map pooling"):
-        raise refused("map pooling without a norm")
     act = reader.activation(mlp.act, "map pooling")
+    faults = {
+        "without biases": any(part.bias is None for part in linears.values()),
+        "without a norm": not reader.norm(pool.norm, "map pooling"),
+    }
+    reader.without(faults, "map pooling {}")
     if act not in ("gelu", "gelu_tanh"):
         raise refused(f"map pooling with the activation {act}")
-    return Pool(kind="map", heads=pool.num_heads, hidden=linears["fc2"].in_features, act=act)
+    return Pool(kind="map", heads=pool.num_heads, hidden=mlp.fc2.in_features, act=act)
+
+
+def _idle(part: Any) -> bool:
+    return isinstance(part, nn.Identity)
 
 
 def _block(block: nn.Module, where: str, reader: Reader) -> BlockSpec:
@@ -205,12 +189,12 @@ def _block(block: nn.Module, where: str, reader: Reader) -> BlockSpec:
     if not isinstance(block, TimmBlock) or kind.forward is not TimmBlock.forward or "forward" in vars(block):
         raise refused(f"{BLOCKS.get(kind.__name__, 'blocks of another design')} ({where}: {kind.__name__})")
     reader.norms({"norm1": block.norm1, "norm2": block.norm2}, where)
-    for name in ("ls1", "ls2"):
-        if not isinstance(getattr(block, name), (LayerScale, nn.Identity)):
-            raise refused(f"a {type(getattr(block, name)).__name__} at {where}, {name}")
+    for name, scale in {"ls1": block.ls1, "ls2": block.ls2}.items():
+        if not isinstance(scale, LayerScale | nn.Identity):
+            raise refused(f"a {type(scale).__name__} at {where}, {name}")
     return BlockSpec(
-        attention=_attention(block.attn, where, reader, isinstance(block.ls1, LayerScale)),
-        mlp=_mlp(block.mlp, where, reader, isinstance(block.ls2, LayerScale)),
+        attention=_attention(block.attn, where, reader, not _idle(block.ls1)),
+        mlp=_mlp(block.mlp, where, reader, not _idle(block.ls2)),
     )
 
 
@@ -218,11 +202,10 @@ def _attention(attn: Any, where: str, reader: Reader, layer_scale: bool) -> Atte
     kind = type(attn)
     if not isinstance(attn, TimmAttention) or kind.forward is not TimmAttention.forward:
         raise refused(f"{BLOCKS.get(kind.__name__, 'attention of another design')} ({where}: {kind.__name__})")
-    if not isinstance(getattr(attn, "norm", nn.Identity()), nn.Identity):
-        raise refused(f"a norm inside its attention (scale_attn_norm, {where})")
-    if getattr(attn, "gate", None) is not None:
-        raise refused(f"gated attention ({where})")
-    reader.linears({"qkv": attn.qkv, "proj": attn.proj}, where)
+    inside, gated = not _idle(getattr(attn, "norm", nn.Identity())), getattr(attn, "gate", None) is not None
+    reader.without(
+        {f"a norm inside its attention (scale_attn_norm, {where})": inside, f"gated attention ({where})": gated}
+    )
     norms: list[Literal["none", "layer", "rms"]] = []
     for name in ("q_norm", "k_norm"):
         norm = getattr(attn, name)
@@ -233,36 +216,20 @@ def _attention(attn: Any, where: str, reader: Reader, layer_scale: bool) -> Atte
             norms.append("layer" if reader.norm(norm, f"{where}, {name}") else "none")
     if norms[0] != norms[1]:
         raise refused(f"different norms of queries and keys ({where})")
-    reader.joint_fits(attn.qkv, attn.proj, attn.num_heads, attn.head_dim, where)
-    return dense_attention(
-        attn.num_heads,
-        attn.head_dim,
-        bias=attn.qkv.bias is not None,
-        scale=None if attn.fused_attn else float(attn.scale),  # timm's fused call never looks at `scale`
-        out_bias=attn.proj.bias is not None,
-        qk_norm=norms[0],
-        layer_scale=layer_scale,
+    scale = None if attn.fused_attn else float(attn.scale)  # timm's fused call never looks at `scale`
+    return reader.attention(
+        attn, attn.num_heads, attn.head_dim, where, scale=scale, qk_norm=norms[0], layer_scale=layer_scale
     )
 
 
 def _mlp(mlp: Any, where: str, reader: Reader, layer_scale: bool) -> MlpSpec:
     if type(mlp) not in (TimmMlp, GluMlp, SwiGLU):
         raise refused(f"an MLP of another design ({where}: {type(mlp).__name__})")
-    if not isinstance(mlp.norm, nn.Identity):
+    if not _idle(mlp.norm):
         raise refused(f"a norm inside its MLP (scale_mlp_norm, {where})")
-    gated = not isinstance(mlp, TimmMlp)
-    first = ("fc1_g", "fc1_x") if isinstance(mlp, SwiGLU) else ("fc1",)
-    reader.linears({name: getattr(mlp, name) for name in (*first, "fc2")}, where)
-    kind = reader.activation(mlp.act, where)
-    if gated and kind != "silu":
-        raise refused(f"an MLP gated by {kind} ({where}: {type(mlp).__name__})")
-    return MlpSpec(
-        kind="swiglu" if gated else kind,
-        hidden=mlp.fc2.in_features,
-        fc1_bias=getattr(mlp, first[0]).bias is not None,
-        fc2_bias=mlp.fc2.bias is not None,
-        layer_scale=layer_scale,
-    )
+    names = ("fc1_g", "fc1_x", "fc2") if isinstance(mlp, SwiGLU) else ("fc1", "fc2")
+    linears = {name: getattr(mlp, name) for name in names}
+    return reader.mlp(linears, mlp.act, where, layer_scale=layer_scale, gated=not isinstance(mlp, TimmMlp))
 
 
 def _outputs(module: VisionTransformer, pool: Pool, distilled: bool, reader: Reader) -> tuple[Output, ...]:
@@ -298,27 +265,18 @@ def places_of(module: Any, spec: ModelSpec) -> Places:
     if spec.pool_norm and not isinstance(module, VisionTransformerDistilled):  # whose forward never reaches it
         places.pair("fc_norm", "pool_norm")
     for i, block in enumerate(spec.blocks):
-        attention, mlp = halves(block)
-        split = isinstance(module.blocks[i].mlp, SwiGLU)
-        places.block(f"blocks.{i}", i, block, SPLIT if split else BlockNames())
-        for norm in ("q_norm", "k_norm"):
-            if attention.qk_norm != "none":
-                places.pair(f"blocks.{i}.attn.{norm}", f"blocks.{i}.attention.{norm}", attention.qk_norm == "layer")
-        if attention.layer_scale:
-            places.add(f"blocks.{i}.ls1.gamma", f"blocks.{i}.attention.gamma")
-        if mlp.layer_scale:
-            places.add(f"blocks.{i}.ls2.gamma", f"blocks.{i}.mlp.gamma")
+        ours, (attention, mlp) = f"blocks.{i}", halves(block)
+        places.block(ours, i, block, SPLIT if isinstance(module.blocks[i].mlp, SwiGLU) else BlockNames())
+        for norm in ("q_norm", "k_norm") if attention.qk_norm != "none" else ():
+            places.pair(f"{ours}.attn.{norm}", f"{ours}.attention.{norm}", attention.qk_norm == "layer")
+        for scale, half, there in (("ls1", "attention", attention.layer_scale), ("ls2", "mlp", mlp.layer_scale)):
+            if there:
+                places.add(f"{ours}.{scale}.gamma", f"{ours}.{half}.gamma")
     if spec.pool.kind == "map":
         places.add("attn_pool.latent", "pool.latent")
-        for theirs, ours in (
-            ("q", "q"),
-            ("kv", "kv"),
-            ("proj", "out"),
-            ("norm", "norm"),
-            ("mlp.fc1", "fc1"),
-            ("mlp.fc2", "fc2"),
-        ):
-            places.pair(f"attn_pool.{theirs}", f"pool.{ours}")
+        own = {"q": "q", "kv": "kv", "proj": "out", "norm": "norm", "mlp.fc1": "fc1", "mlp.fc2": "fc2"}
+        for theirs, name in own.items():
+            places.pair(f"attn_pool.{theirs}", f"pool.{name}")
     for output in spec.outputs:
         places.pair(output.name, f"heads.{output.name}", output.bias)
     return places

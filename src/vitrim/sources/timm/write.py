@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from ...model import Vit
 from ...spec import ModelSpec
 from .. import files
-from ..expressible import ENCODER, ON_POOL, Family, refusal, require
-from ..places import given, numbers_of
+from ..expressible import ENCODER, ON_POOL, Family, any_half, refusal, require
+from ..places import QKV, given, numbers_of
 from .read import places_of, spec_of
 
 PLAIN = Family(
@@ -57,9 +57,7 @@ def to_timm(model: Vit, *, layer_scale: bool = False) -> tuple[dict[str, Any], d
     """
     spec = model.spec
     a, m = require(spec, DISTILLED if "dist" in spec.prefix else PLAIN)
-    scaled = layer_scale or any(
-        half.layer_scale for block in spec.blocks for half in (block.attention, block.mlp) if half is not None
-    )
+    scaled = layer_scale or any_half(spec, "layer_scale")
     kwargs: dict[str, Any] = {
         "img_size": spec.image_px,
         "patch_size": spec.patch_px,
@@ -71,9 +69,9 @@ def to_timm(model: Vit, *, layer_scale: bool = False) -> tuple[dict[str, Any], d
         "depth": len(spec.blocks),
         "num_heads": a.heads,
         "mlp_ratio": _mlp_ratio(2 * m.hidden if m.kind == "swiglu" else m.hidden, spec.width),
-        "qkv_bias": _any(spec, "q_bias", "k_bias", "v_bias"),
+        "qkv_bias": any_half(spec, *QKV),
         "qk_norm": a.qk_norm != "none",
-        "proj_bias": _any(spec, "out_bias", "fc1_bias", "fc2_bias"),
+        "proj_bias": any_half(spec, "out_bias", "fc1_bias", "fc2_bias"),
         "init_values": 1.0 if scaled else None,
         "class_token": "cls" in spec.prefix,
         "pos_embed": "none" if spec.position.kind == "none" else "learn",
@@ -117,10 +115,9 @@ def write(model: Vit, out: Path) -> Path:
             f"none of its architectures with {'a distillation token and ' if distilled else ''}"
             f"{'swiglu' if swiglu else 'plain'} MLPs has norms of eps {spec.norm_eps!r}",
         )
-    arguments = {
-        key: value for key, value in kwargs.items() if key not in ("norm_layer", "mlp_layer") and value is not None
-    }
-    arguments = {key: value for key, value in arguments.items() if key != "act_layer" or isinstance(value, str)}
+    arguments: dict[str, Any] = {
+        key: value for key, value in kwargs.items() if isinstance(value, int | float | str | tuple)
+    }  # no classes
     with torch.device("meta"):
         made = timm.create_model(hosts[0], **arguments)
     assert spec_of(made) == spec_of(_shell(spec, kwargs)), hosts[0]
@@ -161,12 +158,6 @@ def _mlp_ratio(rows: int, width: int) -> float:
     """The ratio from which timm's `int(width * ratio)` gives exactly `rows`."""
     ratio = rows / width
     return ratio if int(width * ratio) == rows else (rows + 0.5) / width
-
-
-def _any(spec: ModelSpec, *names: str) -> bool:
-    return any(
-        getattr(half, name, False) for block in spec.blocks for half in (block.attention, block.mlp) for name in names
-    )
 
 
 def _state(model: Vit, shell: nn.Module) -> dict[str, Tensor]:

@@ -1,11 +1,8 @@
-"""torchvision: its `VisionTransformer` -> spec and weights, and back where torchvision can say it.
+"""torchvision: its `VisionTransformer` -> spec and weights.
 
 Source   torchvision's `models/vision_transformer.py` (0.20 and later).
 Takes    a name (`vit_b_16`, with or without the name of published weights), a module from memory, a name with a local
          state dict, or a folder that `write` made.
-Gives    our model with the same numbers: float32, on the CPU, in eval mode.
-Refuses  by its name whatever the spec cannot say. Parts are recognised by their class and place, a changed forward by
-         running both networks on a random image, and every number of the module must have found its place.
 
 torchvision's own forward takes one image size. At another one ours resizes the position table bicubically with pixel
 centres aligned; torchvision's `interpolate_embeddings` aligns corners, which the spec cannot say: a state dict that it
@@ -72,10 +69,8 @@ def load(
 ) -> Vit:
     """A torchvision model by name (`vit_b_16`, `vit_b_16.IMAGENET1K_V1`), or the folder that `write` made.
 
-    pretrained: the published weights, fetched by torchvision; the default ones where the name says none. False: random.
-    checkpoint: a local file of weights instead; its classifier and its image size are kept whatever they are.
-    classes: None takes what the weights have; another number is refused unless the weights are random, but 0 drops the
-    classifier, which changes no other number.
+    pretrained: the published weights, fetched by torchvision; the default ones where the name says none.
+    checkpoint: its image size is kept too, whatever it is.
     """
     if "/" in name or (Path(name).is_dir() and name not in names()):
         return _from_folder(Path(name), pretrained=pretrained, checkpoint=checkpoint, classes=classes, verify=verify)
@@ -100,13 +95,8 @@ def load(
         if classes == 0:
             module.heads = nn.Identity()
         told["weights"], labels = "random", None
-    return from_module(
-        module,
-        preprocess=_preprocess(weights, spec_of(module)),
-        labels=labels,
-        verify=verify,
-        provenance=told,
-    )
+    preprocess = _preprocess(weights, spec_of(module))
+    return from_module(module, preprocess=preprocess, labels=labels, verify=verify, provenance=told)
 
 
 def from_module(
@@ -120,18 +110,12 @@ def from_module(
     """Our model with a copy of a torchvision module's numbers; the module and the random state stay as they are.
 
     preprocess: a module of torchvision's carries none, so None means none.
-    verify: run both on one random image and compare; False trusts the classes of the module's parts.
     """
     spec = spec_of(module)
     model = filled(spec, weights_of(module, spec), preprocess=preprocess, labels=labels, provenance=provenance)
     if verify:
-        parity.verify(
-            module,
-            model,
-            blocks=lambda theirs: list(theirs.encoder.layers),
-            what="torchvision's VisionTransformer",
-            advice=ADVICE,
-        )
+        what = "torchvision's VisionTransformer"
+        parity.verify(module, model, blocks=lambda theirs: list(theirs.encoder.layers), what=what, advice=ADVICE)
     return model
 
 
@@ -240,11 +224,13 @@ def _from_folder(
             f"{', '.join(names())}, with --checkpoint PATH for your own weights."
         ) from error
     path = folder / files.WEIGHTS if checkpoint is None else Path(checkpoint)
-    if pretrained or checkpoint is not None:
-        model = f"torchvision's VisionTransformer of {folder.name!r}"
-        module = _filled(builder, path, files.read(path), model, classes)
+    weights = path.name if pretrained or checkpoint is not None else "random"
+    if weights != "random":
+        module = _filled(
+            builder, path, files.read(path), f"torchvision's VisionTransformer of {folder.name!r}", classes
+        )
     else:
-        module = builder(**({} if not classes else {"num_classes": classes}))
+        module = builder(**({"num_classes": classes} if classes else {}))
         if classes == 0:
             module.heads = nn.Identity()
     spec = spec_of(module)
@@ -253,8 +239,5 @@ def _from_folder(
         preprocess=preprocess if preprocess and preprocess.size_px == spec.image_px else None,
         labels=labels if labels and checkpoint is None and spec.classes == len(labels) else None,
         verify=verify,
-        provenance={
-            "source": f"torchvision:{folder.name}",
-            "weights": path.name if pretrained or checkpoint is not None else "random",
-        },
+        provenance={"source": f"torchvision:{folder.name}", "weights": weights},
     )

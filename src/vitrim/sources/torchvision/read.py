@@ -1,23 +1,22 @@
-"""The structure of a torchvision `VisionTransformer`: module -> spec, and which of its tensors is which of ours.
-
-Parts are recognised by their class; what the spec cannot say is refused by its name, and so is a tensor left over.
-"""
+"""The structure of a torchvision `VisionTransformer`: module -> spec, and which of its tensors is which of ours."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 from torchvision.models.vision_transformer import EncoderBlock
 
-from ...errors import SourceError
 from ...spec import AttentionSpec, BlockSpec, ConvStem, MlpSpec, ModelSpec, Pool, Position
 from ..parts import Reader, dense_attention, valid
 from ..places import BlockNames, Places, taken
 
 ADVICE = "vitrim reads torchvision's Vision Transformers, such as 'torchvision:vit_b_16'."
+refused = Reader(ADVICE).refused
+NAMES = BlockNames(norm1="ln_1", qkv="self_attention.in_proj_", out="self_attention.out_proj", norm2="ln_2")
 EPS = 1e-6
 """Of the norms of a `VisionTransformer` that is made without `norm_layer`."""
 
@@ -77,33 +76,20 @@ def places_of(module: Any, spec: ModelSpec) -> Places:
     layers = module.encoder.layers.named_children()
     for i, ((name, layer), block) in enumerate(zip(layers, spec.blocks, strict=True)):
         first, second = [f"mlp.{name}" for name, part in layer.mlp.named_children() if type(part) is nn.Linear]
-        names = BlockNames(
-            norm1="ln_1",
-            qkv="self_attention.in_proj_",
-            out="self_attention.out_proj",
-            norm2="ln_2",
-            fc1=(first,),
-            fc2=second,
-        )
-        places.block(f"encoder.layers.{name}", i, block, names)
+        places.block(f"encoder.layers.{name}", i, block, replace(NAMES, fc1=(first,), fc2=second))
     for output in spec.outputs:
         places.pair(_head(module) or "", f"heads.{output.name}", output.bias)
     return places
-
-
-def refused(what: str) -> SourceError:
-    """The error that names what the spec cannot say."""
-    return Reader(ADVICE).refused(what)
 
 
 def _block(block: Any, where: str, reader: Reader) -> BlockSpec:
     if not isinstance(block, EncoderBlock):
         raise refused(f"blocks of another design ({where}: {type(block).__name__})")
     reader.norms({"ln_1": block.ln_1, "ln_2": block.ln_2}, where)
-    return BlockSpec(attention=_attention(block.self_attention, where), mlp=_mlp(block.mlp, where, reader))
+    return BlockSpec(attention=_attention(block.self_attention, where, reader), mlp=_mlp(block.mlp, where, reader))
 
 
-def _attention(attention: Any, where: str) -> AttentionSpec:
+def _attention(attention: Any, where: str, reader: Reader) -> AttentionSpec:
     if type(attention) is not nn.MultiheadAttention:
         raise refused(f"attention of another design ({where}: {type(attention).__name__})")
     faults = {
@@ -112,15 +98,9 @@ def _attention(attention: Any, where: str) -> AttentionSpec:
         "a key and value of zeros beside the tokens (add_zero_attn)": attention.add_zero_attn,
         "attention across the batch (batch_first=False)": not attention.batch_first,
     }
-    for fault, there in faults.items():
-        if there:
-            raise refused(f"{fault} in {where}")
-    return dense_attention(
-        attention.num_heads,
-        attention.head_dim,
-        bias=attention.in_proj_bias is not None,
-        out_bias=attention.out_proj.bias is not None,
-    )
+    reader.without(faults, f"{{}} in {where}")
+    bias, out_bias = attention.in_proj_bias is not None, attention.out_proj.bias is not None
+    return dense_attention(attention.num_heads, attention.head_dim, bias=bias, out_bias=out_bias)
 
 
 def _mlp(mlp: nn.Module, where: str, reader: Reader) -> MlpSpec:
@@ -128,13 +108,7 @@ def _mlp(mlp: nn.Module, where: str, reader: Reader) -> MlpSpec:
     if [type(part) for part in parts[::2]] != [nn.Linear, nn.Linear] or len(parts) != 3:
         raise refused(f"an MLP of another design ({where}: {', '.join(type(part).__name__ for part in parts)})")
     first, act, second = parts
-    assert isinstance(second, nn.Linear)
-    return MlpSpec(
-        kind=reader.activation(act, where),
-        hidden=second.in_features,
-        fc1_bias=first.bias is not None,
-        fc2_bias=second.bias is not None,
-    )
+    return reader.mlp({"fc1": first, "fc2": second}, act, where)
 
 
 def _head(module: VisionTransformer) -> str | None:
