@@ -71,7 +71,6 @@ def open(
     """
     if isinstance(source, Images):
         images = source
-        _demand_labels(images, labelled)
     else:
         try:
             found = _source(source, labelled)
@@ -82,7 +81,11 @@ def open(
         rows = choose(found.splits, split, seed=seed, name=found.name)
         known = labelled is not False and found.labelled_rows(rows)
         images = Images(found, rows, split=split, labelled=known, on_broken=on_broken)
-        _demand_labels(images, labelled)
+    if labelled and not images.labelled:
+        raise DataError(
+            f"{images.name}: images without labels, which are needed here; expected one subfolder for each class (two or more), "
+            "or a 'label' column. Methods that need no labels: comcat, dcvit, auto."
+        )
     return images if limit is None or limit == len(images) else images.take(limit, seed)
 
 
@@ -103,14 +106,6 @@ def calibration_images(
         )
     order = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))
     return CalibrationImages(None, tensor=source[order[:count]])
-
-
-def _demand_labels(images: Images, labelled: bool | None) -> None:
-    if labelled and not images.labelled:
-        raise DataError(
-            f"{images.name}: images without labels, which are needed here; expected one subfolder for each class (two or more), "
-            "or a 'label' column. Methods that need no labels: comcat, dcvit, auto."
-        )
 
 
 def _source(source: Any, labelled: bool | None) -> Source:

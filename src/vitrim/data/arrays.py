@@ -10,12 +10,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from vitrim.data.images import Labelled, all_labelled, broken, to_rgb
+from vitrim.data.images import Source, broken, to_rgb
 from vitrim.data.parquet import number_labels
 from vitrim.errors import DataError
 
 
-class TensorSource(Labelled):
+class TensorSource(Source):
     """images [n,3,h,w], uint8 or float in [0, 1]; labels int64 [n], float [n, classes] of 0 and 1, or None."""
 
     def __init__(self, images: Tensor, labels: Tensor | None = None, *, classes: tuple[str, ...] | None = None) -> None:
@@ -49,7 +49,7 @@ class TensorSource(Labelled):
         return [(f"tensor {tuple(self.pixels.shape)}", self.pixels.numel())]
 
 
-class DatasetSource(Labelled):
+class DatasetSource(Source):
     """A map-style torch Dataset whose items are (image, label) or images: PIL, or tensors [3,h,w] as for TensorSource.
 
     Labels come from its `targets` or `labels` if it has them, else from its items, once, when first asked for.
@@ -75,21 +75,19 @@ class DatasetSource(Labelled):
     @property
     def labels(self) -> np.ndarray | None:
         if self._labels is None and self.labelled:
-            values = getattr(self.dataset, "targets", None)
-            if values is None:
-                values = getattr(self.dataset, "labels", None)
+            known = (getattr(self.dataset, name, None) for name in ("targets", "labels"))
+            values = next((value for value in known if value is not None), None)
             if values is None:
                 values = [self._label(row) for row in range(len(self.splits["train"]))]
             listed = [value.tolist() if isinstance(value, Tensor | np.ndarray) else value for value in values]
-            several = bool(listed) and isinstance(listed[0], list | tuple)
-            if several:
+            if listed and isinstance(listed[0], list | tuple):
                 self._labels = np.asarray(listed, dtype=np.float32)
             else:
                 self._labels, _ = number_labels(listed, self._classes, several=False, name=self.name)
         return self._labels
 
     def labelled_rows(self, rows: np.ndarray) -> bool:
-        return self.labelled if self._labels is None else all_labelled(self._labels, rows)
+        return self.labelled if self._labels is None else super().labelled_rows(rows)
 
     def key(self, row: int) -> str:
         return f"{self.name}[{row}]"

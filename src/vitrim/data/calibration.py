@@ -48,13 +48,11 @@ class CalibrationImages:
 
     def few(self, count: int, seed: int) -> CalibrationImages:
         """At most `count` of them, drawn by seed."""
+        if count >= len(self):
+            return self
         if self.images is None:
-            return self.subset(np.arange(min(count, len(self))))
-        return (
-            self
-            if count >= len(self)
-            else CalibrationImages(self.preprocess, images=self.images.take(count, seed, balanced=False))
-        )
+            return self.subset(np.arange(count))
+        return CalibrationImages(self.preprocess, images=self.images.take(count, seed, balanced=False))
 
     def alike(self, size: int) -> bool:
         """Whether all of several are equal; read by so many, as far as the first that differs."""

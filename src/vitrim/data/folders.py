@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from vitrim.data.images import Labelled, decode
+from vitrim.data.images import Source, decode
 from vitrim.data.splits import SPLITS, split_named
 from vitrim.errors import DataError
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".jfif"})
 
 
-class FolderSource(Labelled):
+class FolderSource(Source):
     """Image files under a folder, in the order of their paths within each split; hidden names are passed over.
 
     Subfolders named like splits (train, val, validation, test, ...) are the splits if train is among them or if there is

@@ -7,16 +7,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vitrim.data.images import Labelled, decode, to_rgb
-from vitrim.data.parquet import number_labels
+from vitrim.data.images import Source, decode, part_of, starts_of, to_rgb
+from vitrim.data.parquet import image_and_label, number_labels
 from vitrim.data.splits import SPLITS, split_named
 from vitrim.errors import DataError
 
-_IMAGE = ("image", "img", "picture")
-_LABEL = ("label", "labels", "fine_label", "class", "target")
 
-
-class HubSource(Labelled):
+class HubSource(Source):
     """All splits of `NAME` or `NAME:CONFIG`, train first."""
 
     def __init__(self, name: str) -> None:
@@ -26,9 +23,9 @@ class HubSource(Labelled):
         if not self.parts:
             raise DataError(f"hf:{name}: no train, validation or test split.")
         self.image, self.label = _columns(self.parts[0][1], name)
-        starts = np.concatenate([[0], np.cumsum([len(part) for _, part in self.parts])]).astype(np.int64)
-        self.starts = starts
-        self.splits = {split: np.arange(starts[i], starts[i + 1]) for i, (split, _) in enumerate(self.parts)}
+        self.starts = starts_of(len(part) for _, part in self.parts)
+        ends = zip(self.parts, self.starts, self.starts[1:], strict=False)
+        self.splits = {split: np.arange(start, end) for (split, _), start, end in ends}
         if self.label is not None:
             values = [value for _, part in self.parts for value in part[self.label]]
             names = _names(self.parts[0][1].features[self.label])
@@ -36,11 +33,11 @@ class HubSource(Labelled):
             self._labels, self._classes = number_labels(values, names, several=several, name=f"hf:{name}")
 
     def key(self, row: int) -> str:
-        part, within = self._place(row)
+        part, within = part_of(self.starts, row)
         return f"{self.parts[part][0]} row {within}"
 
     def read(self, row: int) -> Image.Image:
-        part, within = self._place(row)
+        part, within = part_of(self.starts, row)
         cell: Any = self.parts[part][1][within][self.image]
         if isinstance(cell, Image.Image):
             return to_rgb(cell)
@@ -48,10 +45,6 @@ class HubSource(Labelled):
 
     def files(self) -> list[tuple[str, int]]:
         return [(f"hf:{self.name} {split}", len(part)) for split, part in self.parts]
-
-    def _place(self, row: int) -> tuple[int, int]:
-        part = int(np.searchsorted(self.starts, row, side="right")) - 1
-        return part, row - int(self.starts[part])
 
 
 def _download(name: str) -> dict[str, Any]:
@@ -80,14 +73,11 @@ def _download(name: str) -> dict[str, Any]:
 
 def _columns(part: Any, name: str) -> tuple[str, str | None]:
     features = part.features
-    image = next((c for c in _IMAGE if c in features), None) or next(
-        (c for c, feature in features.items() if type(feature).__name__ == "Image"), None
-    )
+    images = [column for column, feature in features.items() if type(feature).__name__ == "Image"]
+    named = [column for column, feature in features.items() if _names(feature) is not None]
+    image, label = image_and_label(features, images, named)
     if image is None:
         raise DataError(f"hf:{name}: no image column among {', '.join(features)}; expected a data set of images.")
-    label = next((c for c in _LABEL if c in features), None) or next(
-        (c for c, feature in features.items() if _names(feature) is not None), None
-    )
     return image, label
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import io
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,64 +26,58 @@ _BROKEN = ("raise", "skip")
 Label = int | torch.Tensor | None
 
 
-class Source(Protocol):
-    """Pictures by row. Must pickle: worker processes may get a copy."""
+class Source:
+    """Pictures by row. Must pickle: worker processes may get a copy. Labels and class names are found by the constructor."""
 
     name: str
     """For messages and records: a base name, never an absolute path."""
     splits: dict[str, np.ndarray]
     """Rows of each split that is there."""
-
-    @property
-    def blocks(self) -> np.ndarray | None:
-        """int64 [rows]: which rows are cheap to read together; None if every row is equally cheap."""
-
-    @property
-    def classes(self) -> tuple[str, ...] | None:
-        """Class names in the order of the labels, or None."""
-
-    @property
-    def labels(self) -> np.ndarray | None:
-        """int64 [rows] with -1 for an unlabelled one, or float32 [rows, classes] (several labels each), or None."""
-
-    def labelled_rows(self, rows: np.ndarray) -> bool:
-        """Whether every one of these rows has a label. Reads no image."""
-
-    def key(self, row: int) -> str:
-        """What to call the picture in messages: a relative path, or file and row."""
-
-    def read(self, row: int) -> Image.Image:
-        """The picture in RGB; DataError with its key if it cannot be read."""
-
-    def files(self) -> list[tuple[str, int]]:
-        """Relative paths and sizes in bytes of what the source was read from."""
-
-
-class Labelled:
-    """What sources have alike: labels and class names that the constructor finds, and rows that are equally cheap."""
-
     _classes: tuple[str, ...] | None = None
     _labels: np.ndarray | None = None
 
     @property
     def blocks(self) -> np.ndarray | None:
+        """int64 [rows]: which rows are cheap to read together; None if every row is equally cheap."""
         return None
 
     @property
     def classes(self) -> tuple[str, ...] | None:
+        """Class names in the order of the labels, or None."""
         return self._classes
 
     @property
     def labels(self) -> np.ndarray | None:
+        """int64 [rows] with -1 for an unlabelled one, or float32 [rows, classes] (several labels each), or None."""
         return self._labels
 
     def labelled_rows(self, rows: np.ndarray) -> bool:
-        return all_labelled(self._labels, rows)
+        """Whether every one of these rows has a label. Reads no image."""
+        labels = self._labels
+        return labels is not None and (labels.ndim == 2 or bool((labels[rows] >= 0).all()))
+
+    def key(self, row: int) -> str:
+        """What to call the picture in messages: a relative path, or file and row."""
+        raise NotImplementedError
+
+    def read(self, row: int) -> Image.Image:
+        """The picture in RGB; DataError with its key if it cannot be read."""
+        raise NotImplementedError
+
+    def files(self) -> list[tuple[str, int]]:
+        """Relative paths and sizes in bytes of what the source was read from."""
+        raise NotImplementedError
 
 
-def all_labelled(labels: np.ndarray | None, rows: np.ndarray) -> bool:
-    """Whether labels as `Source.labels` has them cover these rows."""
-    return labels is not None and (labels.ndim == 2 or bool((labels[rows] >= 0).all()))
+def starts_of(counts: Iterable[int]) -> np.ndarray:
+    """int64 [parts + 1]: the row at which each part begins, and their end."""
+    return np.cumsum([0, *counts], dtype=np.int64)
+
+
+def part_of(starts: np.ndarray, row: int) -> tuple[int, int]:
+    """The part that holds a row, and the row within it."""
+    part = int(np.searchsorted(starts, row, side="right")) - 1
+    return part, row - int(starts[part])
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

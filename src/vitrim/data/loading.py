@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ _ORDER, _BLOCKS = 0x4F52_4452, 0x424C_4B53
 _POOL = 4
 
 Batch = tuple[Tensor, Tensor | None]
+Groups = list[np.ndarray]
+Made = tuple[np.ndarray, Callable[[np.ndarray], Tensor]]
+"""Positions of a group that can be read, and what makes x of some of them."""
 
 
 def batch_count(count: int, batch_size: int, *, drop_last: bool = False) -> int:
@@ -66,10 +69,11 @@ def batches(
         np.array_split(order[i * batch_size : (i + 1) * batch_size], ranks)[rank]
         for i in range(min(start, total), total)
     ]
-    made = _in_memory if _fits(images, transform) else _streamed
+    read = _in_memory if _fits(images, transform) else _streamed
     size = getattr(getattr(transform, "preprocess", None), "size_px", (224, 224))
     processes = suggest_workers(images, size) if workers is None else workers
-    return made(images, transform, groups, seed, epoch, processes, drop_last, torch.device(device))
+    made = read(images, transform, groups, seed, epoch, processes, torch.device(device))
+    return _collated(images, groups, made, drop_last, torch.device(device))
 
 
 def calibration(images: Images, preprocess: Preprocess, count: int, seed: int = 0, *, workers: int = 0) -> Tensor:
@@ -105,58 +109,47 @@ def _fits(images: Images, transform: Transform) -> bool:
     return len(images) * len(transform.preprocess.mean) * height * width <= IN_MEMORY_BYTES
 
 
-def _in_memory(
-    images: Images,
-    transform: Transform,
-    groups: list[np.ndarray],
-    seed: int,
-    epoch: int,
-    workers: int,
-    full: bool,
-    device: torch.device,
+def _collated(
+    images: Images, groups: Groups, made: Iterator[Made], full: bool, device: torch.device
 ) -> Iterator[Batch]:
+    labels = images.labels
+    for group, (readable, batch) in zip(groups, made, strict=True):
+        positions = _filled(readable, len(group), full, images)
+        if len(positions):
+            yield batch(positions), None if labels is None else labels[torch.from_numpy(positions)].to(device)
+
+
+def _in_memory(
+    images: Images, transform: Transform, groups: Groups, seed: int, epoch: int, workers: int, device: torch.device
+) -> Iterator[Made]:
     assert isinstance(transform, Evaluation | Training)
     pixels, readable = decoded(images, transform.view, workers=workers, device=device)
-    labels = images.labels
     usable = readable.numpy()
+
+    def batch(positions: np.ndarray) -> Tensor:
+        x = pixels[torch.from_numpy(positions).to(device)]  # B C h w
+        if isinstance(transform, Evaluation):
+            return normalise(x, transform.preprocess)
+        rows, augment = images.rows[positions], transform.augment
+        x = augment_pixels(x, rows, augment, seed=seed, epoch=epoch, pad=transform.crop == "pad")
+        x = normalise(x, transform.preprocess)
+        return erase(x, rows, seed=seed, epoch=epoch, share=augment.erase) if augment.erase else x
+
     for group in groups:
-        positions = _filled(group[usable[group]], len(group), full, images)
-        if not len(positions):
-            continue
-        index = torch.from_numpy(positions)
-        x = pixels[index.to(device)]  # B C h w
-        if isinstance(transform, Training):
-            rows, augment = images.rows[positions], transform.augment
-            x = augment_pixels(x, rows, augment, seed=seed, epoch=epoch, pad=transform.crop == "pad")
-            x = normalise(x, transform.preprocess)
-            if augment.erase:
-                x = erase(x, rows, seed=seed, epoch=epoch, share=augment.erase)
-        else:
-            x = normalise(x, transform.preprocess)
-        yield x, None if labels is None else labels[index].to(device)
+        yield group[usable[group]], batch
 
 
 def _streamed(
-    images: Images,
-    transform: Transform,
-    groups: list[np.ndarray],
-    seed: int,
-    epoch: int,
-    workers: int,
-    full: bool,
-    device: torch.device,
-) -> Iterator[Batch]:
-    labels = images.labels
+    images: Images, transform: Transform, groups: Groups, seed: int, epoch: int, workers: int, device: torch.device
+) -> Iterator[Made]:
     reads = read_batches(images, transform, groups, seed=seed, epoch=epoch, workers=workers)
     for group, read in zip(groups, reads, strict=True):
         good = dict(sift(images, read))
-        readable = np.array([position for position in group if int(position) in good], dtype=np.int64)
-        positions = _filled(readable, len(group), full, images)
-        if not len(positions):
-            continue
-        x = torch.stack([good[int(position)] for position in positions])
-        y = None if labels is None else labels[torch.from_numpy(positions)].to(device)
-        yield x.to(device), y
+
+        def batch(positions: np.ndarray, good: dict[int, Tensor] = good) -> Tensor:
+            return torch.stack([good[int(position)] for position in positions]).to(device)
+
+        yield np.array([position for position in group if int(position) in good], dtype=np.int64), batch
 
 
 def _filled(positions: np.ndarray, size: int, full: bool, images: Images) -> np.ndarray:

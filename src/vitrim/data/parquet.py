@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from vitrim.data.images import Labelled, decode
+from vitrim.data.images import Source, decode, part_of, starts_of
 from vitrim.data.splits import SPLITS, split_of_path
 from vitrim.errors import DataError
 
@@ -38,7 +38,7 @@ class _Columns:
     several: bool
 
 
-class ParquetSource(Labelled):
+class ParquetSource(Source):
     """Rows of one or several Parquet files, train first."""
 
     def __init__(self, path: Path, *, name: str | None = None) -> None:
@@ -66,8 +66,7 @@ class ParquetSource(Labelled):
         self._labels, self._classes = self._read_labels()
 
     def _count_rows(self, splits: dict[Path, str]) -> None:
-        counts = [opened.metadata.num_rows for opened in self.opened]
-        self.starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        self.starts = starts_of(opened.metadata.num_rows for opened in self.opened)
         if self.starts[-1] == 0:
             raise DataError(f"{self.name}: holds no rows; expected a Parquet file with images.")
         self.splits: dict[str, np.ndarray] = {}
@@ -85,7 +84,7 @@ class ParquetSource(Labelled):
             for group in range(opened.metadata.num_row_groups)
         ]
         self.groups = [(file, group) for file, group, _ in sizes]
-        self.group_starts = np.concatenate([[0], np.cumsum([rows for _, _, rows in sizes])]).astype(np.int64)
+        self.group_starts = starts_of(rows for _, _, rows in sizes)
 
     @property
     def blocks(self) -> np.ndarray | None:
@@ -95,16 +94,14 @@ class ParquetSource(Labelled):
         return np.repeat(np.arange(len(self.groups)), np.diff(self.group_starts))
 
     def key(self, row: int) -> str:
-        file = self._file_of(row)
-        return f"{self.relative[file]} row {row - int(self.starts[file])}"
+        file, within = part_of(self.starts, row)
+        return f"{self.relative[file]} row {within}"
 
     def read(self, row: int) -> Image.Image:
         cell = self._cell(row)
-        data = cell.get("bytes") if isinstance(cell, dict) else cell
-        if data is None and isinstance(cell, dict) and cell.get("path"):
-            return decode(self._beside(str(cell["path"]), row), key=f"{self.key(row)} ({cell['path']})")
-        named = f"{self.key(row)} ({cell['path']})" if isinstance(cell, dict) and cell.get("path") else self.key(row)
-        return decode(data or b"", key=named)
+        data, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
+        key = f"{self.key(row)} ({path})" if path else self.key(row)
+        return decode(self._beside(str(path), row) if data is None and path else data or b"", key=key)
 
     def files(self) -> list[tuple[str, int]]:
         return [(name, file.stat().st_size) for name, file in zip(self.relative, self.paths, strict=True)]
@@ -117,27 +114,24 @@ class ParquetSource(Labelled):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "opened": [], "_groups": OrderedDict()}  # open files do not travel to a worker
 
-    def _file_of(self, row: int) -> int:
-        return int(np.searchsorted(self.starts, row, side="right")) - 1
-
     def _cell(self, row: int) -> Any:
         if self.small:
-            file = self._file_of(row)
-            return self._images[file][row - int(self.starts[file])].as_py()
-        group = int(np.searchsorted(self.group_starts, row, side="right")) - 1
+            file, within = part_of(self.starts, row)
+            return self._images[file][within].as_py()
+        group, at = part_of(self.group_starts, row)
         if group not in self._groups:
-            file, within = self.groups[group]
+            file, number = self.groups[group]
             with pq.ParquetFile(self.paths[file]) as opened:
                 # one thread: a forked worker has none of pyarrow's pool
-                table = opened.read_row_group(within, columns=[self.columns.image], use_threads=False)
+                table = opened.read_row_group(number, columns=[self.columns.image], use_threads=False)
             self._groups[group] = table.column(self.columns.image)
             if len(self._groups) > _GROUPS_KEPT:
                 self._groups.popitem(last=False)
         self._groups.move_to_end(group)
-        return self._groups[group][row - int(self.group_starts[group])].as_py()
+        return self._groups[group][at].as_py()
 
     def _beside(self, path: str, row: int) -> Path:
-        file = (self.paths[self._file_of(row)].parent / path).resolve()
+        file = (self.paths[part_of(self.starts, row)[0]].parent / path).resolve()
         if not file.is_relative_to(self.root.resolve()):
             raise DataError(f"{self.key(row)}: its path {path!r} leaves the folder; expected images inside it.")
         return file
@@ -157,9 +151,8 @@ class ParquetSource(Labelled):
     def _read_labels(self) -> tuple[np.ndarray | None, tuple[str, ...] | None]:
         if self.columns.label is None:
             return None, None
-        values: list[Any] = []
-        for file in range(len(self.paths)):
-            values.extend(self._read_column(file, self.columns.label).to_pylist())
+        columns = (self._read_column(file, self.columns.label) for file in range(len(self.paths)))
+        values = [value for column in columns for value in column.to_pylist()]
         return number_labels(values, self.columns.names, several=self.columns.several, name=self.name)
 
 
@@ -172,10 +165,9 @@ def number_labels(
     """
     if several:
         lists = [[int(v) for v in value or ()] for value in values]
-        classes = names or tuple(str(i) for i in range(max((max(v) for v in lists if v), default=-1) + 1))
-        _within(
-            min((min(v) for v in lists if v), default=0), max((max(v) for v in lists if v), default=0), classes, name
-        )
+        every = [v for value in lists for v in value]
+        classes = names or tuple(str(i) for i in range(max(every, default=-1) + 1))
+        _within(min(every, default=0), max(every, default=0), classes, name)
         hot = np.zeros((len(lists), len(classes)), dtype=np.float32)
         for row, value in enumerate(lists):
             hot[row, value] = 1.0
@@ -215,19 +207,26 @@ def _unreadable(path: Path, error: BaseException) -> DataError:
     return DataError(f"{path.name}: not a readable Parquet file ({reason}). Download or write it again.")
 
 
+def image_and_label(
+    names: Iterable[str], images: Sequence[str], labels: Sequence[str]
+) -> tuple[str | None, str | None]:
+    """The columns of images and of labels: one of the usual names, else the first that is marked as such."""
+    there = set(names)
+    usual = (*_IMAGE_COLUMNS, *images), (*_LABEL_COLUMNS, *labels)
+    image, label = (next((column for column in columns if column in there), None) for columns in usual)
+    return image, label
+
+
 def _columns(schema: pa.Schema, name: str) -> _Columns:
     features = _features(schema)
-    image = _first(schema.names, _IMAGE_COLUMNS) or next(
-        (column for column, feature in features.items() if feature.get("_type") == "Image"), None
-    )
+    images = [column for column, feature in features.items() if feature.get("_type") == "Image"]
+    named = [column for column, feature in features.items() if _class_names(feature) is not None]
+    image, label = image_and_label(schema.names, images, named)
     if image is None or not _holds_images(schema.field(image).type):
         raise DataError(
             f"{name}: no image column among {', '.join(schema.names)}; expected 'image' with encoded bytes, "
             "a struct of 'bytes' and 'path' as on the Hugging Face Hub, or plain binary."
         )
-    label = _first(schema.names, _LABEL_COLUMNS) or next(
-        (column for column, feature in features.items() if _class_names(feature) is not None), None
-    )
     if label is None:
         return _Columns(image, None, None, several=False)
     several = pa.types.is_list(schema.field(label).type) or pa.types.is_large_list(schema.field(label).type)
@@ -256,7 +255,3 @@ def _class_names(feature: dict[str, Any]) -> tuple[str, ...] | None:
     if isinstance(inner, dict) and inner.get("_type") == "ClassLabel" and inner.get("names"):
         return tuple(str(label) for label in inner["names"])
     return None
-
-
-def _first(names: Sequence[str], known: Sequence[str]) -> str | None:
-    return next((name for name in known if name in names), None)

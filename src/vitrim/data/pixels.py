@@ -5,6 +5,8 @@ Draws are keyed by (seed, epoch, row) through a hash, so that a picture is treat
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -13,7 +15,6 @@ from vitrim.data.draws import uniform
 from vitrim.data.images import Images
 from vitrim.data.reading import read_all
 from vitrim.data.transforms import Augment, View
-from vitrim.errors import DataError
 from vitrim.spec import Preprocess
 
 _DOWN, _RIGHT, _FLIP, _ERASE, _AREA, _SHAPE, _TOP, _LEFT = range(8)  # which draw of a picture
@@ -28,24 +29,10 @@ def in_memory(
     """
     size_px = (size, size) if isinstance(size, int) else size
     base = preprocess or Preprocess(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), size_px=size_px)
-    view = View(
-        Preprocess(
-            mean=base.mean,
-            std=base.std,
-            size_px=size_px,
-            crop=base.crop,
-            crop_mode=base.crop_mode,
-            interpolation=base.interpolation,
-        )
-    )
-    pixels, readable = decoded(images, view, workers=workers)
+    pixels, readable = decoded(images, View(replace(base, size_px=size_px)), workers=workers)
     labels = images.labels
     if bool(readable.all()):
         return pixels, labels
-    if not bool(readable.any()):
-        raise DataError(
-            f"{images.name}: none of {len(images)} images can be read; the first: {next(iter(images.broken))}."
-        )
     return pixels[readable], None if labels is None else labels[readable]
 
 

@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -35,12 +36,12 @@ def suggest_workers(images: Images, size_px: tuple[int, int]) -> int:
     return 0 if len(images) * size_px[0] * size_px[1] <= _SMALL_WORK else min(8, _processors())
 
 
+@dataclass(eq=False)
 class _Reader(Dataset[Read]):
-    def __init__(self, images: Images, transform: Transform, *, seed: int, epoch: int) -> None:
-        self.images = images
-        self.transform = transform
-        self.seed = seed
-        self.epoch = epoch
+    images: Images
+    transform: Transform
+    seed: int
+    epoch: int
 
     def __len__(self) -> int:
         return len(self.images)
@@ -64,7 +65,7 @@ def read_batches(
     images: Images, transform: Transform, groups: Sequence[np.ndarray], *, seed: int, epoch: int, workers: int
 ) -> Iterator[list[Read]]:
     """For each group of positions, what was read there, in order. More workers than processors are not started."""
-    reader = _Reader(images, transform, seed=seed, epoch=epoch)
+    reader = _Reader(images, transform, seed, epoch)
     processes = min(workers, _processors())
     if processes <= 0:
         for group in groups:
@@ -74,7 +75,7 @@ def read_batches(
         reader,
         batch_sampler=[[int(position) for position in group] for group in groups],
         num_workers=processes,
-        collate_fn=_as_is,
+        collate_fn=list,
         worker_init_fn=_quiet,
         generator=torch.Generator(),  # its own: a loader's start draws a number
         multiprocessing_context="fork" if sys.platform == "linux" else None,
@@ -127,10 +128,6 @@ def sift(images: Images, group: list[Read]) -> list[tuple[int, Tensor]]:
 def none_readable(images: Images) -> DataError:
     first = next(iter(images.broken.values()), "no images")
     return DataError(f"{images.name}: none of {len(images)} images could be read; the first: {first}")
-
-
-def _as_is(group: list[Read]) -> list[Read]:
-    return group
 
 
 def _quiet(worker: int) -> None:

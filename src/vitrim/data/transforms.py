@@ -58,7 +58,7 @@ def normalise(pixels: Tensor, preprocess: Preprocess) -> Tensor:
 
 
 class Evaluation:
-    """RGB image -> float32 [C,h,w]; what `evaluation` gives."""
+    """RGB image -> float32 [C,h,w]: the model's own view of an image, equal to timm's evaluation transform."""
 
     def __init__(self, preprocess: Preprocess) -> None:
         self.preprocess = preprocess
@@ -69,15 +69,15 @@ class Evaluation:
 
 
 class Training:
-    """RGB image -> float32 [C,h,w], drawn from the global generators; what `training` gives.
+    """RGB image -> float32 [C,h,w]: an augmented view, drawn from the global generators.
 
-    `batched` says that the draws are a shifted crop, a flip and an erasure at most, which `vitrim.data.pixels` makes for a
+    augment: None means the defaults of `Augment`.  `batched` says that the draws are a shifted crop, a flip and an erasure at most, which `vitrim.data.pixels` makes for a
     whole batch at once.
     """
 
-    def __init__(self, preprocess: Preprocess, augment: Augment) -> None:
-        self.preprocess = preprocess
-        self.augment = augment
+    def __init__(self, preprocess: Preprocess, augment: Augment | None = None) -> None:
+        augment = augment or Augment()
+        self.preprocess, self.augment = preprocess, augment
         side = max(preprocess.size_px)
         self.crop = augment.crop if augment.crop != "auto" else ("pad" if side <= PAD_CROP_PX else "resized")
         self.view = View(preprocess, crop=1.0)
@@ -143,11 +143,4 @@ def _at_least_one_bit(level: Callable[[float, Any], tuple[int]], magnitude: floa
     return (max(1, level(magnitude, settings)[0]),)
 
 
-def evaluation(preprocess: Preprocess) -> Evaluation:
-    """The model's own view of an image, equal to timm's evaluation transform."""
-    return Evaluation(preprocess)
-
-
-def training(preprocess: Preprocess, augment: Augment | None = None) -> Training:
-    """An augmented view; `augment` None means the defaults of `Augment`."""
-    return Training(preprocess, augment or Augment())
+evaluation, training = Evaluation, Training
