@@ -29,19 +29,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .errors import ArtifactError, SpecError
-from .files import DTYPE_BYTES, make_whole, read_header, replace_within, sha256, sync_file, write_text
+from .files import DTYPE_BYTES, make_whole, read_header, replace_within, sha256, sync_file, write_json, write_text
 from .model import Vit
 from .spec import Config, ModelSpec, Selection
 
-CONFIG, WEIGHTS, SELECTION, PROVENANCE, CARD = (
+NEEDED = CONFIG, WEIGHTS, SELECTION, PROVENANCE = (
     "config.json",
     "model.safetensors",
     "selection.json",
     "provenance.json",
-    "README.md",
 )
-FILES = (CONFIG, WEIGHTS, SELECTION, PROVENANCE, CARD)
-NEEDED = (CONFIG, WEIGHTS, SELECTION, PROVENANCE)
+CARD = "README.md"
+FILES = (*NEEDED, CARD)
 
 _JSON_BYTES = 64 << 20  # selections of the largest ViTs are about a megabyte; more is not one of ours
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -98,9 +97,9 @@ def save(
     refuse_overwriting(folder, force=force)
     model = _network(thing)
     contents = _contents_of(model, like)
-    if contents.config.spec != _spec_of(model, contents.config.spec):
+    if isinstance(model, Vit) and contents.config.spec != model.spec:
         raise ArtifactError(
-            f"{os.fspath(like or '')}: its spec is not the model's ({_first_difference(contents.config, model)}). "
+            f"{os.fspath(like or '')}: its spec is not the model's ({_difference(contents.config.spec, model.spec)}). "
             "By like= name the folder that the model was loaded from, or leave `like` out."
         )
     tensors = _tensors(model, half=half)
@@ -109,11 +108,12 @@ def save(
     known["versions"] = _versions()
 
     def fill(staging: Path) -> None:
-        _write_tensors(staging / WEIGHTS, tensors)
+        save_file(tensors, staging / WEIGHTS, metadata={"format": "pt"})
+        sync_file(staging / WEIGHTS)
         own = _with_hash(known, sha256(staging / WEIGHTS), given=provenance or {})
-        _write_json(staging / CONFIG, contents.config.to_dict())
-        _write_json(staging / SELECTION, contents.selection.to_dict())
-        _write_json(staging / PROVENANCE, own)
+        write_json(staging / CONFIG, contents.config.to_dict())
+        write_json(staging / SELECTION, contents.selection.to_dict())
+        write_json(staging / PROVENANCE, own)
         from .card import card  # the card counts and formats; loading needs neither
 
         write_text(staging / CARD, card(contents.config, contents.selection, own))
@@ -158,15 +158,6 @@ def _why_not_written(folder: Path, error: Exception) -> str:
     return f"{folder}: could not be saved ({why}); what stood there is unchanged. {mend}"
 
 
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    save_file(tensors, path, metadata={"format": "pt"})
-    sync_file(path)
-
-
 # --------------------------------------------------------------------------------------------------- what gets written
 
 
@@ -204,13 +195,8 @@ def _contents_of(model: nn.Module, like: str | os.PathLike[str] | None) -> Conte
     )
 
 
-def _spec_of(model: nn.Module, otherwise: ModelSpec) -> ModelSpec:
-    return model.spec if isinstance(model, Vit) else otherwise
-
-
-def _first_difference(config: Config, model: nn.Module) -> str:
-    there = config.to_dict()["spec"]
-    here = model.config.to_dict()["spec"] if isinstance(model, Vit) else there
+def _difference(saved: ModelSpec, own: ModelSpec) -> str:
+    there, here = saved.to_dict(), own.to_dict()
     for key in here:
         if key != "blocks" and here[key] != there.get(key):
             return f"{key}: {there.get(key)!r} there, {here[key]!r} in the model"

@@ -21,8 +21,9 @@ def card(config: Config, selection: Selection, provenance: Mapping[str, Any]) ->
     provenance: `source` names the base model, `metrics` may hold `before` and `after`, `license` the licence of the
     weights. Without `license` the card says that the base model's holds: a compression gives no new rights.
     """
-    title = _title(provenance, selection)
-    return "\n".join([*_front_matter(config, selection, provenance), "", f"# {title}", "", *_body(config, provenance)])
+    base = str(provenance.get("source") or "A Vision Transformer").replace("\n", " ")
+    title = f"# {base}, compressed" if selection.steps else f"# {base}"
+    return "\n".join([*_front_matter(config, selection, provenance), "", title, "", *_body(config, provenance)])
 
 
 def base_model(provenance: Mapping[str, Any]) -> str | None:
@@ -66,11 +67,6 @@ def _front_matter(config: Config, selection: Selection, provenance: Mapping[str,
     yield "---"
 
 
-def _title(provenance: Mapping[str, Any], selection: Selection) -> str:
-    base = str(provenance.get("source") or "A Vision Transformer").replace("\n", " ")
-    return f"{base}, compressed" if selection.steps else base
-
-
 def _body(config: Config, provenance: Mapping[str, Any]) -> Iterator[str]:
     total = cost(config.spec)
     height, width = config.spec.image_px
@@ -79,8 +75,9 @@ def _body(config: Config, provenance: Mapping[str, Any]) -> Iterator[str]:
         f"parameters for images of {height} x {width} px, saved by [vitrim](https://pypi.org/project/vitrim/)."
     )
     yield ""
-    if method := _method(provenance):
-        yield f"Compressed by {method}. `selection.json` says which units of the dense network survived."
+    if method := provenance.get("method"):
+        variant = f" (variant `{provenance['variant']}`)" if provenance.get("variant") else ""
+        yield f"Compressed by `{method}`{variant}. `selection.json` says which units of the dense network survived."
         yield ""
     rows = list(_rows(provenance.get("metrics"), total.macs, total.params))
     if rows:
@@ -100,13 +97,6 @@ def _body(config: Config, provenance: Mapping[str, Any]) -> Iterator[str]:
         p = config.preprocess
         yield f"Images are scaled to [0, 1], then normalised with mean {list(p.mean)} and deviation {list(p.std)}."
         yield ""
-
-
-def _method(provenance: Mapping[str, Any]) -> str:
-    method, variant = provenance.get("method"), provenance.get("variant")
-    if not method:
-        return ""
-    return f"`{method}` (variant `{variant}`)" if variant else f"`{method}`"
 
 
 def _rows(metrics: Any, macs: int, params: int) -> Iterator[str]:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .errors import TrainingError
-from .files import replace_file, sync_file, sync_folder
+from .files import make_whole, replace_file, sync_file, write_text
 
 SCHEMA = 1
 _NAME = re.compile(r"step-(\d{8,})")
@@ -33,22 +33,17 @@ def write(folder: Path, step: int, tensors: Mapping[str, Tensor], values: Mappin
     tensors: by name, on any device. values: plain JSON values. Raises TrainingError if the disk refuses.
     """
     final = folder / f"step-{step:08d}"
-    partial = folder / f"partial-{final.name}"
     if final.is_dir():  # a run reaches a step in one state only; rewriting it would leave a moment with none
         return final
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _clear(partial)
-        partial.mkdir()
+
+    def fill(staging: Path) -> None:
         # clones: safetensors refuses tensors that share memory, and the caller's may be views
-        save_file({k: t.detach().to("cpu", copy=True).contiguous() for k, t in tensors.items()}, partial / _TENSORS)
-        text = json.dumps({"schema": SCHEMA, "step": step, **values}, sort_keys=True)
-        (partial / _VALUES).write_text(text, encoding="utf-8")
-        sync_file(partial / _TENSORS)
-        sync_file(partial / _VALUES)
-        sync_folder(partial)
-        partial.rename(final)
-        sync_folder(folder)
+        save_file({k: t.detach().to("cpu", copy=True).contiguous() for k, t in tensors.items()}, staging / _TENSORS)
+        sync_file(staging / _TENSORS)
+        write_text(staging / _VALUES, json.dumps({"schema": SCHEMA, "step": step, **values}, sort_keys=True))
+
+    try:
+        make_whole(final, fill)
         for old in _found(folder):
             if old != final:
                 _clear(old)
@@ -87,7 +82,7 @@ def sweep(folder: Path) -> None:
     """Remove what a killed process left half-written or half-removed."""
     if folder.is_dir():
         for path in folder.iterdir():
-            if path.name.startswith(("partial-", "gone-")):
+            if path.name.endswith(".partial") or path.name.startswith(("partial-", "gone-")):  # partial-: of earlier versions
                 shutil.rmtree(path, ignore_errors=True)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,8 +40,8 @@ def push(
         if not (root / REPORT).is_file():
             raise ArtifactError(f"{root / REPORT}: is missing; make it by `vitrim report`, or push without the report.")
         names.append(REPORT)
-    hub = _library()
-    try:
+    mend = "Check the name, `hf auth login` and the network; what was sent before stands as it was."
+    with _asking(f"{repo_id}: could not be pushed", mend) as hub:
         api = hub.HfApi(token=token)
         made = api.create_repo(repo_id, repo_type="model", private=private, exist_ok=True)
         api.upload_folder(
@@ -49,11 +51,6 @@ def push(
             allow_patterns=names,
             commit_message="Upload a model of vitrim",
         )
-    except Exception as error:  # the transport's errors share no base class across versions of the library
-        raise ArtifactError(
-            f"{repo_id}: could not be pushed ({_sentence(error)}). Check the name, `hf auth login` and the network; "
-            "what was sent before stands as it was."
-        ) from error
     return str(made)
 
 
@@ -73,16 +70,11 @@ def load_hub(repo_id: str, revision: str | None = None, *, token: str | None = N
 
 
 def _fetch(repo_id: str, names: tuple[str, ...], *, revision: str | None, token: str | None) -> Path:
-    hub = _library()
-    try:
+    what = f"{repo_id} at {revision or 'its newest'}: could not be fetched from the Hub"
+    with _asking(what, "Check the name and the network and load again; a download goes on where it stopped.") as hub:
         folder = hub.snapshot_download(
             repo_id, repo_type="model", revision=revision, token=token, allow_patterns=list(names)
         )
-    except Exception as error:  # the transport's errors share no base class across versions of the library
-        raise ArtifactError(
-            f"{repo_id} at {revision or 'its newest'}: could not be fetched from the Hub ({_sentence(error)}). "
-            "Check the name and the network and load again; a download goes on where it stopped."
-        ) from error
     root = Path(folder)
     lacking = [name for name in names if name in artifact.NEEDED and not (root / name).exists()]
     if lacking:
@@ -98,15 +90,15 @@ def _check_name(repo_id: str) -> None:
         raise ArtifactError(f"{repo_id!r}: is no name of a repository; expected USER/NAME, such as 'ada/small-deit'.")
 
 
-def _sentence(error: BaseException) -> str:
-    """The first line of a library's message, on one line."""
-    lines = str(error).strip().splitlines()
-    return (lines[0].strip() if lines else type(error).__name__).rstrip(".")
-
-
-def _library() -> Any:
+@contextmanager
+def _asking(what: str, mend: str) -> Iterator[Any]:
+    """The library. What goes wrong is one sentence, with the first line of its message: what failed, why, how to mend it."""
     try:
         import huggingface_hub
     except ImportError as error:
         raise ArtifactError("the Hub needs huggingface_hub: `pip install huggingface_hub`.") from error
-    return huggingface_hub
+    try:
+        yield huggingface_hub
+    except Exception as error:  # the transport's errors share no base class across versions of the library
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ArtifactError(f"{what} ({lines[0].strip().rstrip('.')}). {mend}") from error

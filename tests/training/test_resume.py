@@ -45,7 +45,7 @@ def patch(moment, at):
                 save = checkpoints.save_file
                 checkpoints.save_file = lambda *a: (save(*a), die())
             if moment == "before the rename":
-                Path.rename = lambda self, to: die()
+                os.rename = lambda source, to: die()
             if moment == "before the old one goes":
                 Path.rename = lambda self, to: die() if str(to.name).startswith("gone-") else rename(self, to)
             if moment == "while the old one goes":

@@ -9,7 +9,6 @@ out but classifiers, and those only where the caller asks for none (`without_hea
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import pickle
 import re
@@ -23,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..errors import SourceError
-from ..files import make_whole, sync_file, write_text
+from ..files import make_whole, sync_file, write_json
 
 WRAPPED = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "net")
 PREFIXES = ("module.", "_orig_mod.")
@@ -161,7 +160,7 @@ def write(
     def put(staging: Path) -> None:
         save_file(dict(state), staging / WEIGHTS, metadata={"format": "pt", **(metadata or {})})
         sync_file(staging / WEIGHTS)
-        write_text(staging / CONFIG, json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n")
+        write_json(staging / CONFIG, config)
 
     return write_folder(out, put)
 

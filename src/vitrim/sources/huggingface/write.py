@@ -8,7 +8,6 @@ SigLIP's, which fill the width of the stream; the dense softmax scale then goes 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from ... import surgery
-from ...files import sync_file, write_text
+from ...files import sync_file, write_json
 from ...model import Vit
 from ...spec import MlpSpec, ModelSpec
 from ..expressible import ENCODER, KINDS, ON_POOL, Family, any_half, halves, refusal, unsayable
@@ -72,7 +71,7 @@ def write(model: Vit, out: Path) -> Path:
         with quiet():
             module.save_pretrained(staging)
         if processor is not None:
-            write_text(staging / "preprocessor_config.json", json.dumps(processor, indent=2, sort_keys=True) + "\n")
+            write_json(staging / "preprocessor_config.json", processor)
         for path in staging.iterdir():
             sync_file(path)
 
