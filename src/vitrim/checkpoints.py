@@ -82,7 +82,9 @@ def sweep(folder: Path) -> None:
     """Remove what a killed process left half-written or half-removed."""
     if folder.is_dir():
         for path in folder.iterdir():
-            if path.name.endswith(".partial") or path.name.startswith(("partial-", "gone-")):  # partial-: of earlier versions
+            if path.name.endswith(".partial") or path.name.startswith(
+                ("partial-", "gone-")
+            ):  # partial-: of earlier versions
                 shutil.rmtree(path, ignore_errors=True)
 
 

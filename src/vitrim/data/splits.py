@@ -11,16 +11,8 @@ from vitrim.data.draws import ranked
 from vitrim.errors import DataError
 
 SPLITS = ("train", "validation", "test")
-_NAMES = {
-    "train": "train",
-    "training": "train",
-    "val": "validation",
-    "valid": "validation",
-    "validation": "validation",
-    "dev": "validation",
-    "test": "test",
-    "testing": "test",
-}
+_WORDS = {"train": "train training", "validation": "val valid validation dev", "test": "test testing"}
+_NAMES = {word: split for split, words in _WORDS.items() for word in words.split()}
 _VALIDATION = 0x5641_4C49  # keeps these draws apart from others with the same seed
 
 

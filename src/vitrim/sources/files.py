@@ -118,20 +118,23 @@ def with_classifier(
 
     weight: name of the classifier's matrix.  classes: None takes what the file has, 0 leaves every classifier out.
     """
-    if classes == 0:
-        return without_heads(state, file=file), 0
     found = state[weight].shape[0] if weight in state else 0
-    if classes is not None and classes != found:
-        raise other_classes(classes, f"the classifier in {file} has {found}")
-    return dict(state), found
+    if stays(classes, found, f"the classifier in {file} has"):
+        return dict(state), found
+    return without_heads(state, file=file), 0
 
 
-def other_classes(classes: int, found: str) -> SourceError:
-    """The error for other classes than there are. found: what has how many, for the sentence."""
-    return SourceError(
-        f"classes={classes}: {found} classes. Leave classes out to keep them, or give the model a new head "
-        "(`vitrim train --new-head`)."
-    )
+def stays(classes: int | None, found: int, where: str) -> bool:
+    """Whether a classifier stays as it is; else, with classes=0, it goes. Raises SourceError for other classes than there are.
+
+    where: what has so many, for the sentence.
+    """
+    if classes not in (None, 0, found):
+        raise SourceError(
+            f"classes={classes}: {where} {found} classes. Leave classes out to keep them, or give the model a new head "
+            "(`vitrim train --new-head`)."
+        )
+    return classes != 0
 
 
 def unfetched(name: str, why: str) -> SourceError:

@@ -6,7 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -128,19 +128,28 @@ def _whole(numbers: Mapping[str, Tensor], name: str, count: int) -> Tensor:
     return like.new_ones(count) if leaf == "gamma" else like.new_zeros(count)
 
 
+class Told(TypedDict, total=False):
+    """What comes along with a module: None and what is not there are taken from the module itself, if it says so.
+
+    labels: class names in the order of the logits.
+    """
+
+    preprocess: Preprocess | None
+    labels: tuple[str, ...] | None
+    provenance: dict[str, Any] | None
+
+
 def filled(
     spec: ModelSpec,
     weights: Mapping[str, Tensor],
     *,
-    preprocess: Preprocess | None,
-    labels: tuple[str, ...] | None,
-    provenance: dict[str, Any] | None,
     task: Literal["classification", "features"] | None = None,
+    **told: Unpack[Told],
 ) -> Vit:
     """Our model with these numbers, in eval mode; the random state stays as it is. task: None is told by the classifiers."""
     task = task or ("classification" if spec.outputs else "features")
-    config = Config(spec=spec, task=task, preprocess=preprocess, labels=labels)
+    config = Config(spec=spec, task=task, preprocess=told.get("preprocess"), labels=told.get("labels"))
     with torch.device("meta"):  # no memory and no random numbers for values that are replaced at once
-        model = Vit(config, provenance=provenance)
+        model = Vit(config, provenance=told.get("provenance"))
     model.load_state_dict(weights, strict=True, assign=True)
     return model.eval()

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, Literal, Unpack
 
 import torch
 import transformers
@@ -32,7 +32,7 @@ from ...errors import SourceError
 from ...model import Vit
 from ...spec import ModelSpec, Preprocess
 from .. import files, parity
-from ..places import filled
+from ..places import Told, filled
 from . import read
 from .processor import preprocess_of
 from .write import quiet
@@ -45,51 +45,35 @@ MEND = (
 )
 
 
-def from_module(
-    module: nn.Module,
-    *,
-    preprocess: Preprocess | None = None,
-    labels: tuple[str, ...] | None = None,
-    verify: bool = True,
-    provenance: dict[str, Any] | None = None,
-) -> Vit:
+def from_module(module: nn.Module, *, verify: bool = True, **told: Unpack[Told]) -> Vit:
     """Our model with a copy of a transformers module's numbers; the module and the random state stay as they are.
 
     preprocess: a module carries none; where its family resizes positions unasked (DINOv2), its size is the spec's.
     labels: None takes the configuration's `id2label`, unless that only counts (`LABEL_0`).
     """
-    whole = read.class_name(module)
     encoder, left = read.encoder_of(module)
-    provenance = provenance or {}
-    left = (*provenance.get("left_out", ()), *left, *read.left_out(encoder))
-    design = read.DESIGNS[read.class_name(encoder)]
-    image_px = preprocess.size_px if preprocess is not None and design.any_size else None
+    kind, known = read.class_name(encoder), told.get("provenance") or {}
+    left = (*known.get("left_out", ()), *left, *read.left_out(encoder))
+    preprocess = told.get("preprocess")
+    image_px = preprocess.size_px if preprocess is not None and read.DESIGNS[kind].any_size else None
     spec = read.spec_of(encoder, image_px)
     if "pooler" in left:
         LOG.warning(
             "%s: its pooler (a linear and %s behind the class token) is left out; features are last_hidden_state[:, 0].",
-            whole,
+            read.class_name(module),
             getattr(encoder.config, "pooler_act", "an activation"),
         )
     classifies = any(output.name != "projection" for output in spec.outputs)
-    model = filled(
-        spec,
-        read.weights_of(encoder, spec),
-        preprocess=preprocess,
-        labels=labels or (_labels(encoder, spec) if classifies else None),
-        provenance={
-            **provenance,
-            "architecture": read.class_name(encoder),
-            **({"left_out": list(left)} if left else {}),
-        },
-        task="classification" if classifies else "features",
-    )
+    told["labels"] = told.get("labels") or (_labels(encoder, spec) if classifies else None)
+    told["provenance"] = {**known, "architecture": kind, **({"left_out": list(left)} if left else {})}
+    task: Literal["classification", "features"] = "classification" if classifies else "features"
+    model = filled(spec, read.weights_of(encoder, spec), task=task, **told)
     if verify:
         parity.verify(
             encoder,
             model,
             blocks=lambda theirs: read.parts_of(theirs).block_modules,
-            what=f"transformers' {read.class_name(encoder)}",
+            what=f"transformers' {kind}",
             advice=read.ADVICE,
             answer=lambda theirs, x: answer(theirs, x, spec),
         )
@@ -148,15 +132,12 @@ def load(
         module = _with_checkpoint(kind, config, path, classes, told, extra=bool(left))
         told["weights"] = path.name
     elif pretrained:
-        found = _classes(kind, config)
-        if classes is not None and classes not in (0, found):
-            raise files.other_classes(classes, f"the weights of {name!r} have {found}")
+        stays = files.stays(classes, _classes(kind, config), f"the weights of {name!r} have")
         with fetching(name, "weights"):
             module, info = _from_pretrained(kind, config, name)
         _check_loaded(module, info, f"the weights of {name!r}", name, extra=bool(left))
-        if classes == 0:
-            for head in design.classifiers:
-                setattr(module, head, nn.Identity())
+        for head in () if stays else design.classifiers:
+            setattr(module, head, nn.Identity())
         told["weights"] = "pretrained"
         if not Path(name).is_dir():
             told["base_model"] = name
@@ -251,11 +232,9 @@ def _with_checkpoint(
     for head in heads:
         key = next((key for key in state if key == f"{head}.weight" or key.endswith(f".{head}.weight")), None)
         found = 0 if key is None else state[key].shape[0]
-        if classes == 0:
+        if not files.stays(classes, found, f"the classifier in {path.name} has"):
             state = {key: value for key, value in state.items() if f".{head}." not in f".{key}"}
             found = 0
-        elif classes is not None and classes != found:
-            raise files.other_classes(classes, f"the classifier in {path.name} has {found}")
         if found != config.num_labels and classes != 0:
             said = f"{found} classes of {path.name}; the configuration says {config.num_labels}"
             LOG.info("%s: kept the classifier as the file has it: %s.", path.name, said)

@@ -164,8 +164,11 @@ def _made(model: Vit, name: str) -> nn.Module:
     with torch.device("meta"):
         module = kind(config)
     module.load_state_dict(_state(model, module), strict=True, assign=True)
-    for part, leaf, value in list(_lost_buffers(module)):
-        part.register_buffer(leaf, value, persistent=False)
+    for part in module.modules():
+        for leaf, value in list(part.named_buffers(recurse=False)):
+            if value.is_meta:  # no file holds it: the numbers of positions, 0 to N-1, as a row
+                assert leaf == "position_ids", leaf
+                part.register_buffer(leaf, torch.arange(value.shape[-1]).expand(value.shape), persistent=False)
     return module.eval()
 
 
@@ -179,15 +182,6 @@ def _configured(name: str, kwargs: dict[str, Any], classes: int) -> tuple[Any, A
     if DESIGNS[name].classifiers:
         kwargs = {**kwargs, "num_labels": classes}
     return kind, kind.config_class(**kwargs)
-
-
-def _lost_buffers(module: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
-    """Buffers that no file holds: the numbers of positions, 0 to N-1, as a row."""
-    for part in module.modules():
-        for leaf, value in part.named_buffers(recurse=False):
-            if value.is_meta:
-                assert leaf == "position_ids", leaf
-                yield part, leaf, torch.arange(value.shape[-1]).expand(value.shape)
 
 
 def _table_px(spec: ModelSpec) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import nn
@@ -22,7 +22,7 @@ from ...errors import SourceError
 from ...model import Vit, build
 from ...spec import BlockSpec, Config, ModelSpec, Preprocess
 from .. import files, parity
-from ..places import filled, taken
+from ..places import Told, filled, taken
 from .read import ADVICE, places_of, plain, position_of, shapes_of, skipped_blocks, spec_of, weights_of
 
 CROP = 0.9
@@ -59,21 +59,14 @@ def load(
     return model
 
 
-def from_module(
-    module: nn.Module,
-    *,
-    preprocess: Preprocess | None = None,
-    labels: tuple[str, ...] | None = None,
-    verify: bool = True,
-    provenance: dict[str, Any] | None = None,
-) -> Vit:
+def from_module(module: nn.Module, *, verify: bool = True, **told: Unpack[Told]) -> Vit:
     """Our model with a copy of a T2T-ViT module's numbers; the module and the random state stay as they are.
 
     preprocess: None takes ImageNet's at the module's size, as the authors evaluate.
     """
     spec = spec_of(module)
-    how = preprocess or _preprocess(spec)
-    model = filled(spec, weights_of(module, spec), preprocess=how, labels=labels, provenance=provenance)
+    told["preprocess"] = told.get("preprocess") or _preprocess(spec)
+    model = filled(spec, weights_of(module, spec), **told)
     if verify:
         parity.verify(module, model, blocks=lambda theirs: theirs.blocks, what="T2T-ViT", advice=ADVICE, answer=_first)
     return model

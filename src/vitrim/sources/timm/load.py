@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import timm
 import torch
@@ -22,27 +22,20 @@ from ...errors import SourceError, did_you_mean
 from ...model import Vit
 from ...spec import ModelSpec, Preprocess
 from .. import files, parity
-from ..places import filled
+from ..places import Told, filled
 from .read import ADVICE, family, refused, spec_of, weights_of
 
 LOG = logging.getLogger("vitrim.sources")
 
 
-def from_module(
-    module: nn.Module,
-    *,
-    preprocess: Preprocess | None = None,
-    labels: tuple[str, ...] | None = None,
-    verify: bool = True,
-    provenance: dict[str, Any] | None = None,
-) -> Vit:
+def from_module(module: nn.Module, *, verify: bool = True, **told: Unpack[Told]) -> Vit:
     """Our model with a copy of a timm module's numbers; the module and the random state stay as they are.
 
     preprocess: None takes what the module's own `pretrained_cfg` says, if it has one.
     """
     spec = spec_of(module)
-    how = preprocess or _preprocess(module, spec)
-    model = filled(spec, weights_of(module, spec), preprocess=how, labels=labels, provenance=provenance)
+    told["preprocess"] = told.get("preprocess") or _preprocess(module, spec)
+    model = filled(spec, weights_of(module, spec), **told)
     if verify:
         what = "timm's VisionTransformer"
         parity.verify(module, model, blocks=lambda theirs: theirs.blocks, what=what, advice=ADVICE)
@@ -68,9 +61,7 @@ def load(
         module = _with_checkpoint(name, Path(checkpoint), classes)
     elif pretrained:
         weights, module = "pretrained", _create(name, pretrained=True)
-        if classes is not None and classes != getattr(module, "num_classes", None):
-            if classes:
-                raise files.other_classes(classes, f"the weights of {name!r} have {module.num_classes}")
+        if not files.stays(classes, getattr(module, "num_classes", 0), f"the weights of {name!r} have"):
             module.reset_classifier(0)
         labels = _labels(module)
     else:

@@ -115,9 +115,8 @@ def write(model: Vit, out: Path) -> Path:
             f"none of its architectures with {'a distillation token and ' if distilled else ''}"
             f"{'swiglu' if swiglu else 'plain'} MLPs has norms of eps {spec.norm_eps!r}",
         )
-    arguments: dict[str, Any] = {
-        key: value for key, value in kwargs.items() if isinstance(value, int | float | str | tuple)
-    }  # no classes
+    said = (int, float, str, tuple)  # by JSON, unlike the classes of layers
+    arguments: dict[str, Any] = {key: value for key, value in kwargs.items() if isinstance(value, said)}
     with torch.device("meta"):
         made = timm.create_model(hosts[0], **arguments)
     assert spec_of(made) == spec_of(_shell(spec, kwargs)), hosts[0]

@@ -21,7 +21,7 @@ import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 import torchvision
@@ -32,7 +32,7 @@ from ...errors import SourceError, did_you_mean
 from ...model import Vit
 from ...spec import ModelSpec, Preprocess
 from .. import files, parity
-from ..places import filled
+from ..places import Told, filled
 from .read import ADVICE, refused, spec_of, weights_of
 
 LOG = logging.getLogger("vitrim.sources")
@@ -83,9 +83,7 @@ def load(
         told["weights"], labels = path.name, None
     elif pretrained:
         module, labels = _published(name, weights), tuple(str(label) for label in weights.meta["categories"])
-        if classes is not None and classes != len(labels):
-            if classes:
-                raise files.other_classes(classes, f"the weights of {name!r} have {len(labels)}")
+        if not files.stays(classes, len(labels), f"the weights of {name!r} have"):
             module.heads, labels = nn.Identity(), None
         told.update(weights="pretrained", weights_name=str(weights))
         if "license" in weights.meta:
@@ -99,20 +97,13 @@ def load(
     return from_module(module, preprocess=preprocess, labels=labels, verify=verify, provenance=told)
 
 
-def from_module(
-    module: nn.Module,
-    *,
-    preprocess: Preprocess | None = None,
-    labels: tuple[str, ...] | None = None,
-    verify: bool = True,
-    provenance: dict[str, Any] | None = None,
-) -> Vit:
+def from_module(module: nn.Module, *, verify: bool = True, **told: Unpack[Told]) -> Vit:
     """Our model with a copy of a torchvision module's numbers; the module and the random state stay as they are.
 
     preprocess: a module of torchvision's carries none, so None means none.
     """
     spec = spec_of(module)
-    model = filled(spec, weights_of(module, spec), preprocess=preprocess, labels=labels, provenance=provenance)
+    model = filled(spec, weights_of(module, spec), **told)
     if verify:
         what = "torchvision's VisionTransformer"
         parity.verify(module, model, blocks=lambda theirs: list(theirs.encoder.layers), what=what, advice=ADVICE)
