@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from vitrim.data.images import Source, decode
+from vitrim.data.images import Source, consecutive, decode
 from vitrim.data.splits import SPLITS, split_named
 from vitrim.errors import DataError
 
@@ -26,32 +26,24 @@ class FolderSource(Source):
     def __init__(self, root: Path, *, labelled: bool | None = None) -> None:
         self.root = root
         self.name = root.resolve().name
-        self.paths: list[str] = []
-        self.splits: dict[str, np.ndarray] = {}
         parts = _split_folders(root)
-        levels: list[int] = []  # how many leading folders of a path belong to the split
-        for split in SPLITS:
-            if split not in parts:
-                continue
-            found = _walk(root, parts[split])
-            self.splits[split] = np.arange(len(self.paths), len(self.paths) + len(found))
-            self.paths += found
-            levels += [0 if parts[split] == "" else 1] * len(found)
+        found = {split: paths for split in SPLITS if split in parts and (paths := _walk(root, parts[split]))}
+        self.paths = [path for paths in found.values() for path in paths]
         if not self.paths:
             raise DataError(
                 f"{self.name}: no images in this folder; expected files such as .jpg or .png, one subfolder for each class "
                 "(or photos in any nesting, for methods without labels), or .parquet files."
             )
-        self.splits = {split: rows for split, rows in self.splits.items() if len(rows)}
+        self.splits = consecutive({split: len(paths) for split, paths in found.items()})
         if labelled is not False:
-            self._name_classes(levels)
+            self._name_classes(level=0 if "" in parts.values() else 1)
 
-    def _name_classes(self, levels: list[int]) -> None:
-        """A class for every path that has a folder of its own; a split whose photos lie loose stays unlabelled."""
-        folders = [
-            parts[level] if len(parts := path.split("/")) > level + 1 else None
-            for path, level in zip(self.paths, levels, strict=True)
-        ]
+    def _name_classes(self, level: int) -> None:
+        """A class for every path that has a folder of its own; a split whose photos lie loose stays unlabelled.
+
+        level: how many leading folders of a path belong to the split.
+        """
+        folders = [parts[level] if len(parts := path.split("/")) > level + 1 else None for path in self.paths]
         loose = np.array([folder is None for folder in folders])
         named = [rows for rows in self.splits.values() if not loose[rows].any()]
         classes = tuple(sorted({str(folders[row]) for rows in named for row in rows}))

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
-from vitrim.data.images import Source, decode, part_of, starts_of, to_rgb
+from vitrim.data.images import Source, consecutive, decode, part_of, starts_of, to_rgb
 from vitrim.data.parquet import image_and_label, number_labels
 from vitrim.data.splits import SPLITS, split_named
 from vitrim.errors import DataError
@@ -24,8 +23,7 @@ class HubSource(Source):
             raise DataError(f"hf:{name}: no train, validation or test split.")
         self.image, self.label = _columns(self.parts[0][1], name)
         self.starts = starts_of(len(part) for _, part in self.parts)
-        ends = zip(self.parts, self.starts, self.starts[1:], strict=False)
-        self.splits = {split: np.arange(start, end) for (split, _), start, end in ends}
+        self.splits = consecutive({split: len(part) for split, part in self.parts})
         if self.label is not None:
             values = [value for _, part in self.parts for value in part[self.label]]
             names = _names(self.parts[0][1].features[self.label])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,12 @@ class Source:
 def starts_of(counts: Iterable[int]) -> np.ndarray:
     """int64 [parts + 1]: the row at which each part begins, and their end."""
     return np.cumsum([0, *counts], dtype=np.int64)
+
+
+def consecutive(counts: Mapping[str, int]) -> dict[str, np.ndarray]:
+    """Rows of each split, one behind the other."""
+    starts = starts_of(counts.values())
+    return {split: np.arange(*ends) for split, *ends in zip(counts, starts, starts[1:], strict=False)}
 
 
 def part_of(starts: np.ndarray, row: int) -> tuple[int, int]:

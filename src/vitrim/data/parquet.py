@@ -7,7 +7,7 @@ metadata; a file's split is read from its name.
 from __future__ import annotations
 
 import json
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from vitrim.data.images import Source, decode, part_of, starts_of
+from vitrim.data.images import Source, consecutive, decode, part_of, starts_of
 from vitrim.data.splits import SPLITS, split_of_path
 from vitrim.errors import DataError
 
@@ -63,21 +63,21 @@ class ParquetSource(Source):
         if self.small:
             self._images = [self._read_column(file, self.columns.image) for file in range(len(self.paths))]
             self.opened = []
-        self._labels, self._classes = self._read_labels()
+        if (label := self.columns.label) is not None:
+            columns = (self._read_column(file, label) for file in range(len(self.paths)))
+            values = [value for column in columns for value in column.to_pylist()]
+            self._labels, self._classes = number_labels(
+                values, self.columns.names, several=self.columns.several, name=self.name
+            )
 
     def _count_rows(self, splits: dict[Path, str]) -> None:
         self.starts = starts_of(opened.metadata.num_rows for opened in self.opened)
         if self.starts[-1] == 0:
             raise DataError(f"{self.name}: holds no rows; expected a Parquet file with images.")
-        self.splits: dict[str, np.ndarray] = {}
-        for split in SPLITS:
-            parts = [
-                np.arange(self.starts[i], self.starts[i + 1])
-                for i, file in enumerate(self.paths)
-                if splits[file] == split
-            ]
-            if parts:
-                self.splits[split] = np.concatenate(parts)
+        counts: Counter[str] = Counter()
+        for file, opened in zip(self.paths, self.opened, strict=True):
+            counts[splits[file]] += opened.metadata.num_rows
+        self.splits = consecutive(counts)
         sizes = [
             (file, group, opened.metadata.row_group(group).num_rows)
             for file, opened in enumerate(self.opened)
@@ -105,11 +105,6 @@ class ParquetSource(Source):
 
     def files(self) -> list[tuple[str, int]]:
         return [(name, file.stat().st_size) for name, file in zip(self.relative, self.paths, strict=True)]
-
-    def column(self, name: str) -> np.ndarray:
-        """A column of numbers of all rows; DataError if the files lack it."""
-        files = range(len(self.paths))
-        return np.concatenate([self._read_column(file, name).to_numpy() for file in files])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "opened": [], "_groups": OrderedDict()}  # open files do not travel to a worker
@@ -147,13 +142,6 @@ class ParquetSource(Source):
                 return opened.read(columns=[column]).column(column)
         except (pa.ArrowException, OSError) as error:
             raise _unreadable(path, error) from error
-
-    def _read_labels(self) -> tuple[np.ndarray | None, tuple[str, ...] | None]:
-        if self.columns.label is None:
-            return None, None
-        columns = (self._read_column(file, self.columns.label) for file in range(len(self.paths)))
-        values = [value for column in columns for value in column.to_pylist()]
-        return number_labels(values, self.columns.names, several=self.columns.several, name=self.name)
 
 
 def number_labels(

@@ -44,6 +44,11 @@ class Design:
     unused: tuple[str, ...] = ("mask_token",)
 
     @property
+    def reads(self) -> tuple[tuple[str, ...], ...]:
+        """What each head reads."""
+        return tuple(read for _, read in self.heads.values())
+
+    @property
     def classifiers(self) -> tuple[str, ...]:
         """Attributes that hold classifiers; CLIP's projection is none."""
         return tuple(head for head in self.heads if "classifier" in head)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from ... import surgery
+from ...errors import SourceError
 from ...files import sync_file, write_json
 from ...model import Vit
 from ...spec import MlpSpec, ModelSpec
@@ -46,13 +47,13 @@ def to_module(model: Vit) -> nn.Module:
     where it has some. An encoder goes into ViT's or DeiT's with a pooler that changes nothing.
     Raises SourceError naming the block or part that transformers cannot say.
     """
-    names, reasons = _candidates(model), []
-    for name in names:
+    refused = []
+    for name in _candidates(model):
         try:
             return _made(model, name)
-        except _UnsayableError as error:
-            reasons.append(str(error))
-    raise refusal("transformers", reasons[0])
+        except SourceError as error:
+            refused.append(error)
+    raise refused[0]
 
 
 def write(model: Vit, out: Path) -> Path:
@@ -92,10 +93,6 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-class _UnsayableError(Exception):
-    """Why one class cannot say a model."""
-
-
 def _candidates(model: Vit) -> list[str]:
     """Classes that may say the model, best first."""
     spec, came = model.spec, str(model.provenance.get("architecture", ""))
@@ -120,20 +117,19 @@ def _candidates(model: Vit) -> list[str]:
         found = ["Dinov2Model", "ViTModel"]
     else:
         found = ["ViTMAEModel"] if spec.position.kind == "fixed" else ["ViTModel"]
-    heads = {tuple(read for _, read in DESIGNS[name].heads.values()) for name in found}
-    if came in DESIGNS and tuple(read for _, read in DESIGNS[came].heads.values()) in heads:
+    if came in DESIGNS and DESIGNS[came].reads in {DESIGNS[name].reads for name in found}:
         found.insert(0, came)
     return list(dict.fromkeys(found))
 
 
 def _made(model: Vit, name: str) -> nn.Module:
-    """The module of one class. Raises _UnsayableError."""
+    """The module of one class. Raises SourceError with what that cannot say."""
     design = DESIGNS[name]
     if not name.startswith("Dinov2"):
         model = surgery.fold_layer_scale(model)
     spec = model.spec
     for fault in unsayable(spec, family_of(name, spec)):
-        raise _UnsayableError(fault)
+        raise refusal("transformers", fault)
     a, m = halves(spec.blocks[0])
     kwargs: dict[str, Any] = {
         "hidden_size": spec.width,
@@ -201,17 +197,17 @@ def _dinov2_mlp(m: MlpSpec, width: int, name: str) -> dict[str, Any]:
         hidden = width * ratio
         if (int(hidden * 2 / 3) + 7) // 8 * 8 == m.hidden if gated else hidden == m.hidden:
             return {"mlp_ratio": ratio, "use_swiglu_ffn": gated, "hidden_act": ACTIVATIONS.get(m.kind, "gelu")}
-    raise _UnsayableError(
+    raise refusal(
+        "transformers",
         f"block 0 has {m.hidden} MLP units, and {name} takes a whole number of times the width {width}"
-        f"{' (two thirds of it, rounded up to 8)' if gated else ''}"
+        f"{' (two thirds of it, rounded up to 8)' if gated else ''}",
     )
 
 
 def family_of(name: str, spec: ModelSpec) -> Family:
     """What one class can say. A norm of the pooled vector is one of all tokens where only the class token is read."""
     design, towers = DESIGNS[name], DESIGNS[name].package in TOWERS
-    reads = tuple(read for _, read in design.heads.values())
-    alike = spec.pool.kind == "cls" and reads in (ENCODER, ON_POOL)
+    alike = spec.pool.kind == "cls" and design.reads in (ENCODER, ON_POOL)
     last_norms = {
         "tokens": ((True, False), (False, alike)),
         "pooled": ((True, False), (False, True)),
@@ -228,7 +224,7 @@ def family_of(name: str, spec: ModelSpec) -> Family:
         pre_norm=(design.package == "clip",),
         last_norms=last_norms[design.norm],
         pools=("map", "none") if name == "SiglipVisionModel" else (design.pool,),
-        reads=(reads,),
+        reads=(design.reads,),
     )
 
 
