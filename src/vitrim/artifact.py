@@ -33,13 +33,9 @@ from .files import DTYPE_BYTES, make_whole, read_header, replace_within, sha256,
 from .model import Vit
 from .spec import Config, ModelSpec, Selection
 
-NEEDED = CONFIG, WEIGHTS, SELECTION, PROVENANCE = (
-    "config.json",
-    "model.safetensors",
-    "selection.json",
-    "provenance.json",
-)
-CARD = "README.md"
+CONFIG, WEIGHTS, SELECTION = "config.json", "model.safetensors", "selection.json"
+PROVENANCE, CARD = "provenance.json", "README.md"
+NEEDED = (CONFIG, WEIGHTS, SELECTION, PROVENANCE)
 FILES = (*NEEDED, CARD)
 
 _JSON_BYTES = 64 << 20  # selections of the largest ViTs are about a megabyte; more is not one of ours

@@ -6,6 +6,7 @@ removed. Whatever moment a process is killed at, the newest folder with a final 
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shutil
@@ -57,7 +58,7 @@ def write(folder: Path, step: int, tensors: Mapping[str, Tensor], values: Mappin
 
 def newest(folder: Path) -> Path | None:
     """The newest whole checkpoint, or None."""
-    return max(_found(folder), key=_step, default=None)
+    return max(_found(folder), key=lambda path: int(path.name.removeprefix("step-")), default=None)
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -179,7 +180,7 @@ def pack(prefix: str, values: Mapping[str, Any]) -> tuple[dict[str, Tensor], dic
 
 def unpack(prefix: str, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of `pack`. Keys come back as strings, tuples as lists."""
-    state: dict[str, Any] = _copied(rest)
+    state: dict[str, Any] = copy.deepcopy(dict(rest))
     for name, tensor in tensors.items():
         if name.startswith(f"{prefix}/"):
             *levels, last = name[len(prefix) + 1 :].split("/")
@@ -188,16 +189,6 @@ def unpack(prefix: str, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) 
                 inner = inner.setdefault(level, {})
             inner[last] = tensor
     return state
-
-
-def _copied(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: _copied(v) if isinstance(v, Mapping) else v for k, v in values.items()}
-
-
-def _step(path: Path) -> int:
-    match = _NAME.fullmatch(path.name)
-    assert match is not None
-    return int(match[1])
 
 
 def _found(folder: Path) -> list[Path]:

@@ -89,22 +89,17 @@ def spec(name: str, classes: int | None = None, *, family: str = "timm") -> Mode
 def expand(fields: Mapping[str, Any]) -> ModelSpec:
     """The spec that an entry of the table stands for: equal blocks, heads times head width equal to the width."""
     f = {**DEFAULTS, **fields}
+    bias, scaled = f["proj_bias"], f["layer_scale"]
     block = BlockSpec(
         attention=dense_attention(
             f["heads"],
             f["width"] // f["heads"],
             bias=f["qkv_bias"],
-            out_bias=f["proj_bias"],
+            out_bias=bias,
             qk_norm=f["qk_norm"],
-            layer_scale=f["layer_scale"],
+            layer_scale=scaled,
         ),
-        mlp=MlpSpec(
-            kind=f["kind"],
-            hidden=f["hidden"],
-            fc1_bias=f["proj_bias"],
-            fc2_bias=f["proj_bias"],
-            layer_scale=f["layer_scale"],
-        ),
+        mlp=MlpSpec(kind=f["kind"], hidden=f["hidden"], fc1_bias=bias, fc2_bias=bias, layer_scale=scaled),
     )
     (height, width), (patch_h, patch_w) = f["image"], f["patch"]
     prefix = tuple(f["prefix"].split())

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vitrim.data.draws import mix
 from vitrim.data.images import Images
-from vitrim.data.pixels import augment_pixels, decoded, erase
+from vitrim.data.pixels import crop_flip, decoded, erase
 from vitrim.data.reading import Transform, none_readable, read_batches, sift, suggest_workers
 from vitrim.data.transforms import Evaluation, Training, evaluation, normalise
 from vitrim.errors import DataError
@@ -131,7 +131,9 @@ def _in_memory(
         if isinstance(transform, Evaluation):
             return normalise(x, transform.preprocess)
         rows, augment = images.rows[positions], transform.augment
-        x = augment_pixels(x, rows, augment, seed=seed, epoch=epoch, pad=transform.crop == "pad")
+        pad = augment.pad if transform.crop == "pad" else 0
+        if pad or augment.flip:
+            x = crop_flip(x, rows, seed=seed, epoch=epoch, pad=pad, flip=augment.flip)
         x = normalise(x, transform.preprocess)
         return erase(x, rows, seed=seed, epoch=epoch, share=augment.erase) if augment.erase else x
 

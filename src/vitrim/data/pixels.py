@@ -14,7 +14,7 @@ from torch import Tensor
 from vitrim.data.draws import uniform
 from vitrim.data.images import Images
 from vitrim.data.reading import read_all
-from vitrim.data.transforms import Augment, View
+from vitrim.data.transforms import View
 from vitrim.spec import Preprocess
 
 _DOWN, _RIGHT, _FLIP, _ERASE, _AREA, _SHAPE, _TOP, _LEFT = range(8)  # which draw of a picture
@@ -92,13 +92,6 @@ def erase(x: Tensor, rows: np.ndarray, *, seed: int, epoch: int, share: float) -
     in_rows = (along >= edges[0]) & (along < edges[1])  # B h
     in_columns = (across >= edges[2]) & (across < edges[3])  # B w
     return x.masked_fill((in_rows[:, :, None] & in_columns[:, None, :])[:, None], 0.0)
-
-
-def augment_pixels(pixels: Tensor, rows: np.ndarray, augment: Augment, *, seed: int, epoch: int, pad: bool) -> Tensor:
-    """The crop and flip of `augment` on uint8 [B,C,h,w]; pad False leaves the crop out."""
-    if not pad and not augment.flip:
-        return pixels
-    return crop_flip(pixels, rows, seed=seed, epoch=epoch, pad=augment.pad if pad else 0, flip=augment.flip)
 
 
 def _whole(shares: np.ndarray, below: int, device: torch.device) -> Tensor:

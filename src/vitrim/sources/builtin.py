@@ -13,9 +13,7 @@ MODELS = Path(__file__).parent.parent / "assets" / "models"
 
 def names(root: Path = MODELS) -> list[str]:
     """Names of the built-in models, sorted."""
-    return (
-        sorted(folder.name for folder in root.iterdir() if (folder / "config.json").is_file()) if root.is_dir() else []
-    )
+    return sorted(path.parent.name for path in root.glob("*/config.json"))
 
 
 def load(name: str, root: Path = MODELS) -> Vit:

@@ -78,12 +78,9 @@ def processor_of(preprocess: Preprocess) -> dict[str, Any]:
     before = {"height": math.floor(height / preprocess.crop), "width": math.floor(width / preprocess.crop)}
     squash = preprocess.crop_mode == "squash"
     cropped = not squash or preprocess.crop < 1
+    family = "CLIP" if not squash else "DeiT" if cropped else "ViT"
     return {
-        "image_processor_type": "ViTImageProcessor"
-        if not cropped
-        else "DeiTImageProcessor"
-        if squash
-        else "CLIPImageProcessor",
+        "image_processor_type": f"{family}ImageProcessor",
         "do_resize": True,
         "size": before if squash else {"shortest_edge": min(before.values())},
         "resample": NUMBERS.get(preprocess.interpolation, NUMBERS["bicubic"]),

@@ -29,13 +29,7 @@ from ..places import QKV, given, numbers_of
 from .processor import processor_of
 from .read import DESIGNS, class_named, parts_of, places_of, spec_of
 
-ACTIVATIONS = {
-    "gelu": "gelu",
-    "gelu_tanh": "gelu_pytorch_tanh",
-    "quick_gelu": "quick_gelu",
-    "relu": "relu",
-    "silu": "silu",
-}
+ACTIVATIONS = {kind: kind for kind in KINDS if kind != "swiglu"} | {"gelu_tanh": "gelu_pytorch_tanh"}
 TOWERS = ("clip", "siglip")
 """Packages whose heads fill the width, whose images are square, and whose linears all have biases."""
 

@@ -191,19 +191,20 @@ def _stem(tokeniser: Any, reader: Reader) -> tuple[int, T2TTransformer | T2TPerf
     if not performer and not all(hasattr(getattr(stage, "attn", None), "qkv") for stage in stages):
         raise refused(f"token stages of another design ({', '.join(type(stage).__name__ for stage in stages)})")
     read = _token_performer if performer else _token_transformer
-    sizes = [read(stage, f"tokens_to_token.attention{i + 1}", reader) for i, stage in enumerate(stages)]
+    (inputs, *sizes), (_, *others) = (
+        read(stage, f"tokens_to_token.attention{i}", reader) for i, stage in enumerate(stages, 1)
+    )
     reader.linears({"project": getattr(tokeniser, "project", None)}, "tokens_to_token")
-    if sizes[0][1] != sizes[1][1] or sizes[0][2] != sizes[1][2]:
+    if sizes != others:
         raise refused("token stages of different widths")
-    channels, rest = divmod(sizes[0][0], kernels[0] ** 2)
+    channels, rest = divmod(inputs, kernels[0] ** 2)
     if rest:
         raise refused(
-            f"a first stage of width {sizes[0][0]}, which is no multiple of the soft split's {kernels[0]} x {kernels[0]}"
+            f"a first stage of width {inputs}, which is no multiple of the soft split's {kernels[0]} x {kernels[0]}"
         )
-    _, e, m = sizes[0]
     if performer:
-        return channels, T2TPerformer(token_dim=e, features=m, kernels=kernels, strides=strides)
-    return channels, T2TTransformer(token_dim=e, kernels=kernels, strides=strides)
+        return channels, T2TPerformer(token_dim=sizes[0], features=sizes[1], kernels=kernels, strides=strides)
+    return channels, T2TTransformer(token_dim=sizes[0], kernels=kernels, strides=strides)
 
 
 def _side(value: Any) -> int:
