@@ -105,10 +105,7 @@ def _create(name: str, *, pretrained: bool = False, **options: Any) -> Any:
             ) from error
         if pretrained and isinstance(error, RuntimeError) and "No pretrained weights" in str(error):
             why = "timm knows of none"
-        elif not isinstance(error, OSError) and type(error).__module__.split(".")[0] not in (
-            *files.NETWORK,
-            "safetensors",
-        ):
+        elif not isinstance(error, OSError) and not type(error).__module__.startswith((*files.NETWORK, "safetensors")):
             raise
         if pretrained:
             raise files.unfetched(name, why) from error

@@ -16,7 +16,6 @@ import json
 import logging
 import math
 import pickle
-import re
 import sys
 from collections.abc import Mapping
 from functools import partial
@@ -76,23 +75,19 @@ def load(
         return _from_folder(Path(name), pretrained=pretrained, checkpoint=checkpoint, classes=classes, verify=verify)
     base, weights = _resolved(name)
     told = {"source": f"torchvision:{name}", "torchvision": torchvision.__version__}
-    builder = partial(torchvision.models.get_model, base)
-    if checkpoint is not None:
-        path = Path(checkpoint)
-        module = _filled(builder, path, files.read(path), f"torchvision's {name!r}", classes)
-        told["weights"], labels = path.name, None
-    elif pretrained:
+    labels: tuple[str, ...] | None = None
+    if checkpoint is None and pretrained:
         module, labels = _published(name, weights), tuple(str(label) for label in weights.meta["categories"])
         if not files.stays(classes, len(labels), f"the weights of {name!r} have"):
             module.heads, labels = nn.Identity(), None
         told.update(weights="pretrained", weights_name=str(weights))
         if "license" in weights.meta:
             told["license"] = weights.meta["license"]
+    elif checkpoint is None:
+        module, told["weights"] = _random(partial(module_named, name), classes), "random"
     else:
-        module = module_named(name, **({"num_classes": classes} if classes else {}))
-        if classes == 0:
-            module.heads = nn.Identity()
-        told["weights"], labels = "random", None
+        path, builder = Path(checkpoint), partial(torchvision.models.get_model, base)
+        module, told["weights"] = _filled(builder, path, f"torchvision's {name!r}", classes), path.name
     preprocess = _preprocess(weights, spec_of(module))
     return from_module(module, preprocess=preprocess, labels=labels, verify=verify, provenance=told)
 
@@ -147,11 +142,21 @@ def _published(name: str, weights: Any) -> Any:
     return module
 
 
-def _filled(builder: Any, path: Path, state: dict[str, Tensor], model: str, classes: int | None) -> Any:
+def _random(builder: Any, classes: int | None) -> Any:
+    module = builder(**({"num_classes": classes} if classes else {}))
+    if classes == 0:
+        module.heads = nn.Identity()
+    return module
+
+
+def _filled(builder: Any, path: Path, model: str, classes: int | None) -> Any:
     """A module with a checkpoint's numbers, of its own image size and classes. Raises SourceError listing what does not fit."""
     with torch.device("meta"):
         plain = builder()
-    state = {re.sub(r"\.mlp\.linear_([12])\.", _mlp_renamed, key): value for key, value in state.items()}
+    older = {".mlp.linear_1.": ".mlp.0.", ".mlp.linear_2.": ".mlp.3."}  # first names, which published files carry
+    state = files.read(path)
+    for before, now in older.items():
+        state = {key.replace(before, now): value for key, value in state.items()}
     state = files.reconciled(state, plain.state_dict(), file=path.name)
     state, found = files.with_classifier(state, "heads.head.weight", classes, file=path.name)
     if found not in (0, plain.num_classes):
@@ -161,11 +166,6 @@ def _filled(builder: Any, path: Path, state: dict[str, Tensor], model: str, clas
     if not found:
         module.heads = nn.Identity()
     return files.fill(module, state, path, model)
-
-
-def _mlp_renamed(match: re.Match[str]) -> str:
-    """torchvision's first names of the MLP's linears, which published files carry, as today's."""
-    return f".mlp.{ {'1': 0, '2': 3}[match[1]] }."
 
 
 def _image_px(module: Any, state: Mapping[str, Tensor], path: Path) -> int:
@@ -215,15 +215,11 @@ def _from_folder(
             f"{', '.join(names())}, with --checkpoint PATH for your own weights."
         ) from error
     path = folder / files.WEIGHTS if checkpoint is None else Path(checkpoint)
-    weights = path.name if pretrained or checkpoint is not None else "random"
-    if weights != "random":
-        module = _filled(
-            builder, path, files.read(path), f"torchvision's VisionTransformer of {folder.name!r}", classes
-        )
+    if pretrained or checkpoint is not None:
+        module = _filled(builder, path, f"torchvision's VisionTransformer of {folder.name!r}", classes)
+        weights = path.name
     else:
-        module = builder(**({"num_classes": classes} if classes else {}))
-        if classes == 0:
-            module.heads = nn.Identity()
+        module, weights = _random(builder, classes), "random"
     spec = spec_of(module)
     return from_module(
         module,
