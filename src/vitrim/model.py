@@ -507,7 +507,7 @@ class Block(nn.Module):
     def run(self, stream: Stream) -> Stream:
         """The stream after the block, gates open."""
         after, _ = self(stream)
-        return after  # type: ignore[no-any-return]
+        return after
 
 
 class Blocks(nn.ModuleList):
@@ -745,7 +745,7 @@ class Vit(nn.Module):
             elif read == "mean":
                 parts.append(self._mean(stream, tokens))
             else:
-                parts.append(tokens[:, self.spec.prefix.index(read)])  # type: ignore[arg-type]
+                parts.append(tokens[:, self.spec.prefix.index(read)])
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     def outputs(self, x: Tensor) -> dict[str, Tensor]:

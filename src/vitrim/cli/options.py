@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Verb = TypeVar("Verb", bound=Callable[..., Any])
 
 
-class Listed(click.ParamType):
+class Listed(click.ParamType):  # type: ignore[type-arg]
     """A comma-separated list of numbers, each checked: "1,8" -> (1, 8).  range_text: what `fits` asks of one, in words."""
 
     name = "number[,number...]"
@@ -45,7 +45,7 @@ class Listed(click.ParamType):
         return tuple(numbers)
 
 
-class Named(click.ParamType):
+class Named(click.ParamType):  # type: ignore[type-arg]
     """One of a few names; a near miss is pointed out."""
 
     def __init__(self, *names: str):

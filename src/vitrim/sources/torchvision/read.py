@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 from torchvision.models.vision_transformer import EncoderBlock
 
+from ...architectures import dense_attention
 from ...spec import AttentionSpec, BlockSpec, ConvStem, MlpSpec, ModelSpec, Pool, Position
-from ..parts import Reader, dense_attention, valid
+from ..parts import Reader, valid
 from ..places import BlockNames, Places, taken
 
 ADVICE = "vitrim reads torchvision's Vision Transformers, such as 'torchvision:vit_b_16'."
