@@ -15,7 +15,7 @@ from typing import Any
 import protocol
 
 import vitrim
-from vitrim import data as rooms
+from vitrim import data as opened
 from vitrim import surgery
 from vitrim.pipeline import RecoverConfig
 
@@ -37,7 +37,7 @@ def rows(name: str, data: str, keeps: tuple[float, ...], *, full: bool) -> list[
     """Dense, control, and each variant at each budget."""
     dense = vitrim.load(f"builtin:{name}")
     training: Any = data if full else "sample"
-    test = rooms.open(data, split="test", labelled=True)
+    test = opened.open(data, split="test", labelled=True)
     keeps = keeps or ((0.7, 0.5, 0.35, 0.2) if full else (0.5, 0.25, 0.15))
     seeds = (0, 1, 2) if full else (0,)
     amount: dict[str, Any] = {"epochs": 20.0, "batch_size": 512} if full else {"steps": 400, "batch_size": 64}
@@ -48,7 +48,7 @@ def rows(name: str, data: str, keeps: tuple[float, ...], *, full: bool) -> list[
     def add(row: dict[str, Any]) -> None:
         facts = {
             "model": name,
-            "data": rooms.open(training).fingerprint(),
+            "data": opened.open(training).fingerprint(),
             "test_images": len(test),
             **protocol.conditions(),
         }

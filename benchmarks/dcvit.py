@@ -20,7 +20,7 @@ import protocol
 import torch
 
 import vitrim
-from vitrim import data as rooms
+from vitrim import data as opened
 from vitrim.counting import cost
 from vitrim.model import Vit
 
@@ -115,18 +115,18 @@ class Run(protocol.Run):
 
     @cache  # noqa: B019  (one run, one process)
     def data_facts(self) -> dict[str, Any]:
-        return rooms.open(self.source).fingerprint()
+        return opened.open(self.source).fingerprint()
 
     @cache  # noqa: B019
     def images(self, count: int, seed: int) -> Any:
         """That many unlabelled images of the training split."""
-        return rooms.open(self.source, split="train", labelled=False).take(count, seed, balanced=False)
+        return opened.open(self.source, split="train", labelled=False).take(count, seed, balanced=False)
 
     @cache  # noqa: B019
     def pixels(self, count: int, seed: int) -> torch.Tensor:
         how = self.dense.config.preprocess
         assert how is not None
-        return torch.cat([x for x, _ in rooms.batches(self.images(count, seed), rooms.evaluation(how), 100)])
+        return torch.cat([x for x, _ in opened.batches(self.images(count, seed), opened.evaluation(how), 100)])
 
     @cache  # noqa: B019
     def order(self, count: int, seed: int) -> list[int]:

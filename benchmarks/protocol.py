@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import vitrim
-from vitrim import data as rooms
+from vitrim import data as opened
 from vitrim import timing
 from vitrim.counting import cost
 from vitrim.data import Images
@@ -58,8 +58,8 @@ class Run:
         self.name, self.place, self.full, self.data = options.name, options.place, options.full, options.data
         self.dense = vitrim.load(f"builtin:{self.name}")
         self.source: Any = self.data if self.full else "sample"
-        self.test = rooms.open(self.data, split="test", labelled=True)
-        self.facts = {"model": self.name, "data": rooms.open(self.source).fingerprint(), "test_images": len(self.test)}
+        self.test = opened.open(self.data, split="test", labelled=True)
+        self.facts = {"model": self.name, "data": opened.open(self.source).fingerprint(), "test_images": len(self.test)}
         self.rows: list[dict[str, Any]] = read(self.place) if options.resume and self.place.is_file() else []
 
 

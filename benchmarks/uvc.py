@@ -22,7 +22,7 @@ import protocol
 import pruned
 
 import vitrim
-from vitrim import data as rooms
+from vitrim import data as opened
 from vitrim import recipes
 from vitrim.config import read
 from vitrim.counting import cost
@@ -243,8 +243,8 @@ class Run(protocol.Run):
     def torch_pruning(self, limit: int, seed: int, *, whole_heads: bool = False) -> Vit:
         how = self.dense.config.preprocess
         assert how is not None
-        images = rooms.open(self.source, split="train", labelled=True).take(256, seed)
-        x, y = next(iter(rooms.batches(images, rooms.evaluation(how), 256)))
+        images = opened.open(self.source, split="train", labelled=True).take(256, seed)
+        x, y = next(iter(opened.batches(images, opened.evaluation(how), 256)))
         return pruned.torch_pruning(self.dense, x, y, limit, whole_heads=whole_heads)
 
     def by_recipe(self, row: str, start: Vit, keep: float, seed: int) -> None:
@@ -255,7 +255,7 @@ class Run(protocol.Run):
         out = self.kept(row, keep, seed)
         made = train(start, self.data, config, out=out, resume=out.is_dir())
         learned = {"steps": made.steps, "epochs": config.epochs, "batch_size": config.batch_size, "lr": config.lr}
-        images = len(rooms.open(self.data, split="train", labelled=True))
+        images = len(opened.open(self.data, split="train", labelled=True))
         before = protocol.accuracy(start, self.test)[0]
         self.add(row, keep, seed, made.seconds, made.model, before=before, recovery=learned | {"images": images})
 

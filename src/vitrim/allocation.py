@@ -85,10 +85,10 @@ def _masked(
     if not all(mask.any() for mask in masks):
         return None
     columns = [n for n, name in enumerate(ADDITIVE) if name in limits]
-    rooms = [limits[ADDITIVE[n]] - int(outside[n]) for n in columns]
+    left = [limits[ADDITIVE[n]] - int(outside[n]) for n in columns]
     rows = [np.flatnonzero(mask) for mask in masks]
     slim = [Table(t.costs[r][:, columns], t.loss[r]) for t, r in zip(tables, rows, strict=True)]
-    found = allocate(slim, rooms)
+    found = allocate(slim, left)
     return None if found is None else [int(r[j]) for r, j in zip(rows, found, strict=True)]
 
 

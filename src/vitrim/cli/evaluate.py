@@ -53,12 +53,12 @@ def evaluate(
         raise ConfigError(
             f"{model} has no classifier to score. Pass --against DENSE to compare its features with a model's."
         )
-    from vitrim import data as rooms
+    from vitrim import data as opened
     from vitrim.tasks.classification import evaluate as score
     from vitrim.tasks.task import METRICS
 
     # The seed draws `limit`; the validation tenth of the data is the same whatever the seed.
-    images = rooms.open(
+    images = opened.open(
         source, split=split, labelled=None if against else True, on_broken="skip" if skip_broken else "raise"
     )
     if limit is not None:

@@ -27,11 +27,11 @@ def alone(method: str, family: CompressFamily, model: Vit, config: MethodConfig,
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What all steps share.  model: as it was given. base: what is cut, LayerScale folded where it goes. room: for held streams."""
+    """What all steps share.  model: as it was given. base: what is cut, LayerScale folded where it goes. scratch: for held streams."""
 
     model: Vit
     base: Vit
-    room: Path
+    scratch: Path
     progress: Progress | None = None
 
     @property

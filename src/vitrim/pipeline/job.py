@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vitrim import __version__, surgery
-from vitrim import data as rooms
+from vitrim import data as opened
 from vitrim.budget import Budget, exceeded
 from vitrim.config import keys
 from vitrim.counting import Cost, cost
@@ -161,10 +161,10 @@ class Job:
         """Train and validation; without labels where nothing needs them and they are of other classes."""
         asked = self.asked
 
-        def opened(split: str, labelled: bool | None = None) -> Images:
-            return rooms.open(asked.data, split=split, seed=asked.judging.seed, labelled=labelled)
+        def split_of(split: str, labelled: bool | None = None) -> Images:
+            return opened.open(asked.data, split=split, seed=asked.judging.seed, labelled=labelled)
 
-        train, held = opened("train"), opened("validation")
+        train, held = split_of("train"), split_of("validation")
         learns = asked.recovery is not None and asked.recovery.objective in ("distilled", "supervised")
         if not (train.labelled or held.labelled):
             return train, held
@@ -175,7 +175,7 @@ class Job:
             if self.planned["needs"]["labels"] or learns:
                 raise
             self._warn(f"Judged without labels, by agreement with the dense model: {error}")
-            return opened("train", False), opened("validation", False)
+            return split_of("train", False), split_of("validation", False)
         return train, held
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from vitrim import data as rooms
+from vitrim import data as opened
 from vitrim import surgery
 from vitrim.data import Images
 from vitrim.errors import ConfigError, DataError
@@ -43,7 +43,7 @@ def recover(
     """
     config = config or RecoverConfig()
     labelled = False if config.objective == "label_free" else None
-    images, held = (rooms.open(data, split=split, labelled=labelled) for split in ("train", "validation"))
+    images, held = (opened.open(data, split=split, labelled=labelled) for split in ("train", "validation"))
     model = small.model if isinstance(small, Compressed) else small
     place = None if out is None else Path(out)
     fitted, objective = train_again(

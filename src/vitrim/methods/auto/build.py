@@ -177,7 +177,7 @@ class Refit:
         walk = cf.Walk(
             (job.base.embed(x.to(like)) for x in job.inputs.batches(self.part)),
             (self.start.embed(x.to(like)) for x in job.inputs.batches(self.part)),
-            folder=job.room,
+            folder=job.scratch,
             device=job.device,
             target=self.target,
         )

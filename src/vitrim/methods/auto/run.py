@@ -103,14 +103,14 @@ def job_of(
     model: Vit,
     config: AutoConfig,
     nets: Nets,
-    room: Path,
+    scratch: Path,
     *,
     data: Any = None,
     progress: Progress | None = None,
     folder: Path | None = None,
     resume: bool = False,
 ) -> Job:
-    """A run. room: for held streams."""
+    """A run. scratch: for held streams."""
     inputs = Inputs(model, data, config)
     free = ("budget", "builds", "device")  # a run may be gone on with under others
     identity = {f.name: plain(getattr(config, f.name)) for f in fields(config) if f.name not in free}
@@ -121,7 +121,14 @@ def job_of(
     if config.device is not None:
         base = base.to(config.device)
     return Job(
-        model=model, base=base, room=room, progress=progress, nets=nets, config=config, inputs=inputs, journal=journal
+        model=model,
+        base=base,
+        scratch=scratch,
+        progress=progress,
+        nets=nets,
+        config=config,
+        inputs=inputs,
+        journal=journal,
     )
 
 

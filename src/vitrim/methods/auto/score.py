@@ -319,7 +319,7 @@ def all_parts(job: Job) -> list[Piece]:
     """The parts of all blocks, in one walk of the dense stream."""
     found: list[Piece] = []
     count = len(job.base.blocks)
-    held = cf.StreamCache(job.room, "dense")
+    held = cf.StreamCache(job.scratch, "dense")
     like = next(job.base.parameters())
     with torch.no_grad():
         held.fill(job.base.embed(x.to(like)) for x in job.inputs.batches("fit"))

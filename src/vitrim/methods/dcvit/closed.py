@@ -80,7 +80,7 @@ def reconstruct(job: Job, keeps: Sequence[Keep | None], sites: Mapping[str, cf.S
     small = surgery.cut(base, keeps, method="dcvit", variant="closed", skip=fixed)
     if all(keep is None for keep in keeps):
         return small
-    walk = cf.Walk(job.inputs.streams(base), folder=job.room, device=device)
+    walk = cf.Walk(job.inputs.streams(base), folder=job.scratch, device=device)
     count = len(keeps)
     changed = False  # whether the student's stream differs from the teacher's behind what was done so far
     began = time.monotonic()

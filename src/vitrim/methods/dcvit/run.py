@@ -90,7 +90,7 @@ def compress_family(
     with tempfile.TemporaryDirectory(prefix="vitrim-") as temporary:
         job = Job(
             model=model, base=base, space=space, inputs=inputs, config=config,
-            room=Path(temporary), folder=folder, resume=resume, progress=progress,
+            scratch=Path(temporary), folder=folder, resume=resume, progress=progress,
         )  # fmt: skip
         scores, sites = score(job) if config.variant == "closed" and any(cuts) else ([], None)
         for n, (budget, cut) in enumerate(zip(budgets, cuts, strict=True)):

@@ -227,7 +227,7 @@ def _measure(s: Scoring, index: int, run: Callable[[Stream], Stream]) -> float:
 def score(job: Job) -> tuple[list[Score], dict[str, cf.Sensitivity] | None]:
     """Scores of all blocks, in one walk of the dense stream, each noted in the job's journal; and the sensitivities."""
     base, inputs, config, device = job.base, job.inputs, job.config, job.device
-    held = cf.StreamCache(job.room, "dense")
+    held = cf.StreamCache(job.scratch, "dense")
     held.fill(inputs.streams(base))
     number = len(held.parts)
     probes: list[int] = []

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from vitrim import data as rooms
+from vitrim import data as opened
 from vitrim import search, surgery
 from vitrim.budget import Budget, exceeded
 from vitrim.counting import ADDITIVE, Cost, cost
@@ -111,7 +111,7 @@ def compress(
         raise DataError("uvc: the search trains on images; none were given. Pass data=.")
     _refuse_untaught(model.spec, config)
     labelled = None if model.spec.outputs else False  # an encoder looks at none
-    images = rooms.open(data, split="train", labelled=needs_labels(model.spec, config) or labelled)
+    images = opened.open(data, split="train", labelled=needs_labels(model.spec, config) or labelled)
     inner = _inner(teacher or model, config, images)
     objective = Search(decisions, inner, config, limits)
     label_map = None
@@ -154,7 +154,7 @@ def check(spec: ModelSpec, config: UvcConfig, images: Images) -> None:
     """Raise what `compress` would raise about these training images or this machine, before any work is done."""
     _refuse_untaught(spec, config)
     if needs_labels(spec, config):
-        rooms.open(images, labelled=True)
+        opened.open(images, labelled=True)
     ready(config.training, images)
 
 
