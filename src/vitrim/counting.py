@@ -124,31 +124,33 @@ def mlp_params(m: MlpSpec, width: int) -> Any:
     return weights + first * m.fc1_bias + width * m.fc2_bias + _half_extras(m, width)
 
 
-def attention_price(a: AttentionSpec | None, at: BlockTokens, width: int) -> tuple[Any, Any]:
+def attention_price(a: AttentionSpec | None, at: BlockTokens) -> tuple[Any, Any]:
     """MACs and parameters of an attention half with its norm and gate; nothing where it is gone. Sizes may be tensors."""
     if a is None:
         return 0, 0
-    macs_ = attention_macs(a.heads, a.qk_dim, a.v_dim, tokens=at.keys.count, width=width, queries=at.queries.count)
-    return macs_ + 2 * width * a.gate, attention_params(a, width)
+    macs_ = attention_macs(a.heads, a.qk_dim, a.v_dim, tokens=at.keys.count, width=at.width, queries=at.queries.count)
+    return macs_ + 2 * at.width * a.gate, attention_params(a, at.width)
 
 
-def mlp_price(m: MlpSpec | None, at: BlockTokens, width: int) -> tuple[Any, Any]:
+def mlp_price(m: MlpSpec | None, at: BlockTokens) -> tuple[Any, Any]:
     """The same of an MLP half."""
     if m is None:
         return 0, 0
-    macs_ = mlp_macs(m.hidden, tokens=at.mlp.count, width=width, kind=m.kind, fc1_rank=m.fc1_rank, fc2_rank=m.fc2_rank)
-    return macs_ + 2 * width * m.gate, mlp_params(m, width)
+    macs_ = mlp_macs(
+        m.hidden, tokens=at.mlp.count, width=at.width, kind=m.kind, fc1_rank=m.fc1_rank, fc2_rank=m.fc2_rank
+    )
+    return macs_ + 2 * at.width * m.gate, mlp_params(m, at.width)
 
 
-def block_peak(block: BlockSpec, at: BlockTokens, width: int) -> int:
+def block_peak(block: BlockSpec, at: BlockTokens) -> int:
     """Numbers alive in the widest moment of a block: `N*D` of the stream kept, plus the widest of the half that runs."""
     found = 0
     if (a := block.attention) is not None:
         n = at.keys.count
-        found = 2 * n * width + n * a.heads * (2 * a.qk_dim + 2 * a.v_dim)
+        found = 2 * n * at.width + n * a.heads * (2 * a.qk_dim + 2 * a.v_dim)
     if (m := block.mlp) is not None:
         n = at.mlp.count
-        found = max(found, 2 * n * width + 2 * n * m.hidden)
+        found = max(found, 2 * n * at.width + 2 * n * m.hidden)
     return found
 
 
@@ -171,7 +173,7 @@ def cost(model: Any) -> Cost:
     spec: ModelSpec = model if isinstance(model, ModelSpec) else model.spec
     walk = token_walk(spec)
     blocks = tuple(_block(spec, i, tokens) for i, tokens in enumerate(walk))
-    peaks = (block_peak(block, at, spec.width) for block, at in zip(spec.blocks, walk, strict=True))
+    peaks = (block_peak(block, at) for block, at in zip(spec.blocks, walk, strict=True))
     stem_macs, stem_params = _stem(spec)
     head_macs, head_params = _head(spec, walk[-1].leave.count if walk else len(spec.prefix) + math.prod(spec.grid))
     total_params = stem_params + head_params + sum(block.params for block in blocks)
@@ -189,9 +191,9 @@ def cost(model: Any) -> Cost:
 
 
 def _block(spec: ModelSpec, index: int, tokens: BlockTokens) -> BlockCost:
-    block, width = spec.blocks[index], spec.width
-    attention, attention_par = attention_price(block.attention, tokens, width)
-    mlp, mlp_par = mlp_price(block.mlp, tokens, width)
+    block, width = spec.blocks[index], tokens.width
+    attention, attention_par = attention_price(block.attention, tokens)
+    mlp, mlp_par = mlp_price(block.mlp, tokens)
     steps = sum(
         similarity_macs(before.patches, step.keep, width)
         for step, before in zip(block.steps, tokens.before, strict=True)

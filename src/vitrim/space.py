@@ -197,8 +197,7 @@ class Space:
         return {name: getattr(found, name) - sum(price[r] for price in halves) for r, name in enumerate(ADDITIVE)}
 
     def _halves(self, i: int, block: BlockSpec) -> tuple[Price, Price]:
-        at, width = self.walk[i], self.base.width
-        return attention_price(block.attention, at, width), mlp_price(block.mlp, at, width)
+        return attention_price(block.attention, self.walk[i]), mlp_price(block.mlp, self.walk[i])
 
     @cached_property
     def _half(self) -> Callable[[int, int, Choice], Price]:
@@ -235,8 +234,7 @@ class Space:
     @cached_property
     def peak(self) -> Callable[[int, Choice], int]:
         """Bytes of activations of a network in which block `i` after a choice is the only one."""
-        at, width = self.walk, self.base.width
-        return cache(lambda i, choice: max(self.stem, FLOAT_BYTES * block_peak(self.block(i, choice), at[i], width)))
+        return cache(lambda i, choice: max(self.stem, FLOAT_BYTES * block_peak(self.block(i, choice), self.walk[i])))
 
     # ----------------------------------------------------------------------------------------------------- range, tolerance
 

@@ -323,9 +323,10 @@ class Tokens:
 class BlockTokens:
     """Tokens of one block: at its entry, as attention's keys and queries, in its MLP, at its exit.
 
-    before: the tokens that each step finds, in the order of `BlockSpec.steps`.
+    width: of the stream there. before: the tokens that each step finds, in the order of `BlockSpec.steps`.
     """
 
+    width: int
     enter: Tokens
     keys: Tokens
     queries: Tokens
@@ -354,6 +355,7 @@ def token_walk(spec: ModelSpec) -> tuple[BlockTokens, ...]:
             places[at] = tokens
         walk.append(
             BlockTokens(
+                width=spec.width,
                 enter=enter,
                 keys=keys,
                 queries=places["start"],

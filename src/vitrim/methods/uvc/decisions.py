@@ -105,9 +105,9 @@ class Decisions(Axes):
                 v = kept(i, "v", a.v_dim)
                 qk = v * a.qk_dim / a.v_dim if i in self.tied else a.qk_dim
                 attention = replace(a, heads=kept(i, "heads", a.heads), qk_dim=qk, v_dim=v)
-                add((i, "attention"), attention_price(attention, at, base.width))
+                add((i, "attention"), attention_price(attention, at))
             if (m := block.mlp) is not None:
-                add((i, "mlp"), mlp_price(replace(m, hidden=kept(i, "hidden", m.hidden)), at, base.width))
+                add((i, "mlp"), mlp_price(replace(m, hidden=kept(i, "hidden", m.hidden)), at))
         values, slopes_w, slopes_g = np.zeros(2), np.zeros((2, len(removed))), np.zeros((2, len(logits)))
         for k, name in enumerate(ADDITIVE):
             share = torch.as_tensor(totals[k], dtype=torch.float64) / getattr(self.space.reference, name)
