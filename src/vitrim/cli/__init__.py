@@ -22,22 +22,25 @@ VERBS = (
     "cost", "methods", "plan", "compress", "recover", "train", "evaluate", "predict", "measure", "report", "export", "push",
     "doctor", "demo",
 )  # fmt: skip
-"""In the order of the work; each is a function of a module of that name."""
+"""In the order of the work; each is a function of a module of that name, which is imported when it is asked for."""
 
 
 class Verbs(click.Group):
     """The group of all verbs: in the order of the work, with near misses, and with one sentence for each failure."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self.commands)
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        return getattr(import_module(f"vitrim.cli.{cmd_name}"), cmd_name) if cmd_name in VERBS else None
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         name = args[0]
         if not name.startswith("-") and self.get_command(ctx, name) is None and not ctx.resilient_parsing:
-            hint = did_you_mean(name, self.commands) or "."
-            ctx.fail(f"no such verb {name!r}; expected one of {', '.join(self.commands)}{hint}")
+            hint = did_you_mean(name, VERBS) or "."
+            ctx.fail(f"no such verb {name!r}; expected one of {', '.join(VERBS)}{hint}")
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -82,7 +85,3 @@ def main() -> None:
 
     First steps: vitrim demo; vitrim cost timm:deit_small_patch16_224.
     """
-
-
-for _verb in VERBS:
-    main.add_command(getattr(import_module(f"vitrim.cli.{_verb}"), _verb))

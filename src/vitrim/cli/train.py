@@ -7,7 +7,6 @@ from typing import Any
 
 import click
 
-from vitrim import recipes
 from vitrim.cli import options, tables
 from vitrim.cli.progress import duration_text, progress_on_stderr
 
@@ -49,6 +48,8 @@ def train(
         )
     source = options.data_for(data, model or f"builtin:{recipe}")
     options.check_out(out, force=False, resume=resume)
+    from vitrim import recipes
+
     prepared = {} if recipe is None else recipes.read(recipe)
     values = options.for_training(config, settings, threads, **prepared.get("train", {}))
     from vitrim.config import read
