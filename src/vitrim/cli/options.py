@@ -93,7 +93,7 @@ def bundle(name: str, kind: type, *options: Callable[[Verb], Verb]) -> Callable[
     return decorate
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Output:
     """How a verb tells its result."""
 
@@ -108,7 +108,7 @@ class Output:
             tables.say("\n".join(lines))
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Weights:
     """Where a model's weights come from."""
 
@@ -125,7 +125,7 @@ class Weights:
         return load(name, pretrained=not self.no_pretrained, checkpoint=self.checkpoint, verify=not self.no_verify)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Limits:
     """The budget flags as given; keep_* may hold several values."""
 
