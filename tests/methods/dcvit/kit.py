@@ -102,5 +102,5 @@ def job(model: Vit, config: DcvitConfig, data: Any, **fields: Any) -> Job:
         space=space_of(model.spec, config),
         inputs=inputs,
         config=config,
-        **{"room": Path(), **fields},
+        **{"scratch": Path(), **fields},
     )

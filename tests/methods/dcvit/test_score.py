@@ -122,7 +122,7 @@ def test_a_process_killed_in_the_scoring_goes_on(tmp_path):
 def test_blocks_are_ranked_as_real_images_rank_their_plain_cuts(tmp_path: Path) -> None:
     model = vitrim.load("builtin:cifar10-vit-micro")
     config = DcvitConfig(images=64, probe_images=16)
-    run = job(model, config, "sample", room=tmp_path)
+    run = job(model, config, "sample", scratch=tmp_path)
     scores, _ = score(run)
     ours = [one.bare.loss(256) for one in scores if one.bare is not None]
     held = opened.open("sample", split="validation", labelled=False).take(64, 0, balanced=False)
