@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -39,20 +40,20 @@ CLOSED = (
 )
 SEARCH = (
     'model = vitrim.load("builtin:cifar10-vit-micro")\n'
-    'settings = {"budget": vitrim.Budget(keep_macs=0.5), "steps": 40, "batch_size": 32, "device": "cpu"}\n'
+    'settings = {"budget": vitrim.Budget(keep_macs=0.5), "steps": 20, "batch_size": 32, "device": "cpu"}\n'
     'config = methods.configure("uvc", settings)'
 )
 JOBS: dict[str, str] = {
-    "auto, DeiT-T, 24 images": TIMED.format(
-        ready=CLOSED.format(method="auto", images=24), work="vitrim.compress(model, config, data=x)"
+    "auto, DeiT-T, 12 images": TIMED.format(
+        ready=CLOSED.format(method="auto", images=12), work="vitrim.compress(model, config, data=x)"
     ),
     "comcat, DeiT-T, 64 images": TIMED.format(
         ready=CLOSED.format(method="comcat", images=64), work="vitrim.compress(model, config, data=x)"
     ),
-    "dcvit, DeiT-T, 64 images": TIMED.format(
-        ready=CLOSED.format(method="dcvit", images=64), work="vitrim.compress(model, config, data=x)"
+    "dcvit, DeiT-T, 24 images": TIMED.format(
+        ready=CLOSED.format(method="dcvit", images=24), work="vitrim.compress(model, config, data=x)"
     ),
-    "uvc, built-in model, 40 steps": TIMED.format(ready=SEARCH, work='vitrim.compress(model, config, data="sample")'),
+    "uvc, built-in model, 20 steps": TIMED.format(ready=SEARCH, work='vitrim.compress(model, config, data="sample")'),
     "loading timm:deit_small_patch16_224": TIMED.format(
         ready="import timm", work='vitrim.load("timm:deit_small_patch16_224", pretrained=False)'
     ),
@@ -98,11 +99,11 @@ def seconds_of(code: str, root: Path) -> float:
     """Processor seconds of one process: what it says it spent, or all of them."""
     paths = [str(root / "src"), str(root / "benchmarks")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    before = os.times()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    after = os.times()
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     told = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("spent ")]
-    whole = after.children_user + after.children_system - before.children_user - before.children_system
+    whole = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return float(told[0]) if told else whole
 
 
@@ -114,10 +115,11 @@ def commit_of(root: Path) -> str:
 def table(found: list[dict[str, Any]]) -> str:
     """The page of all jobs."""
     first = found[0]
+    afters = ", ".join(sorted({one["commits"]["after"] for one in found}))
     lines = [
         "# One version beside another",
         "",
-        f"Made by `benchmarks/versions.py` from `benchmarks/results/versions.jsonl`: {first['commits']['after']} against "
+        f"Made by `benchmarks/versions.py` from `benchmarks/results/versions.jsonl`: {afters} against "
         f"{first['commits']['before']}, fresh processes in turns, one thread, medians of processor seconds.",
         "",
         "| job | before, s | after, s | after / before |",
@@ -125,7 +127,7 @@ def table(found: list[dict[str, Any]]) -> str:
     ]
     for one in found:
         before, after = (statistics.median(one["seconds"][label]) for label in ("before", "after"))
-        lines.append(f"| {one['job']} | {before:.2f} | {after:.2f} | {one['ratio']:.2f} |")
+        lines.append(f"| {one['job']} | {before:.3f} | {after:.3f} | {one['ratio']:.2f} |")
     lines += ["", f"Conditions: { ({key: first[key] for key in ('versions', 'processor')}) }."]
     return "\n".join(lines) + "\n"
 
