@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -103,3 +107,18 @@ class Searching(Supervised):
 
 def changed(config: TrainConfig, **changes: Any) -> TrainConfig:
     return dataclasses.replace(config, **changes)
+
+
+def on_two_processes(script: str, folder: Path) -> None:
+    """Runs a script as both ranks of a launcher, with the folder as its argument; asserts that it ended well."""
+    (folder / "two.py").write_text(script)
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(folder / "two.py")]
+    done = subprocess.run(
+        [sys.executable, *command, str(folder)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -8,8 +8,6 @@ import json
 import math
 import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import Tensor, nn
 
-from tests.training.kit import BASE, CLASSES, Searching, as_lists, pictures, settings, tiny, weights
+from tests.training.kit import BASE, CLASSES, Searching, as_lists, on_two_processes, pictures, settings, tiny, weights
 from vitrim import checkpoints
 from vitrim.config import read
 from vitrim.data import Augment
@@ -470,18 +468,7 @@ for name, parts in (("plain", 1), ("parts", 2)):
 
 @pytest.mark.slow
 def test_two_processes_train_what_one_trains(tmp_path: Path) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    (tmp_path / "two.py").write_text(TWO)
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "two.py")]
-    done = subprocess.run(
-        [sys.executable, *command, str(tmp_path)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    on_two_processes(TWO, tmp_path)
     for name, parts in (("plain", 1), ("parts", 2)):
         two = torch.load(tmp_path / f"{name}.pt", weights_only=True)
         objective = Quiet()

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.training.kit import on_two_processes
 from vitrim.counting import cost
 
 TWO = """
@@ -37,18 +35,7 @@ assert bool(seen) == (rank == "0")
 
 @pytest.mark.slow
 def test_both_ranks_decide_alike_and_hold_one_network(tmp_path: Path) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    (tmp_path / "two.py").write_text(TWO)
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "two.py")]
-    done = subprocess.run(
-        [sys.executable, *command, str(tmp_path)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    on_two_processes(TWO, tmp_path)
     from tests.methods.uvc.kit import WIDE
     from vitrim.spec import from_json
 
