@@ -12,7 +12,7 @@ import argparse
 import logging
 import pickle
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +135,20 @@ def stays(classes: int | None, found: int, where: str) -> bool:
             "(`vitrim train --new-head`)."
         )
     return classes != 0
+
+
+def another_size(path: Path, own: Sequence[int], name: str, asked: Sequence[int], fits: str = "") -> SourceError:
+    """The error for a file of another image size than the name's; both as (height, width).  fits: names of its own size."""
+    return SourceError(
+        f"{path.name} was made for images of {px(own)}, and {name!r} is for {px(asked)}. Pass the size to run it at: --image-px "
+        f"{','.join(map(str, dict.fromkeys(own)))} (image_px=) is its own, and for another one its positions are resized, once; or "
+        f"name the model that it was saved from{fits}."
+    )
+
+
+def px(sides: Sequence[int]) -> str:
+    """Height and width, for a sentence."""
+    return f"{sides[0]} x {sides[1]} px"
 
 
 def unfetched(name: str, why: str) -> SourceError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 
 import vitrim
 from tests.sources.timm.kit import assert_same, images, randomised
+from vitrim import architectures
 from vitrim.errors import SourceError
 
 # ------------------------------------------------------------------------------------------------------ names and files
@@ -145,10 +147,123 @@ def test_missing_and_unexpected_keys_are_listed_ten_at_most(tiny: Any, tmp_path:
     assert str(caught.value).count("encoder.blocks") == 10
 
 
-def test_a_checkpoint_of_another_image_size_is_refused(tiny: Any, tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_image_size_is_refused_by_its_size(tiny: Any, tmp_path: Path) -> None:
     torch.save(tiny(img_size=64).state_dict(), tmp_path / "large.pth")
-    with pytest.raises(SourceError, match=r"pos_embed has shape \(1, 17, 24\).*expects \(1, 5, 24\)"):
+    with pytest.raises(SourceError, match=r"made for images of 64 x 64 px.*is for 32 x 32 px.*--image-px 64 "):
         vitrim.load("timm:deit_tiny_patch16_224", checkpoint=tmp_path / "large.pth")
+
+
+def in_open_clip(module: Any) -> dict[str, torch.Tensor]:
+    """The tensors of a timm tower as open_clip's files name them, with a text tower beside it."""
+    text = {"logit_scale": torch.ones(()), "transformer.resblocks.0.ln_1.weight": torch.ones(8)}
+    return {**{f"visual.trunk.{key}": value for key, value in module.state_dict().items()}, **text}
+
+
+def test_a_tower_of_open_clip_is_not_resampled_in_silence(tiny: Any, tmp_path: Path) -> None:
+    torch.save(in_open_clip(tiny(img_size=64, num_classes=0)), tmp_path / "clip.pth")
+    with pytest.raises(SourceError, match=r"clip\.pth was made for images of 64 x 64 px"):
+        vitrim.load("timm:deit_tiny_patch16_224", checkpoint=tmp_path / "clip.pth")
+
+
+def test_a_tower_of_open_clip_comes_in_exactly_and_what_stands_beside_it_is_named(
+    tiny: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    module = tiny(num_classes=0)
+    torch.save(in_open_clip(module), tmp_path / "clip.pth")
+    with caplog.at_level(logging.INFO, "vitrim.sources"):
+        model = vitrim.load("timm:deit_tiny_patch16_224", checkpoint=tmp_path / "clip.pth")
+    assert "logit_scale, transformer.resblocks.0.ln_1.weight" in caplog.text
+    assert model.provenance["left_out"] == ["logit_scale", "transformer"]
+    assert_same(module, model)
+
+
+def test_the_projection_of_open_clip_is_kept_and_other_parts_of_its_head_are_refused(tiny: Any, tmp_path: Path) -> None:
+    module = tiny(num_classes=0)
+    head = torch.randn(7, 24)
+    torch.save({**in_open_clip(module), "visual.head.proj.weight": head}, tmp_path / "clip.pth")
+    model = vitrim.load("timm:deit_tiny_patch16_224", checkpoint=tmp_path / "clip.pth")
+    x = images(module)
+    assert torch.allclose(model(x), module(x) @ head.T, atol=1e-5)
+    torch.save({**in_open_clip(module), "visual.head.mlp.fc1.weight": head}, tmp_path / "mlp.pth")
+    with pytest.raises(SourceError, match=r"no place for: visual\.head\.mlp\.fc1\.weight.*classes=0"):
+        vitrim.load("timm:deit_tiny_patch16_224", checkpoint=tmp_path / "mlp.pth")
+    without = vitrim.load("timm:deit_tiny_patch16_224", checkpoint=tmp_path / "mlp.pth", classes=0)
+    assert_same(module, without)
+
+
+def in_openai_clip(module: Any) -> dict[str, torch.Tensor]:
+    """The tensors of a timm tower as OpenAI's CLIP names them."""
+    names = {
+        "patch_embed.proj": "conv1",
+        "pos_embed": "positional_embedding",
+        "blocks.": "transformer.resblocks.",
+        "norm_pre": "ln_pre",
+        "attn.qkv.": "attn.in_proj_",
+        "attn.proj": "attn.out_proj",
+        "mlp.fc1": "mlp.c_fc",
+        "mlp.fc2": "mlp.c_proj",
+        "norm1": "ln_1",
+        "norm2": "ln_2",
+        "cls_token": "class_embedding",
+    }
+    state = {}
+    for key, value in module.state_dict().items():
+        name = key.replace("norm.", "ln_post.") if key.startswith("norm.") else key
+        for ours, theirs in names.items():
+            name = name.replace(ours, theirs)
+        if name == "head.weight":
+            name, value = "proj", value.T
+        if name != "head.bias":
+            state[f"visual.{name}"] = value[0, 0] if key == "cls_token" else value[0] if key == "pos_embed" else value
+    return state
+
+
+def test_a_clip_file_of_another_patch_is_refused_with_the_name_that_fits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = timm.create_model
+    module = real("vit_base_patch16_clip_224", depth=1, num_classes=5)
+    with torch.no_grad():
+        module.head.bias.zero_()  # CLIP's projection has none
+    torch.save(in_openai_clip(module), tmp_path / "b16.pth")
+    monkeypatch.setattr(timm, "create_model", lambda name, **options: real(name, **{"depth": 1, **options}))
+    spec = architectures.spec("vit_base_patch16_clip_224")
+    assert spec is not None
+    known = {"vit_base_patch16_clip_224": replace(spec, blocks=spec.blocks[:1])}
+    monkeypatch.setattr(architectures, "names", lambda _: list(known))
+    monkeypatch.setattr(architectures, "spec", known.get)
+    with pytest.raises(SourceError, match=r"patches of 16 x 16 px.*has 32 x 32 px.*timm:vit_base_patch16_clip_224\."):
+        vitrim.load("timm:vit_base_patch32_clip_224", checkpoint=tmp_path / "b16.pth")
+    model = vitrim.load("timm:vit_base_patch16_clip_224", checkpoint=tmp_path / "b16.pth")
+    assert_same(module.eval(), model)
+
+
+def test_registers_of_a_dinov2_file_take_the_class_tokens_position_with_them(tmp_path: Path) -> None:
+    """timm adds a row of the table to the class token: that counts as used, and the mask token as not needed."""
+    options = {"img_size": 28, "embed_dim": 24, "depth": 1, "num_heads": 3}
+    real = timm.create_model
+    module = randomised(real("vit_small_patch14_reg4_dinov2", **options))
+    state = dict(module.state_dict())
+    state["register_tokens"] = state.pop("reg_token")
+    row = torch.randn(1, 1, 24)
+    state["pos_embed"] = torch.cat([row, state["pos_embed"]], dim=1)
+    state["cls_token"] = state["cls_token"] - row
+    torch.save({**state, "mask_token": torch.zeros(1, 24)}, tmp_path / "dinov2.pth")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timm, "create_model", lambda name, **more: real(name, **{**options, **more}))
+        model = vitrim.load("timm:vit_small_patch14_reg4_dinov2", checkpoint=tmp_path / "dinov2.pth")
+    assert_same(module, model, 1e-6)
+
+
+def test_a_fine_tuned_mae_is_loaded_as_what_it_is(tiny: Any, tmp_path: Path) -> None:
+    """Its tokens are averaged, with fc_norm behind; the name says class token, with a norm in front."""
+    module = tiny(global_pool="avg", num_classes=3)
+    assert {"fc_norm.weight", "cls_token"} <= set(module.state_dict())
+    assert "norm.weight" not in module.state_dict()
+    torch.save({"model": module.state_dict()}, tmp_path / "mae.pth")
+    model = vitrim.load("timm:deit_tiny_patch16_224", checkpoint=tmp_path / "mae.pth")
+    assert (model.spec.pool.kind, model.spec.pool_norm, model.spec.prefix) == ("mean", True, ("cls",))
+    assert_same(module, model)
 
 
 def test_a_checkpoint_of_another_width_is_refused(tiny: Any, tmp_path: Path) -> None:

@@ -6,18 +6,23 @@ Takes    a name, a module from memory, or a name with a local checkpoint.
 
 from __future__ import annotations
 
+import difflib
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Unpack
 
 import timm
 import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_model_data_config
 from timm.models import VisionTransformer, model_entrypoint
+from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
+from ... import architectures
 from ...errors import SourceError, did_you_mean
 from ...model import Vit
 from ...spec import ModelSpec, Preprocess
@@ -49,16 +54,19 @@ def load(
     checkpoint: str | Path | None = None,
     classes: int | None = None,
     verify: bool = True,
+    any_size: bool = False,
 ) -> Vit:
     """A timm model by name (`deit_small_patch16_224`, with or without a tag, or `hf-hub:USER/NAME`).
 
     pretrained: the published weights, fetched by timm from the Hub.
+    any_size: a checkpoint of another image size than the name's is taken at its own; else it is refused.
     """
     _check_name(name)
     weights, labels = "random", None
+    left: tuple[str, ...] = ()
     if checkpoint is not None:
         weights = Path(checkpoint).name
-        module = _with_checkpoint(name, Path(checkpoint), classes)
+        module, left = _with_checkpoint(name, Path(checkpoint), classes, any_size=any_size)
     elif pretrained:
         weights, module = "pretrained", _create(name, pretrained=True)
         if not files.stays(classes, getattr(module, "num_classes", 0), f"the weights of {name!r} have"):
@@ -67,7 +75,8 @@ def load(
     else:
         options: dict[str, Any] = {} if classes is None else {"num_classes": classes}
         module = _create(name, **options)
-    return from_module(module, labels=labels, verify=verify, provenance=_provenance(name, module, weights))
+    told = _provenance(name, module, weights) | ({"left_out": list(left)} if left else {})
+    return from_module(module, labels=labels, verify=verify, provenance=told)
 
 
 # ------------------------------------------------------------------------------------------------------ names and files
@@ -115,50 +124,152 @@ def _create(name: str, *, pretrained: bool = False, **options: Any) -> Any:
         ) from error
 
 
-def _with_checkpoint(name: str, path: Path, classes: int | None) -> nn.Module:
-    """A timm module filled from a local file. Raises SourceError listing keys that are missing, too many or misshapen."""
+def _with_checkpoint(
+    name: str, path: Path, classes: int | None, *, any_size: bool
+) -> tuple[nn.Module, tuple[str, ...]]:
+    """A timm module filled from a local file, and the file's tensors that are no part of it (of a text tower, say).
+
+    any_size: the file's own image size instead of the name's.
+    Raises SourceError listing keys that are missing, too many or misshapen.
+    """
     state = files.read(path)
     with torch.device("meta"):
         module = _create(name)
     if not isinstance(module, VisionTransformer):
         spec_of(module)  # says what it has that a plain one has not
     state = files.reconciled(state, module.state_dict(), file=path.name)
-    _check_tables(module, state, path)
     if classes != 0 and any(key.startswith("pre_logits.") for key in state):
         raise SourceError(
             f"{path.name} has a layer between pooling and classifier (pre_logits), which vitrim cannot take in. Leave it out "
             "together with the classifier (classes=0)."
         )
-    if set(state) != set(module.state_dict()):
-        state = _renamed(state, module)
+    state, left = _renamed(state, module, path, heads=classes != 0)
+    if made := _as_made(name, module, state, path, any_size=any_size):
+        with torch.device("meta"):
+            module = _create(name, **made)
     state, found = files.with_classifier(state, "head.weight", classes, file=path.name)
     if found != module.num_classes:
         if found:
             LOG.info("%s: its classifier of %d classes is kept.", path.name, found)
         with torch.device("meta"):
             module.reset_classifier(found)
-    return files.fill(module, state, path, f"timm's {name!r}")
+    return files.fill(module, state, path, f"timm's {name!r}"), left
 
 
-def _check_tables(module: VisionTransformer, state: Mapping[str, Tensor], path: Path) -> None:
-    """Refuse a checkpoint of another image or patch size, which timm would resample without a word."""
-    for key in ("pos_embed", "patch_embed.proj.weight"):
-        if key not in state or getattr(module, key.partition(".")[0]) is None:
-            continue
-        expected, found = tuple(module.state_dict()[key].shape), tuple(state[key].shape)
-        if len(found) == len(expected) and found != expected:
-            raise SourceError(
-                f"{path.name}: {key} has shape {found}, but this model expects {expected}. Name the timm model of the "
-                "checkpoint's own width, image and patch size."
-            )
+def _as_made(
+    name: str, module: VisionTransformer, state: Mapping[str, Tensor], path: Path, *, any_size: bool
+) -> dict[str, Any]:
+    """Arguments under which timm builds the network that the file was saved from, where its name alone does not.
+
+    Raises SourceError for another patch, and for another image size unless `any_size`: no number is resampled here.
+    """
+    patch, made = tuple(module.patch_embed.patch_size), dict[str, Any]()
+    kernel = state.get("patch_embed.proj.weight")
+    if kernel is not None and kernel.dim() == 4 and tuple(kernel.shape[2:]) != patch:
+        raise SourceError(
+            f"{path.name} was made for patches of {files.px(kernel.shape[2:])}, and {name!r} has {files.px(patch)}. Name the model "
+            f"that it was saved from{_fitting(name, state)}."
+        )
+    size = _image_px(module, state)
+    if size is not None and not any_size:
+        raise files.another_size(path, size, name, tuple(module.patch_embed.img_size), _fitting(name, state))
+    if size is not None:
+        made["img_size"] = size
+    pooled = "fc_norm.weight" in state and "norm.weight" not in state  # as fine-tuned MAEs are saved
+    if pooled and module.global_pool == "token" and not isinstance(module, VisionTransformerDistilled):
+        LOG.info("%s: it averages its patch tokens, with a norm behind (fc_norm); that is kept.", path.name)
+        made["global_pool"] = "avg"
+    return made
 
 
-def _renamed(state: Mapping[str, Tensor], module: VisionTransformer) -> dict[str, Tensor]:
-    """timm's own translation of published layouts (DeiT III, DINOv2, CLIP, JAX); unchanged where it knows none."""
+def _image_px(module: VisionTransformer, state: Mapping[str, Tensor]) -> tuple[int, int] | None:
+    """The image size for which a file's position table was made, where that is another than the module's: a square."""
+    table, own = state.get("pos_embed"), module.pos_embed
+    if table is None or own is None or table.dim() != 3 or table.shape[1] == own.shape[1]:
+        return None
+    patches = table.shape[1] - (own.shape[1] - module.patch_embed.num_patches)
+    side = math.isqrt(max(patches, 0))
+    if not side or side * side != patches:
+        return None  # other prefix tokens, or no square: the comparison of shapes says so
+    height, width = module.patch_embed.patch_size
+    return side * height, side * width
+
+
+def _fitting(name: str, state: Mapping[str, Tensor]) -> str:
+    """The names of timm's that a file's shapes fit, for a sentence, most like the given one first; "" where none does."""
+    kernel, table = state.get("patch_embed.proj.weight"), state.get("pos_embed")
+    blocks = {key.split(".")[1] for key in state if key.startswith("blocks.")}
+    if kernel is None or kernel.dim() != 4 or table is None:
+        return ""
+    fits = []
+    for known in architectures.names("timm"):
+        spec = architectures.spec(known)
+        assert spec is not None
+        a = spec.blocks[0].attention
+        assert a is not None
+        shapes = (spec.width, *spec.patch_px, len(spec.blocks), spec.position_rows, spec.pre_norm, a.layer_scale)
+        own = (*kernel.shape[:1], *kernel.shape[2:], len(blocks), table.shape[-2])
+        if shapes == (*own, "norm_pre.weight" in state, "blocks.0.ls1.gamma" in state):
+            fits.append(known)
+    alike = difflib.get_close_matches(name.partition(".")[0], fits, n=2, cutoff=0.0)
+    return f", such as {' or '.join(f'timm:{one}' for one in alike)}" if alike else ""
+
+
+TOWERS = ("visual.", "vision_encoder.")
+"""What the names of the image tower begin with in a file that holds a text tower too."""
+
+
+def _renamed(
+    state: Mapping[str, Tensor], module: VisionTransformer, path: Path, *, heads: bool
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """timm's own translation of published layouts (DeiT III, DINOv2, CLIP, JAX), and what it leaves out.
+
+    It is let change names and put tensors together; what it would resample stays as it is, and what it would drop is
+    told. Unchanged where it knows no translation.  heads: classifiers are wanted.
+    Raises SourceError naming tensors of the image tower that it would drop.
+    """
     try:
-        return dict(checkpoint_filter_fn(dict(state), module, adapt_layer_scale=True))
+        found, unused = _filtered(state, module), _unused(state, module)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
-        return dict(state)  # the comparison of keys that follows says what does not fit
+        return dict(state), ()  # the comparison of keys that follows says what does not fit
+    tower = next((one for one in TOWERS if any(key.startswith(one) for key in state)), "")
+    idle = {key for key in unused if key.rpartition(".")[2] == "mask_token" or (tower and not key.startswith(tower))}
+    idle |= set() if heads else {key for key in unused if key.startswith((f"{tower}head.", "pre_logits."))}
+    if lost := [key for key in unused if key not in idle]:
+        raise SourceError(
+            f"{path.name} holds tensors that timm's {type(module).__name__} has no place for: {files.listed(lost)}. Name the model "
+            "that it was saved from; where they stand behind the pooled features, classes=0 leaves them out."
+        )
+    if idle:
+        LOG.info("%s: left out, since the image tower does not read it: %s.", path.name, files.listed(sorted(idle)))
+    return found, tuple(sorted({key.partition(".")[0] for key in idle}))
+
+
+def _filtered(state: Mapping[str, Tensor], module: VisionTransformer) -> dict[str, Tensor]:
+    """What timm's filter makes of a file for a module that has the file's own patch, and positions of any size."""
+    own = module.patch_embed.proj.weight
+    kernels = (v for k, v in state.items() if k.endswith(("proj.weight", "conv1.weight")) and v.dim() == 4)
+    like = next((kernel for kernel in kernels if kernel.shape[0] == own.shape[0]), own)
+    asked: Any = SimpleNamespace(
+        patch_embed=SimpleNamespace(proj=SimpleNamespace(weight=like)),
+        pos_embed=None,  # it resamples only what the module has a table for
+        head=nn.Linear(1, 1, device="meta"),  # and keeps a projection only where the module has a classifier
+    )
+    return dict(checkpoint_filter_fn(dict(state), asked, adapt_layer_scale=True))
+
+
+def _unused(state: Mapping[str, Tensor], module: VisionTransformer) -> list[str]:
+    """Names whose tensors reach none that timm's filter gives: it runs on stand-ins without memory that autograd follows."""
+    twins = {key: torch.empty_like(value, device="meta") for key, value in state.items()}
+    leaves = {key: twin.requires_grad_() for key, twin in twins.items() if twin.is_floating_point()}
+    ends = list(_filtered(twins, module).values())
+    with torch.enable_grad():
+        followed = [end for end in ends if end.requires_grad]
+        seeds = [torch.empty_like(end) for end in followed]
+        reached = torch.autograd.grad(followed, list(leaves.values()), seeds, allow_unused=True) if followed else ()
+    used = {key for key, gradient in zip(leaves, reached, strict=False) if gradient is not None}
+    used |= {key for key, twin in twins.items() if any(twin is end for end in ends)}
+    return [key for key in state if key not in used]
 
 
 def _preprocess(module: nn.Module, spec: ModelSpec) -> Preprocess | None:
