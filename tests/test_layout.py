@@ -17,6 +17,7 @@ PACKAGE = Path(vitrim.__file__).parent
 ORDER = (
     "errors",
     "lazy",
+    "foreign",
     "recipes",
     "files",
     "progress",
@@ -53,8 +54,20 @@ ORDER = (
 )
 """From the foundations to the command; a room may import those before it, and itself."""
 
-RUNTIME = ("errors", "files", "codec", "spec", "tokens", "stems", "model", "card", "artifact")
-TORCHLESS = ("errors", "lazy", "files", "progress", "codec", "spec", "counting", "budget", "freezing", "architectures")
+RUNTIME = ("errors", "foreign", "files", "codec", "spec", "tokens", "stems", "model", "card", "artifact")
+TORCHLESS = (
+    "errors",
+    "lazy",
+    "foreign",
+    "files",
+    "progress",
+    "codec",
+    "spec",
+    "counting",
+    "budget",
+    "freezing",
+    "architectures",
+)
 NO_TORCH_AT_THE_TOP = ("cli", "doctor")
 
 

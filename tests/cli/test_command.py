@@ -1,9 +1,13 @@
 """The command as a whole: fast where it needs no network, and its verbs."""
 
+import logging
+
 import pytest
 
 from tests.cli.kit import RUN_AND_TELL, fresh, run
 from vitrim.cli import VERBS
+from vitrim.errors import SourceError
+from vitrim.spec import ModelSpec
 
 
 def test_help_takes_under_half_a_second() -> None:
@@ -66,3 +70,36 @@ def test_usage_errors_import_no_torch(words: list[str]) -> None:
     )
     out, _ = fresh(code)
     assert out.split() == ["False"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["cost", "[/]\x1b[31m"],
+        ["predict", "builtin:cifar10-vit-micro", "[/]\x1b[31m.jpg"],
+        ["report", "[/]\x1b[31m"],
+        ["push", "[/]\x1b[31m", "a/b"],
+        ["\x1b[31m[/]"],
+        ["--\x1b[31m[/]"],
+        ["cost", "x", "--\x1b[31m[/]"],
+        ["evaluate", "\x1b[31m[/]", "--data", "sample"],
+        ["plan", "--model", "\x1b[31m[/]", "--keep-macs", "0.5"],
+    ],
+    ids=ascii,
+)
+def test_a_hostile_name_is_refused_in_one_line_that_no_terminal_obeys(words: list[str]) -> None:
+    done = run(*words)
+    assert done.exit_code in (1, 2)
+    assert isinstance(done.exception, SystemExit)
+    assert "\\x1b[31m" in done.stderr
+    assert "\x1b" not in done.output
+
+
+def test_what_the_package_logs_reaches_no_terminal_unescaped(monkeypatch: pytest.MonkeyPatch) -> None:
+    def named(name: str) -> ModelSpec:
+        logging.getLogger("vitrim.sources").info("kept [/]%s", "\x1b[31m")
+        raise SourceError(f"no {name}\nno line of its own")
+
+    monkeypatch.setattr("vitrim.cli.cost.spec_named", named)
+    done = run("cost", "x")
+    assert done.stderr.splitlines() == ["kept [/]\\x1b[31m", "Error: no x no line of its own"]

@@ -1,5 +1,7 @@
 """Progress on stderr."""
 
+import sys
+
 import pytest
 
 from vitrim.cli import progress
@@ -34,3 +36,16 @@ def test_a_stage_that_starts_over_is_timed_from_its_new_beginning(
             show("build", done, 3)
     said = capsys.readouterr().err.splitlines()
     assert said == ["build: 1/3  0:20 left", "build: 2/3  0:10 left", "build: 3/3  done in 0:30"] * 2
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_names_of_stages_are_no_markup(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    with progress.progress_on_stderr(quiet=False) as show:
+        assert show is not None
+        show("[/] [bold]a\x1b[31m", 1, 2, name="[/]\x9b")
+    said = capsys.readouterr().err
+    assert "[/] [bold]a\\x1b[31m" in said
+    assert "[/]\\x9b" in said

@@ -1,7 +1,12 @@
 """Tables and numbers for people."""
 
+import json
+
+import pytest
+
 from tests.cli.kit import DEIT_S, run
 from vitrim.cli import progress, tables
+from vitrim.foreign import printable
 
 
 def test_no_color_is_honoured() -> None:
@@ -15,3 +20,20 @@ def test_counts_are_scaled_for_people() -> None:
     assert tables.count_text(22_050_664) == "22.05 M"
     assert tables.share_text(1, 2) == "50.0 %"
     assert progress.duration_text(3661) == "1:01:01"
+
+
+HOSTILE = "[/] [bold]:smile: \x1b[31m\u202e\udcff"
+SHOWN = "[/] [bold]:smile: \\x1b[31m\\u202e\\udcff"
+
+
+def test_markup_and_control_bytes_in_a_table_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    tables.show_table(HOSTILE, ["name"], [[HOSTILE]])
+    assert capsys.readouterr().out.count(SHOWN) == 2
+
+
+def test_json_holds_foreign_names_without_a_byte_that_a_terminal_obeys(capsys: pytest.CaptureFixture[str]) -> None:
+    tables.show_json({HOSTILE: ["\x9b", "\U000e0041", "é"]})
+    said = capsys.readouterr().out
+    assert json.loads(said) == {HOSTILE: ["\x9b", "\U000e0041", "é"]}
+    assert "é" in said
+    assert all(printable(line) == line for line in said.splitlines())

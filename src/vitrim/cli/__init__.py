@@ -15,8 +15,10 @@ from typing import Any
 import click
 
 from vitrim import __version__
+from vitrim.cli import tables
 from vitrim.cli.options import Failed
 from vitrim.errors import VitrimError, did_you_mean
+from vitrim.foreign import one_line
 
 VERBS = (
     "cost", "methods", "plan", "compress", "recover", "train", "evaluate", "predict", "measure", "report", "export", "push",
@@ -43,21 +45,34 @@ class Verbs(click.Group):
             ctx.fail(f"no such verb {name!r}; expected one of {', '.join(VERBS)}{hint}")
         return super().resolve_command(ctx, args)
 
+    def make_context(self, *args: Any, **extra: Any) -> click.Context:
+        with _in_one_sentence():
+            return super().make_context(*args, **extra)
+
     def invoke(self, ctx: click.Context) -> Any:
-        try:
-            with _said_on_stderr():
-                return super().invoke(ctx)
-        except (VitrimError, OSError) as error:
-            if isinstance(error, BrokenPipeError):  # the reader of our output went away; click leaves quietly
-                raise
-            raise Failed(error) from error
+        with _in_one_sentence(), _said_on_stderr():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _in_one_sentence() -> Iterator[None]:
+    """Whatever goes wrong leaves as click's own exception, with one line that a terminal shows as it is."""
+    try:
+        yield
+    except click.ClickException as error:
+        error.message = one_line(error.message)
+        raise
+    except BrokenPipeError:  # the reader of our output went away; click leaves quietly
+        raise
+    except (VitrimError, OSError) as error:
+        raise Failed(error) from error
 
 
 class _Said(logging.Handler):
     """What the package logs, as a line on stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        click.echo(record.getMessage(), err=True)
+        tables.note(record.getMessage())
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import click
 from vitrim import methods
 from vitrim.cli import options, settings, tables
 from vitrim.cli.progress import progress_on_stderr
+from vitrim.foreign import command
 
 if TYPE_CHECKING:
     from vitrim.budget import Budget
@@ -133,8 +134,8 @@ def compress(
     (show_family if several else show_run)(result.summary)
     what = "a folder for each budget" if several else "the model"
     tables.say(f"made {result.folder} ({what}) and {result.report} (open it in a browser)")
-    following = f"cp -r {out}/{result.summary['members'][0]['name']} small/" if several else f"vitrim cost {out}"
-    tables.say(f"next: {following}")
+    words = ("cp", "-r", out / result.summary["members"][0]["name"], "small/") if several else ("vitrim", "cost", out)
+    tables.say(f"next: {command(*words)}")
 
 
 def run_with(

@@ -8,6 +8,7 @@ import click
 
 from vitrim.cli import options, tables
 from vitrim.cli.compress import run_with, show_run
+from vitrim.foreign import command
 
 DEMO_MODEL = "builtin:cifar10-vit-micro"
 DEMO_STEPS = 300
@@ -49,7 +50,7 @@ def demo(out: Path, force: bool, threads: int | None, output: options.Output) ->
     show_run(result.summary)
     tables.say(f"made   {result.folder}  the smaller model: vitrim.load({str(out)!r}) in Python")
     tables.say(f"       {result.report}  what was cut, what it cost and gained: open it in a browser")
-    tables.say(f"next   vitrim evaluate {out} --data sample --split test")
+    tables.say(f"next   {command('vitrim', 'evaluate', out, '--data', 'sample', '--split', 'test')}")
     tables.say(
         "       vitrim compress --model timm:deit_small_patch16_224 --keep-macs 0.5 --data YOUR_PHOTOS --out small"
     )

@@ -14,6 +14,7 @@ import click
 
 from vitrim.cli import tables
 from vitrim.errors import ConfigError, MeasureError, VitrimError, did_you_mean
+from vitrim.foreign import one_line
 
 if TYPE_CHECKING:
     from vitrim.budget import Budget
@@ -105,7 +106,8 @@ class Output:
         if self.as_json:
             tables.show_json(value)
         else:
-            tables.say("\n".join(lines))
+            for line in lines:
+                tables.say(line)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -341,5 +343,5 @@ class Failed(click.ClickException):
         else:
             place = f" {str(error.filename)!r}" if error.filename else ""
             message = f"cannot read or write{place}: {error.strerror or error}. Check the path, its permissions and the free space."
-        super().__init__(message)
+        super().__init__(one_line(message))
         self.exit_code = 2 if isinstance(error, ConfigError) else 1

@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from vitrim.cli import tables
+from vitrim.foreign import printable
+
 if TYPE_CHECKING:
     from rich.progress import Progress as Drawn
     from rich.progress import TaskID
@@ -45,10 +48,10 @@ class Bars:
 
     def __call__(self, stage: str, done: int, total: int, **facts: Any) -> None:
         if stage not in self.tasks:
-            self.tasks[stage] = self.progress.add_task(stage, total=total, facts="")
+            self.tasks[stage] = self.progress.add_task(printable(stage), total=total, facts="")
         elif done < self.progress.tasks[self.tasks[stage]].completed:  # the stage starts over, such as the next build
             self.progress.reset(self.tasks[stage], total=total)
-        self.progress.update(self.tasks[stage], completed=done, total=total, facts=facts_text(facts))
+        self.progress.update(self.tasks[stage], completed=done, total=total, facts=printable(facts_text(facts)))
 
 
 class Lines:
@@ -84,7 +87,7 @@ class Lines:
         else:
             left = f"{duration_text(spent / done * (total - done))} left" if done and total else ""
         parts = [f"{stage}: {done}/{total}", left, facts_text(facts)]
-        print("  ".join(part for part in parts if part), file=sys.stderr, flush=True)
+        tables.note("  ".join(part for part in parts if part))
 
 
 @contextmanager
@@ -95,16 +98,15 @@ def progress_on_stderr(quiet: bool) -> Iterator[Progress | None]:
     elif not sys.stderr.isatty():
         yield Lines()
     else:
-        from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Drawn
 
         columns = (
-            TextColumn("{task.description:<10}"),
+            TextColumn("{task.description:<10}", markup=False),
             BarColumn(bar_width=28),
             MofNCompleteColumn(),
             TimeRemainingColumn(elapsed_when_finished=True),
-            TextColumn("{task.fields[facts]}"),
+            TextColumn("{task.fields[facts]}", markup=False),
         )
-        with Drawn(*columns, console=Console(stderr=True)) as progress:
+        with Drawn(*columns, console=tables.console(stderr=True)) as progress:
             yield Bars(progress)

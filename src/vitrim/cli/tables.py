@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
+from vitrim.foreign import printable
+
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from vitrim.counting import Cost
     from vitrim.methods.method import Needs
     from vitrim.spec import ModelSpec
@@ -19,34 +24,52 @@ PLAIN_WIDTH = 120
 
 def say(text: str = "") -> None:
     """One line of result."""
-    click.echo(text)
+    click.echo(shown(text, sys.stdout))
 
 
 def note(text: str) -> None:
     """One line of log, on stderr."""
-    click.echo(text, err=True)
+    click.echo(shown(text, sys.stderr), err=True)
+
+
+def shown(text: str, stream: TextIO) -> str:
+    """A text for a stream: without control bytes, and with escapes for what the stream's encoding has not."""
+    return printable(text, ascii_only=not str(stream.encoding).lower().startswith("utf"))
 
 
 def show_json(value: Any) -> None:
-    """The whole result, keys sorted, on stdout."""
-    click.echo(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False))
+    """The whole result, keys sorted, on stdout; what a terminal would obey is escaped as JSON does it."""
+    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False)
+    lines = text.split("\n")  # JSON has line ends only between its values
+    narrow = [line if shown(line, sys.stdout) == line else "".join(map(_in_json, line)) for line in lines]
+    click.echo("\n".join(narrow))
+
+
+def _in_json(char: str) -> str:
+    return char if shown(char, sys.stdout) == char else json.dumps(char)[1:-1]
+
+
+def console(*, stderr: bool = False, **settings: Any) -> Console:
+    """Where rich draws: it reads neither markup nor emoji codes, since names come from outside."""
+    from rich.console import Console
+
+    return Console(stderr=stderr, markup=False, emoji=False, **settings)
 
 
 def show_table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]], *, text: bool = False) -> None:
     """A table; the first column to the left, the others to the right unless they are text. NO_COLOR is honoured by rich."""
     from rich.box import SIMPLE_HEAD
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=PLAIN_WIDTH)
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, title_style="bold")
+    place = console()
+    if not place.is_terminal:
+        place = console(width=PLAIN_WIDTH)
+    table = Table(title=shown(title, sys.stdout), title_justify="left", box=SIMPLE_HEAD, title_style="bold")
     for index, head in enumerate(heads):
         table.add_column(head, justify="left" if text or index == 0 else "right", overflow="fold")
     for row in rows:
-        table.add_row(*row)
-    console.print(table)
+        table.add_row(*(shown(cell, sys.stdout) for cell in row))
+    place.print(table)
 
 
 def count_text(number: float) -> str:

@@ -9,6 +9,7 @@ import click
 
 from vitrim.cli import options, tables
 from vitrim.cli.progress import duration_text, progress_on_stderr
+from vitrim.foreign import command
 
 
 @click.command()
@@ -71,5 +72,5 @@ def train(
         {"out": str(out), "steps": result.steps, "seconds": round(result.seconds, 1), "validation": scores},
         f"trained {result.steps} steps in {duration_text(result.seconds)}; saved to {out}",
         *([f"{METRICS[key].short} on the validation images: {tables.percent_text(scores[key])}"] if key else []),
-        f"next: vitrim compress --model {out} --keep-macs 0.5 --data {source} --out smaller",
+        f"next: {command('vitrim', 'compress', '--model', out, '--keep-macs', '0.5', '--data', source, '--out', 'smaller')}",
     )

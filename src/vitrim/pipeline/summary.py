@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from vitrim import __version__
+from vitrim.foreign import command
 from vitrim.pipeline.folder import STAGES
 from vitrim.pipeline.job import Job
 from vitrim.spec import ModelSpec, spec_hash
@@ -66,15 +67,15 @@ def _picked(stage: Mapping[str, Any], *names: str, **renamed: str) -> dict[str, 
 
 def _next_commands(name: str, data: str, predicts: bool) -> list[dict[str, str]]:
     rows = [
-        {"does": "Use it in Python", "command": f'import vitrim\nmodel = vitrim.load("{name}")'},
-        {"does": "Look at the cost of each block", "command": f"vitrim cost {name}"},
+        {"does": "Use it in Python", "command": f"import vitrim\nmodel = vitrim.load({name!r})"},
+        {"does": "Look at the cost of each block", "command": command("vitrim", "cost", name)},
     ]
     if predicts:
         rows += [
             {
                 "does": "Score it on images that no choice was made on",
-                "command": f"vitrim evaluate {name} --data {data} --split test",
+                "command": command("vitrim", "evaluate", name, "--data", data, "--split", "test"),
             },
-            {"does": "Try it on a picture of your own", "command": f"vitrim predict {name} cat.jpg"},
+            {"does": "Try it on a picture of your own", "command": command("vitrim", "predict", name, "cat.jpg")},
         ]
     return rows

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from vitrim.foreign import command
 from vitrim.reporting.figures import Result, lookup
 from vitrim.reporting.page import fill, final_state, method_name, quality
 from vitrim.result import Axis, Curve, Series
@@ -65,8 +66,8 @@ def render(found: Result) -> str:
     """The whole page of a family's summary."""
     inside = f"{found['name']}/{found['members'][len(found['members']) // 2]['name']}"
     picks = (
-        {"does": "Take one point: each is an ordinary folder", "command": f"cp -r {inside} small"},
-        {"does": "Use it in Python", "command": f'import vitrim\nmodel = vitrim.load("{inside}")'},
+        {"does": "Take one point: each is an ordinary folder", "command": command("cp", "-r", inside, "small")},
+        {"does": "Use it in Python", "command": f"import vitrim\nmodel = vitrim.load({inside!r})"},
     )
     word = "quality" if found["quality"] is None else METRICS[found["quality"]].words
     return fill("family.html", found, method=method_name(found), word=word, plots=_plots(found), picks=picks)
