@@ -60,7 +60,7 @@ def _in_one_sentence() -> Iterator[None]:
     try:
         yield
     except click.ClickException as error:
-        error.message = one_line(error.message)
+        error.message = one_line(error.message)  # type: ignore[misc]  # shown by click, which takes any text
         raise
     except BrokenPipeError:  # the reader of our output went away; click leaves quietly
         raise
