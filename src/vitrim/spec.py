@@ -235,7 +235,11 @@ class ModelSpec(Written):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Preprocess:
-    """How an image becomes the model's input. crop: share of the resized side that the centre crop keeps."""
+    """How an image becomes the model's input: resized, cropped, scaled to [0, 1], then `(x - mean) / std`.
+
+    crop: share of the resized side that the centre crop keeps.  crop_rounding: where the crop begins if an odd number of pixels
+    is left over: at the half rounded to even (torchvision, timm), or rounded down (transformers).
+    """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -243,6 +247,7 @@ class Preprocess:
     crop: float = 1.0
     crop_mode: Literal["center", "squash", "border"] = "center"
     interpolation: str = "bicubic"
+    crop_rounding: Literal["even", "down"] = "even"
 
     def __post_init__(self) -> None:
         _JSON.check(self, "preprocess")
@@ -522,7 +527,7 @@ _JSON = Codec(
         Similarity: "similarity",
         Prefix: "prefix",
     },
-    later={Pool: {"act": "gelu"}},
+    later={Pool: {"act": "gelu"}, Preprocess: {"crop_rounding": "even"}},
 )
 
 

@@ -24,14 +24,22 @@ class View:
     def __init__(self, preprocess: Preprocess, *, crop: float | None = None) -> None:
         """crop: in place of preprocess.crop."""
         from timm.data.transforms_factory import transforms_imagenet_eval
+        from torchvision.transforms import CenterCrop
 
         share = preprocess.crop if crop is None else crop
         if len(preprocess.mean) not in (1, 3):
             raise DataError(f"a model of {len(preprocess.mean)} channels; images are read in colour (3) or grey (1).")
         self.grey = len(preprocess.mean) == 1
-        self.key = (preprocess.size_px, share, preprocess.crop_mode, preprocess.interpolation, preprocess.mean)
+        self.key = (
+            preprocess.size_px,
+            share,
+            preprocess.crop_mode,
+            preprocess.interpolation,
+            preprocess.mean,
+            preprocess.crop_rounding,
+        )
         try:
-            self._resize = transforms_imagenet_eval(
+            resize: Any = transforms_imagenet_eval(
                 img_size=preprocess.size_px,
                 crop_pct=share,
                 crop_mode=preprocess.crop_mode,
@@ -42,12 +50,31 @@ class View:
             )
         except KeyError as error:
             raise DataError(
-                f"preprocess: interpolation={preprocess.interpolation!r}; expected bicubic, bilinear, lanczos, nearest or box."
+                f"preprocess: interpolation={preprocess.interpolation!r}; expected bicubic, bilinear, lanczos, nearest, box or hamming."
             ) from error
+        down = preprocess.crop_rounding == "down"
+        self._steps = [
+            _CropDown(preprocess.size_px) if down and isinstance(step, CenterCrop) else step
+            for step in resize.transforms
+        ]
 
     def __call__(self, image: Image.Image) -> Tensor:
-        pixels: Tensor = self._resize(image.convert("L") if self.grey else image)
+        view: Any = image.convert("L") if self.grey else image
+        for step in self._steps:
+            view = step(view)
+        pixels: Tensor = view
         return pixels
+
+
+class _CropDown:
+    """The middle of an image that is no smaller; of an odd margin the smaller half comes first."""
+
+    def __init__(self, size_px: tuple[int, int]) -> None:
+        self.height, self.width = size_px
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        left, top = (image.width - self.width) // 2, (image.height - self.height) // 2
+        return image.crop((left, top, left + self.width, top + self.height))
 
 
 def normalise(pixels: Tensor, preprocess: Preprocess) -> Tensor:

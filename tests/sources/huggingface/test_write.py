@@ -77,8 +77,22 @@ def test_labels_and_image_settings_go_back(tmp_path: Path) -> None:
     for number, preprocess in enumerate(
         (
             Preprocess(mean=(0.4, 0.5, 0.6), std=(0.2,) * 3, size_px=(24, 24), crop_mode="squash"),
-            Preprocess(mean=(0.4, 0.5, 0.6), std=(0.2,) * 3, size_px=(24, 24), crop=24 / 27, interpolation="bilinear"),
-            Preprocess(mean=(0.4, 0.5, 0.6), std=(0.2,) * 3, size_px=(24, 24), crop=24 / 27, crop_mode="squash"),
+            Preprocess(
+                mean=(0.4, 0.5, 0.6),
+                std=(0.2,) * 3,
+                size_px=(24, 24),
+                crop=24 / 27,
+                interpolation="bilinear",
+                crop_rounding="down",
+            ),
+            Preprocess(
+                mean=(0.4, 0.5, 0.6),
+                std=(0.2,) * 3,
+                size_px=(24, 24),
+                crop=24 / 27,
+                crop_mode="squash",
+                crop_rounding="down",
+            ),
         )
     ):
         model = vitrim.from_model(module, preprocess)

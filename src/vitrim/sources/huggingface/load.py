@@ -34,7 +34,7 @@ from ...spec import ModelSpec, Preprocess
 from .. import files, parity
 from ..places import Told, filled
 from . import read
-from .processor import preprocess_of
+from .processor import processor_preprocess
 from .write import quiet
 
 LOG = logging.getLogger("vitrim.sources")
@@ -329,8 +329,14 @@ def _preprocess(name: str, image_px: tuple[int, int] | None, channels: int) -> P
         return None
     with quiet():
         try:
-            said = AutoImageProcessor.from_pretrained(name, trust_remote_code=False).to_dict()
-        except (OSError, ValueError) as error:
-            LOG.info("%s: no settings of an image processor (%s).", name, str(error).splitlines()[0])
+            processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
+        except (
+            OSError,
+            ValueError,
+            TypeError,
+            KeyError,
+            AttributeError,
+        ) as error:  # of settings that are not valid, too
+            LOG.warning("%s: no settings of an image processor (%s).", name, next(iter(str(error).splitlines()), error))
             return None
-    return preprocess_of(said, image_px, channels)
+        return processor_preprocess(processor, image_px, channels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from ..expressible import ENCODER, ON_POOL, Family, any_half, refusal, require
 from ..places import QKV, given, numbers_of
 from .read import places_of, spec_of
 
+LOG = logging.getLogger("vitrim.sources")
 PLAIN = Family(
     name="timm",
     prefix=r"(cls)?( ?reg)*",
@@ -125,6 +127,8 @@ def write(model: Vit, out: Path) -> Path:
     if preprocess is not None:
         told = {"mean": preprocess.mean, "std": preprocess.std, "interpolation": preprocess.interpolation}
         told.update(crop_pct=preprocess.crop, crop_mode=preprocess.crop_mode)
+        if preprocess.crop_rounding != "even":
+            LOG.info("timm starts a crop at the half rounded to even: it can lie one pixel behind the model's own.")
     config: dict[str, Any] = {
         "architecture": hosts[0],
         "num_classes": spec.classes or 0,
