@@ -30,6 +30,18 @@ def test_a_mismatch_names_both_lists_and_the_way_out():
         data.match_labels(["cat", "dog"], ["cat", "fox"])
 
 
+def test_numbers_are_no_names() -> None:
+    with pytest.raises(
+        DataError, match=r"the data numbers its classes \(0 to 1\).*Write the names into the label column"
+    ):
+        data.match_labels(["cat", "dog"], ["0", "1"])
+    assert data.match_labels(["1", "0"], ["0", "1"]).tolist() == [1, 0]
+
+
+def test_equal_lists_match_even_where_a_name_stands_twice() -> None:
+    assert data.match_labels(["crane", "owl", "crane"], ["crane", "owl", "crane"]).tolist() == [0, 1, 2]
+
+
 def test_an_ambiguous_first_name_is_no_match():
     with pytest.raises(DataError, match="are not the model's"):
         data.match_labels(["crane, bird", "crane, machine"], ["crane"])

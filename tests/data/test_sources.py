@@ -334,8 +334,8 @@ def bad_cases(root: Path) -> dict[str, tuple[object, dict[str, object], str]]:
         "range": (pixels - 2.0, {}, "before normalisation"),
         "not a number": (pixels * float("nan"), {}, "values from nan"),
         "label count": ((pixels, torch.zeros(3).long()), {}, "labels of shape (3,) for 2 images"),
-        "label dtype": ((pixels, torch.zeros(2)), {}, "expected integers"),
-        "label list": ((pixels, [0, 1]), {}, "expected a tensor"),
+        "label of a measure": ((pixels, torch.tensor([0.5, 2.0])), {}, "row 0 is 0.5; expected a whole number"),
+        "label type": ((pixels, 3), {}, "expected a tensor or a list"),
     }
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.data.pictures import SMALL, class_folder, jpeg
+from tests.data.pictures import SMALL, class_folder, jpeg, parquet
 from vitrim import data
 from vitrim.errors import DataError
 from vitrim.model import Vit, build
@@ -99,6 +99,33 @@ def test_labels_are_matched_by_name():
         turned.heads["classifier"].weight.copy_(model.heads["classifier"].weight.flip(0))
         turned.heads["classifier"].bias.copy_(model.heads["classifier"].bias.flip(0))
     assert evaluate(turned, images)["correct"] == evaluate(model, images)["correct"]
+
+
+class Named(torch.utils.data.Dataset):
+    """The sample's images with their labels as names, and nothing beside the items."""
+
+    def __init__(self, images: data.Images) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[object, str]:
+        image, label = self.images[index]
+        return image, CIFAR[int(label)]  # type: ignore[arg-type]
+
+
+def test_names_of_a_datasets_items_are_matched_by_name() -> None:
+    images = data.open("sample", split="validation", limit=30)
+    few = images.subset((images.labels >= 4).nonzero()[:, 0].numpy())  # the names' own order differs from the model's
+    assert evaluate(Oracle(images), Named(few), split="all")["top1"] == 1.0
+
+
+def test_numbers_without_names_are_those_of_a_model_without_names(tmp_path) -> None:
+    file = parquet(tmp_path / "a.parquet", [jpeg(i) for i in range(4)], [0, 2, 0, 2])
+    assert evaluate(tiny(labels=None), file, split="all")["count"] == 4
+    with pytest.raises(DataError, match="the data numbers its classes"):
+        evaluate(tiny(), file, split="all")
 
 
 def test_other_classes_are_refused(tmp_path):

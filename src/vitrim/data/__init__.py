@@ -22,6 +22,7 @@ from vitrim.data.parquet import ParquetSource
 from vitrim.data.pixels import crop_flip, in_memory
 from vitrim.data.reading import suggest_workers
 from vitrim.data.splits import choose, validation_rows
+from vitrim.data.targets import unlabelled_among
 from vitrim.data.transforms import evaluation, training
 from vitrim.errors import DataError
 from vitrim.spec import Preprocess
@@ -82,11 +83,25 @@ def open(
         known = labelled is not False and found.labelled_rows(rows)
         images = Images(found, rows, split=split, labelled=known, on_broken=on_broken)
     if labelled and not images.labelled:
+        _refuse_part_labelled(images)
         raise DataError(
             f"{images.name}: images without labels, which are needed here; expected one subfolder for each class (two or more), "
             "or a 'label' column. Methods that need no labels: comcat, dcvit, auto."
         )
     return images if limit is None or limit == len(images) else images.take(limit, seed)
+
+
+def _refuse_part_labelled(images: Images) -> None:
+    """Raise DataError where only some of the images have no label, which a reader of "without labels" would not look for."""
+    labels = images.source.labels
+    if labels is None:
+        return
+    lacking = unlabelled_among(labels[images.rows])
+    if 0 < len(lacking) < len(images):
+        raise DataError(
+            f"{images.name}: {len(lacking)} of {len(images)} images have no label (null, NaN or -1; the first is "
+            f"{images.source.key(int(images.rows[lacking[0]]))}), which are needed here. Label them, or leave them out."
+        )
 
 
 def calibration_images(
@@ -112,8 +127,10 @@ def _source(source: Any, labelled: bool | None) -> Source:
     if isinstance(source, Tensor):
         return TensorSource(source)
     if isinstance(source, tuple | list) and len(source) == 2 and isinstance(source[0], Tensor):
-        if source[1] is not None and not isinstance(source[1], Tensor):
-            raise DataError(f"labels of type {type(source[1]).__name__}; expected a tensor. Pass torch.tensor(labels).")
+        if source[1] is not None and not (hasattr(source[1], "__len__") and hasattr(source[1], "__getitem__")):
+            raise DataError(
+                f"labels of type {type(source[1]).__name__}; expected a tensor or a list, one label for each image."
+            )
         return TensorSource(source[0], source[1])
     if isinstance(source, Dataset) or (
         hasattr(source, "__getitem__") and hasattr(source, "__len__") and not isinstance(source, str)

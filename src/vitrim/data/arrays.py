@@ -11,33 +11,27 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vitrim.data.images import Source, broken, to_rgb
-from vitrim.data.parquet import number_labels
+from vitrim.data.targets import class_names, is_missing, read_targets, unlabelled_among
 from vitrim.errors import DataError
 
 
 class TensorSource(Source):
-    """images [n,3,h,w], uint8 or float in [0, 1]; labels int64 [n], float [n, classes] of 0 and 1, or None."""
+    """images [n,3,h,w], uint8 or float in [0, 1]; labels: one for each (a tensor or a list), as `read_targets` has them, or None."""
 
-    def __init__(self, images: Tensor, labels: Tensor | None = None, *, classes: tuple[str, ...] | None = None) -> None:
+    def __init__(self, images: Tensor, labels: Any = None, *, classes: tuple[str, ...] | None = None) -> None:
         self.name = "tensor"
         self.pixels = _as_uint8(images)
         self.splits = {"train": np.arange(len(images))}
         self._classes = classes
         if labels is None:
             return
-        if len(labels) != len(images) or labels.ndim not in (1, 2):
+        if len(labels) != len(images):
+            shape = tuple(labels.shape) if isinstance(labels, Tensor) else f"({len(labels)},)"
             raise DataError(
-                f"labels of shape {tuple(labels.shape)} for {len(images)} images; expected ({len(images)},), "
-                f"or ({len(images)}, classes) of 0 and 1 where an image has several labels."
+                f"labels of shape {shape} for {len(images)} images; expected one for each, or ({len(images)}, classes) where an "
+                "image has several labels."
             )
-        if labels.ndim == 2:
-            self._labels = labels.detach().cpu().to(torch.float32).numpy()
-        elif labels.is_floating_point():
-            raise DataError(
-                f"labels of dtype {labels.dtype}; expected integers, one for each image. Pass labels.long()."
-            )
-        else:
-            self._labels = labels.detach().cpu().to(torch.int64).numpy()
+        self.take_labels(read_targets(_plain(labels), classes, name=self.name))
 
     def key(self, row: int) -> str:
         return f"image {row}"
@@ -52,7 +46,8 @@ class TensorSource(Source):
 class DatasetSource(Source):
     """A map-style torch Dataset whose items are (image, label) or images: PIL, or tensors [3,h,w] as for TensorSource.
 
-    Labels come from its `targets` or `labels` if it has them, else from its items, once, when first asked for.
+    Labels come from its `targets` or `labels` where these say what its first item says, else from its items, once, when first
+    asked for. Class names come from its `classes` or `class_to_idx`, also through torch's Subset and ConcatDataset.
     """
 
     def __init__(self, dataset: Dataset[Any]) -> None:
@@ -68,26 +63,48 @@ class DatasetSource(Source):
             raise DataError(f"{self.name} is empty; expected a Dataset of images.")
         self.splits = {"train": np.arange(count)}
         first = self._item(0)
-        self.labelled = isinstance(first, tuple | list) and len(first) >= 2
-        names = getattr(dataset, "classes", None)
-        self._classes = tuple(str(name) for name in names) if names is not None else None
+        self._first = first[1] if isinstance(first, tuple | list) and len(first) >= 2 else None
+        self.labelled = not is_missing(self._first)
+        self._read = False
+        self._broken: set[int] = set()
 
     @property
     def labels(self) -> np.ndarray | None:
-        if self._labels is None and self.labelled:
-            known = (getattr(self.dataset, name, None) for name in ("targets", "labels"))
-            values = next((value for value in known if value is not None), None)
+        if self.labelled and not self._read:
+            values = self._told()
             if values is None:
                 values = [self._label(row) for row in range(len(self.splits["train"]))]
-            listed = [value.tolist() if isinstance(value, Tensor | np.ndarray) else value for value in values]
-            if listed and isinstance(listed[0], list | tuple):
-                self._labels = np.asarray(listed, dtype=np.float32)
-            else:
-                self._labels, _ = number_labels(listed, self._classes, several=False, name=self.name)
+            self.take_labels(read_targets(values, names_of(self.dataset), name=self.name))
+            self._read = True
+            assert self._labels is not None  # the first item has one
+            lacking = unlabelled_among(self._labels).tolist()
+            if unlabelled := sorted({*lacking} - self._broken):
+                raise DataError(
+                    f"{self.name}: {len(unlabelled)} of {len(values)} items have no label (the first is {self.key(unlabelled[0])}); "
+                    "expected one in each, or in none. Leave them out, or give images alone."
+                )
         return self._labels
 
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        _ = self.labels  # where they are names, they name the classes
+        return self._classes
+
     def labelled_rows(self, rows: np.ndarray) -> bool:
-        return self.labelled if self._labels is None else super().labelled_rows(rows)
+        return self.labelled  # without a look at the others, which may mean to read them all
+
+    def _told(self) -> Any:
+        """Labels that the Dataset holds beside its items; None where it has none, or others (a target_transform)."""
+        for name in ("targets", "labels"):
+            told = getattr(self.dataset, name, None)
+            if told is None or isinstance(told, str | dict) or not hasattr(told, "__len__"):
+                continue
+            if len(told) != len(self.splits["train"]):
+                continue
+            values = _plain(told)
+            if getattr(self.dataset, "target_transform", None) is None and _plain([self._first])[0] == values[0]:
+                return values
+        return None
 
     def key(self, row: int) -> str:
         return f"{self.name}[{row}]"
@@ -111,6 +128,7 @@ class DatasetSource(Source):
         try:
             return self._item(row)[1]
         except DataError:
+            self._broken.add(row)
             return None  # whoever reads the image itself is told
 
     def _item(self, row: int) -> Any:
@@ -118,6 +136,31 @@ class DatasetSource(Source):
             return self.dataset[int(row)]
         except Exception as error:  # a caller's Dataset may raise anything
             raise broken(self.key(row), error) from error
+
+
+def names_of(dataset: Any) -> tuple[str, ...] | None:
+    """Class names that a Dataset, or the one that it is a part of, tells; None where there are none."""
+    for holder in (dataset, getattr(dataset, "reader", None)):  # timm keeps them with the reader
+        for name in ("classes", "class_to_idx"):
+            if (names := class_names(getattr(holder, name, None))) is not None:
+                return names
+    if (inner := getattr(dataset, "dataset", None)) is not None:  # Subset
+        return names_of(inner)
+    parts = [names_of(part) for part in getattr(dataset, "datasets", ())]  # ConcatDataset
+    if len({*parts}) > 1:
+        raise DataError(
+            f"{type(dataset).__name__}: its parts have different class names; expected the same names in the same order. "
+            "Number the labels of all parts alike."
+        )
+    return parts[0] if parts else None
+
+
+def _plain(values: Any) -> Any:
+    """Labels as plain values, a list of them; whole numbers as they are in an array."""
+    if isinstance(values, Tensor):
+        values = values.detach().cpu()
+        return values.numpy() if values.ndim == 1 and not values.is_floating_point() else values.tolist()
+    return [value.tolist() if isinstance(value, Tensor | np.ndarray | np.generic) else value for value in values]
 
 
 def _as_uint8(images: Tensor) -> Tensor:

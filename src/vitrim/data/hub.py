@@ -7,8 +7,9 @@ from typing import Any
 from PIL import Image
 
 from vitrim.data.images import Source, consecutive, decode, part_of, starts_of, to_rgb
-from vitrim.data.parquet import image_and_label, number_labels
+from vitrim.data.parquet import image_and_label
 from vitrim.data.splits import SPLITS, split_named
+from vitrim.data.targets import read_targets
 from vitrim.errors import DataError
 
 
@@ -27,8 +28,7 @@ class HubSource(Source):
         if self.label is not None:
             values = [value for _, part in self.parts for value in part[self.label]]
             names = _names(self.parts[0][1].features[self.label])
-            several = bool(values) and isinstance(values[0], list | tuple)
-            self._labels, self._classes = number_labels(values, names, several=several, name=f"hf:{name}")
+            self.take_labels(read_targets(values, names, name=f"hf:{name}").numbered())
 
     def key(self, row: int) -> str:
         part, within = part_of(self.starts, row)

@@ -18,6 +18,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from vitrim.data.draws import mix
+from vitrim.data.targets import Targets
 from vitrim.errors import DataError
 
 _TAKE = 0x5441_4B45  # keeps these draws apart from others with the same seed
@@ -35,6 +36,8 @@ class Source:
     """Rows of each split that is there."""
     _classes: tuple[str, ...] | None = None
     _labels: np.ndarray | None = None
+    soft: bool = False
+    """Whether labels [rows, classes] are shares that sum to 1, of one class each, and not several labels."""
 
     @property
     def blocks(self) -> np.ndarray | None:
@@ -48,13 +51,16 @@ class Source:
 
     @property
     def labels(self) -> np.ndarray | None:
-        """int64 [rows] with -1 for an unlabelled one, or float32 [rows, classes] (several labels each), or None."""
+        """int64 [rows], or float32 [rows, classes] (several labels each, or shares); -1 for an unlabelled row; or None."""
         return self._labels
+
+    def take_labels(self, found: Targets) -> None:
+        """Keep labels as they were read."""
+        self._labels, self._classes, self.soft = found.labels, found.classes, found.soft
 
     def labelled_rows(self, rows: np.ndarray) -> bool:
         """Whether every one of these rows has a label. Reads no image."""
-        labels = self._labels
-        return labels is not None and (labels.ndim == 2 or bool((labels[rows] >= 0).all()))
+        return self._labels is not None and bool((self._labels[rows] >= 0).all())
 
     def key(self, row: int) -> str:
         """What to call the picture in messages: a relative path, or file and row."""
@@ -151,12 +157,29 @@ class Images(Dataset[tuple[Image.Image, Label]]):
 
     @property
     def labels(self) -> torch.Tensor | None:
-        """int64 [n], or float32 [n, classes] where a picture has several labels; None without labels."""
+        """int64 [n], or float32 [n, classes] where a picture has several labels or shares; None without labels."""
         if not self.labelled:
             return None
         labels = self.source.labels
         assert labels is not None  # `labelled` was decided by looking at them
         return torch.from_numpy(labels[self.rows])
+
+    @property
+    def several(self) -> bool:
+        """Whether a picture has several labels, each of which applies or not."""
+        labels = self.source.labels if self.labelled else None
+        return labels is not None and labels.ndim == 2 and not self.source.soft
+
+    @property
+    def class_count(self) -> int | None:
+        """Classes of the whole source, which a split may lack some of; None without labels."""
+        if not self.labelled:
+            return None
+        if self.classes is not None:
+            return len(self.classes)
+        labels = self.source.labels
+        assert labels is not None
+        return labels.shape[1] if labels.ndim == 2 else int(labels.max()) + 1
 
     @property
     def keys(self) -> tuple[str, ...]:

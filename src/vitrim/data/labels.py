@@ -19,10 +19,18 @@ def match_labels(model_labels: Sequence[str], data_classes: Sequence[str]) -> to
     matter, one name of several ("tench, Tinca tinca") is enough where only one class has it, and WordNet ids (n01440764)
     are read as ImageNet's names. DataError names both lists.
     """
+    if list(model_labels) == list(data_classes):
+        return torch.arange(len(model_labels))  # also where two classes share a name
     for theirs, ours in _readings(list(data_classes), list(model_labels)):
         index = {label: i for i, label in enumerate(ours)}
         if len(index) == len(ours) and len(set(theirs)) == len(theirs) and all(label in index for label in theirs):
             return torch.tensor([index[label] for label in theirs], dtype=torch.int64)
+    if are_numbers(data_classes) and not are_numbers(model_labels):
+        raise DataError(
+            f"the data numbers its classes (0 to {len(data_classes) - 1}) and the model names them ({_listed(model_labels)}); expected "
+            "names in both, since nothing says that their orders agree. Write the names into the label column, or sort the images "
+            "into folders of these names."
+        )
     known = {_loose(label) for label in model_labels}
     missing = [label for label in data_classes if _loose(label) not in known]
     raise DataError(
@@ -31,6 +39,11 @@ def match_labels(model_labels: Sequence[str], data_classes: Sequence[str]) -> to
         f"Model: {_listed(model_labels)}. Data: {_listed(data_classes)}. "
         "Rename the folders, or train a head for these classes: vitrim train --new-head."
     )
+
+
+def are_numbers(labels: Sequence[str]) -> bool:
+    """Whether classes are called by their own numbers, as where a source only numbers them."""
+    return len(labels) > 0 and list(labels) == [str(i) for i in range(len(labels))]
 
 
 def readable(labels: Sequence[str]) -> tuple[str, ...]:

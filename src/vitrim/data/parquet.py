@@ -20,14 +20,16 @@ from PIL import Image
 
 from vitrim.data.images import Source, consecutive, decode, part_of, starts_of
 from vitrim.data.splits import SPLITS, split_of_path
+from vitrim.data.targets import read_targets
 from vitrim.errors import DataError
 
 IN_MEMORY_BYTES = 2 * 1024**3
 """Files up to this size in all are read whole; bigger sets are read by row group."""
 _GROUPS_KEPT = 6
 
-_IMAGE_COLUMNS = ("image", "img", "picture")
-_LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target")
+_IMAGE_COLUMNS = ("image", "img", "picture", "jpg", "jpeg", "png", "webp")
+_LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target", "targets", "cls")
+"""The usual names, and those of webdataset (jpg, png, cls)."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,6 @@ class _Columns:
     image: str
     label: str | None
     names: tuple[str, ...] | None
-    several: bool
 
 
 class ParquetSource(Source):
@@ -64,11 +65,9 @@ class ParquetSource(Source):
             self._images = [self._read_column(file, self.columns.image) for file in range(len(self.paths))]
             self.opened = []
         if (label := self.columns.label) is not None:
-            columns = (self._read_column(file, label) for file in range(len(self.paths)))
-            values = [value for column in columns for value in column.to_pylist()]
-            self._labels, self._classes = number_labels(
-                values, self.columns.names, several=self.columns.several, name=self.name
-            )
+            columns = [self._read_column(file, label) for file in range(len(self.paths))]
+            values = _values([chunk for column in columns for chunk in column.chunks])
+            self.take_labels(read_targets(values, self.columns.names, name=self.name).numbered())
 
     def _count_rows(self, splits: dict[Path, str]) -> None:
         self.starts = starts_of(opened.metadata.num_rows for opened in self.opened)
@@ -144,45 +143,6 @@ class ParquetSource(Source):
             raise _unreadable(path, error) from error
 
 
-def number_labels(
-    values: Sequence[Any], names: tuple[str, ...] | None, *, several: bool, name: str
-) -> tuple[np.ndarray | None, tuple[str, ...] | None]:
-    """Labels as `Source.labels` has them, and class names: the given ones, or those that the values show.
-
-    values: ints (None or -1: unlabelled), strings, or with `several` lists of ints.
-    """
-    if several:
-        lists = [[int(v) for v in value or ()] for value in values]
-        every = [v for value in lists for v in value]
-        classes = names or tuple(str(i) for i in range(max(every, default=-1) + 1))
-        _within(min(every, default=0), max(every, default=0), classes, name)
-        hot = np.zeros((len(lists), len(classes)), dtype=np.float32)
-        for row, value in enumerate(lists):
-            hot[row, value] = 1.0
-        return hot, classes
-    if any(isinstance(value, str) for value in values):
-        classes = names or tuple(sorted({str(value) for value in values if value is not None}))
-        index = {label: i for i, label in enumerate(classes)}
-        unknown = sorted({str(v) for v in values if v is not None and str(v) not in index})
-        if unknown:
-            raise DataError(f"{name}: label {unknown[0]!r} is none of its class names {', '.join(classes)}.")
-        return np.array([-1 if v is None else index[str(v)] for v in values], dtype=np.int64), classes
-    numbers = np.array([-1 if value is None else int(value) for value in values], dtype=np.int64)
-    if not len(numbers) or numbers.max() < 0:
-        return None, None  # the Hub marks a test split without labels by -1
-    classes = names or tuple(str(i) for i in range(int(numbers.max()) + 1))
-    _within(int(numbers.min()) if numbers.min() < -1 else 0, int(numbers.max()), classes, name)
-    return numbers, classes
-
-
-def _within(low: int, high: int, classes: tuple[str, ...], name: str) -> None:
-    if low < 0 or high >= len(classes):
-        bad = low if low < 0 else high
-        raise DataError(
-            f"{name}: label {bad} with {len(classes)} classes; expected labels from 0 to {len(classes) - 1}."
-        )
-
-
 def _open(path: Path) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(path)
@@ -210,15 +170,26 @@ def _columns(schema: pa.Schema, name: str) -> _Columns:
     images = [column for column, feature in features.items() if feature.get("_type") == "Image"]
     named = [column for column, feature in features.items() if _class_names(feature) is not None]
     image, label = image_and_label(schema.names, images, named)
+    for column in (image, label):
+        if column is not None and schema.names.count(column) > 1:
+            raise DataError(
+                f"{name}: {schema.names.count(column)} columns are named {column!r}; expected one. Write the file with unlike names."
+            )
     if image is None or not _holds_images(schema.field(image).type):
         raise DataError(
             f"{name}: no image column among {', '.join(schema.names)}; expected 'image' with encoded bytes, "
             "a struct of 'bytes' and 'path' as on the Hugging Face Hub, or plain binary."
         )
     if label is None:
-        return _Columns(image, None, None, several=False)
-    several = pa.types.is_list(schema.field(label).type) or pa.types.is_large_list(schema.field(label).type)
-    return _Columns(image, label, _class_names(features.get(label, {})), several)
+        return _Columns(image, None, None)
+    return _Columns(image, label, _class_names(features.get(label, {})))
+
+
+def _values(chunks: Sequence[pa.Array]) -> Sequence[Any] | np.ndarray:
+    """What the chunks of a column hold; whole numbers without gaps as an array."""
+    if chunks and all(pa.types.is_integer(chunk.type) and chunk.null_count == 0 for chunk in chunks):
+        return np.concatenate([chunk.to_numpy(zero_copy_only=False) for chunk in chunks])
+    return [value for chunk in chunks for value in chunk.to_pylist()]
 
 
 def _holds_images(kind: pa.DataType) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vitrim import data
 from vitrim.data import Images
+from vitrim.data.labels import are_numbers
 from vitrim.errors import DataError
 from vitrim.model import Vit
 from vitrim.progress import Progress
@@ -111,12 +112,14 @@ def class_index(
 ) -> Tensor | None:
     """int64 [data classes] of the model's indices; None where the data's labels are the model's indices already.
 
-    That is so for tensors, which have no names, and for a model without names that has as many classes as the data.
+    That is so for tensors, which have no names, and for a model without names where the data's are numbers or as many.
     """
     if data_classes is None:
         return None
     if model_labels is not None:
         return data.match_labels(model_labels, data_classes)
+    if classes is not None and are_numbers(data_classes) and len(data_classes) <= classes:
+        return None
     if classes is not None and classes != len(data_classes):
         raise DataError(
             f"the model has {classes} classes without names, the data {len(data_classes)}: {', '.join(data_classes[:8])}"
