@@ -200,8 +200,9 @@ def specs(draw: st.DrawFn, *, steps: bool = True, gates: bool = True) -> ModelSp
         prefix_rows=draw(flag),
         resize=draw(st.sampled_from(["bicubic", "bicubic_antialias", "rebuild_1d"])),
     )
+    rest = [draw(st.sampled_from([0, 0, side - 1])) if isinstance(stem, ConvStem) else 0 for side in patch]
     return ModelSpec(
-        image_px=(patch[0] * grid[0], patch[1] * grid[1]),
+        image_px=(patch[0] * grid[0] + rest[0], patch[1] * grid[1] + rest[1]),
         patch_px=patch,
         channels=draw(st.sampled_from([1, 3])),
         stem=stem,

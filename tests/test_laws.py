@@ -25,7 +25,9 @@ from vitrim.surgery import (
     exact_tail,
     factorise,
     fold_layer_scale,
+    has_own_positions,
     masked_twin,
+    resized,
     without_empty,
 )
 
@@ -206,3 +208,16 @@ def test_leaving_out_empty_blocks_changes_no_output(spec, data):
     small = without_empty(emptied)
     assert torch.equal(small(x), emptied(x))
     assert len(small.spec.blocks) <= len(spec.blocks) - len(gone)
+
+
+@given(spec=specs(), rows=st.integers(1, 6), cols=st.integers(1, 6))
+def test_resizing_once_equals_resizing_in_every_forward_pass(spec: ModelSpec, rows: int, cols: int) -> None:
+    model = make(spec)
+    size = (rows * spec.patch_px[0], cols * spec.patch_px[1])
+    sized = resized(model, size)
+    x = images(sized.spec)
+    assert x.shape[-2:] == size
+    assert close(model(x, gates=OPEN), sized(x, gates=OPEN), 1e-12)
+    assert has_own_positions(sized.spec)
+    assert params(sized.spec) == sum(p.numel() for p in sized.parameters())
+    assert resized(model, spec.image_px).spec == spec

@@ -109,8 +109,8 @@ def test_other_image_sizes_resize_the_table_and_the_own_size_does_not(resize: st
     position = Position(grid=(4, 4), prefix_rows=prefix_rows, resize=resize)
     model = make(vit(position=position))
     assert model(torch.randn(1, 3, 32, 24, dtype=torch.float64)).shape == (1, 5)
-    assert torch.equal(model._positions((4, 4)), model.position)
-    rows = model._positions((8, 6))
+    assert torch.equal(model.positions((4, 4)), model.position)
+    rows = model.positions((8, 6))
     assert rows.shape == (48 + prefix_rows, 16)
     if resize == "rebuild_1d":
         assert torch.equal(rows, sinusoids(48 + prefix_rows, 16).double())

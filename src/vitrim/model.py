@@ -33,6 +33,8 @@ from .spec import (
     Selection,
     Similarity,
     Step,
+    kept,
+    mergeable,
     token_walk,
 )
 from .stems import ConvPatches, TokensToTokens
@@ -307,14 +309,6 @@ class Mlp(Sublayer):
         return self.scaled(self.last(hidden, masks))
 
 
-def _mergeable(step: Step, patches: int, grid: tuple[int, int] | None) -> int:
-    """What a step makes fewer of: columns or rows of the lattice, or patch tokens."""
-    if not isinstance(step, Merge):
-        return patches
-    assert grid is not None
-    return grid[1] if step.axis == "h" else grid[0]
-
-
 class TokenStep(nn.Module):
     """One token step of a block; holds the channel gate of a learned merge."""
 
@@ -330,10 +324,7 @@ class TokenStep(nn.Module):
     def keep(self, n: int) -> int:
         """How many of `n` remain; at another image size the same share goes."""
         assert not isinstance(self.step, Prefix)
-        if n == self.length:
-            return self.step.keep
-        removed = self.length - self.step.keep
-        return n - (n // 2 if removed == self.length // 2 else min(n // 2, round(removed * n / self.length)))
+        return kept(self.step.keep, self.length, n)
 
     def forward(self, stream: Stream) -> Stream:
         step = self.step
@@ -341,7 +332,7 @@ class TokenStep(nn.Module):
             return stream._replace(x=stream.x[:, : stream.prefix], grid=None, sizes=None, bias=False)
         head, patches = stream.x[:, : stream.prefix], stream.x[:, stream.prefix :]
         sizes = patches.new_ones(patches.shape[:2]) if stream.sizes is None else stream.sizes
-        n = _mergeable(step, patches.shape[1], stream.grid)
+        n = mergeable(step, patches.shape[1], stream.grid)
         keep = self.keep(n)
         if keep == n:
             return stream
@@ -415,7 +406,7 @@ class Block(nn.Module):
             self.mlp = Mlp(width, spec.mlp)
         self.steps = nn.ModuleList()
         for step, before in zip(spec.steps, at.before, strict=True):
-            self.steps.append(TokenStep(step, width, length=_mergeable(step, before.patches, before.grid)))
+            self.steps.append(TokenStep(step, width, length=mergeable(step, before.patches, before.grid)))
 
     def token_steps(self, at: str) -> list[TokenStep]:
         """The steps at a place, in order; the prefix step apart."""
@@ -639,14 +630,14 @@ class Vit(nn.Module):
         if x.dim() != 4 or x.shape[1] != spec.channels:
             raise SpecError(f"input of shape {tuple(x.shape)}; expected [batch, {spec.channels}, height, width].")
         (h, w), (ph, pw) = x.shape[-2:], spec.patch_px
-        if h % ph or w % pw or not h or not w:
+        if ((h % ph or w % pw) and (h, w) != spec.image_px) or not h or not w:
             raise SpecError(
-                f"image of {h} x {w} px; expected multiples of the patch, {ph} x {pw} px (the model's own size is "
-                f"{spec.image_px[0]} x {spec.image_px[1]}). Resize or pad the images."
+                f"image of {h} x {w} px; expected the model's own size, {spec.image_px[0]} x {spec.image_px[1]}, or multiples of "
+                f"the patch, {ph} x {pw} px. Resize or pad the images."
             )
         grid = (h // ph, w // pw)
         x = self.stem(x)
-        table = None if self.position is None else self._positions(grid)
+        table = None if self.position is None else self.positions(grid)
         inside = len(spec.prefix) if spec.position.prefix_rows else 0
         if table is not None and not inside:
             x = x + table
@@ -656,7 +647,8 @@ class Vit(nn.Module):
             x = x + table
         return Stream(self.pre_norm(x), len(spec.prefix), grid)
 
-    def _positions(self, grid: tuple[int, int]) -> Tensor:
+    def positions(self, grid: tuple[int, int]) -> Tensor:
+        """The position table for a grid of patches, resized where it was made for another.  rows D, in float32 inside."""
         position = self.spec.position
         assert self.position is not None
         if grid == position.grid:

@@ -221,6 +221,11 @@ class ModelSpec(Written):
         return self.image_px[0] // self.patch_px[0], self.image_px[1] // self.patch_px[1]
 
     @property
+    def unread_px(self) -> tuple[int, int]:
+        """Pixels at the bottom and at the right that no patch covers, as in timm: nothing of them is read."""
+        return self.image_px[0] % self.patch_px[0], self.image_px[1] % self.patch_px[1]
+
+    @property
     def classes(self) -> int | None:
         """Classes of the classifier; None for an encoder."""
         return self.outputs[0].classes if self.outputs else None
@@ -372,6 +377,65 @@ def token_walk(spec: ModelSpec) -> tuple[BlockTokens, ...]:
     return tuple(walk)
 
 
+def kept(keep: int, length: int, found: int) -> int:
+    """What a merge that leaves `keep` of `length` leaves of `found`, at another image size: the same share goes.
+
+    At most half goes in one step, and exactly half where it was half.
+    """
+    if found == length:
+        return keep
+    removed = length - keep
+    return found - (found // 2 if removed == length // 2 else min(found // 2, round(removed * found / length)))
+
+
+def at_size(spec: ModelSpec, image_px: tuple[int, int]) -> ModelSpec:
+    """The same network for images of another size: positions for its grid, and the same share of tokens merged.
+
+    A merge that is left nothing to do goes. A spec whose positions are for its own grid is itself at its own size.
+    Raises SpecError for a size that the stem cannot take.
+    """
+    bare = replace(spec, image_px=image_px, blocks=tuple(replace(block, steps=()) for block in spec.blocks))
+    position = spec.position if spec.position.kind == "none" else replace(spec.position, grid=bare.grid)
+    steps = steps_at(spec, bare.grid)
+    blocks = (replace(block, steps=tuple(own.values())) for block, own in zip(spec.blocks, steps, strict=True))
+    return replace(bare, position=position, blocks=tuple(blocks))
+
+
+def steps_at(spec: ModelSpec, grid: tuple[int, int]) -> list[dict[int, Step]]:
+    """Each block's token steps on another grid of patches, by their number; those that are left nothing to do are not there."""
+    tokens, found = Tokens(prefix=len(spec.prefix), patches=math.prod(grid), grid=grid), []
+    for block, walked in zip(spec.blocks, token_walk(spec), strict=True):
+        steps: dict[int, Step] = {}
+        for at in ("start", "mid", "end"):
+            for j, step in enumerate(block.steps):
+                if step.at != at:
+                    continue
+                own: Step = step
+                if not isinstance(step, Prefix):
+                    before, count = walked.before[j], mergeable(step, tokens.patches, tokens.grid)
+                    keep = kept(step.keep, mergeable(step, before.patches, before.grid), count)
+                    if keep == count:
+                        continue
+                    own = replace(step, keep=keep)
+                steps[j], tokens = own, _after(own, tokens, "")
+        found.append(dict(sorted(steps.items())))
+    return found
+
+
+def mergeable(step: Step, patches: int, grid: tuple[int, int] | None) -> int:
+    """What a step makes fewer of: columns or rows of the lattice, or patch tokens."""
+    if not isinstance(step, Merge):
+        return patches
+    assert grid is not None
+    return grid[1] if step.axis == "h" else grid[0]
+
+
+def multiple(image_px: tuple[int, int], patch_px: tuple[int, int]) -> tuple[int, int]:
+    """The image size nearest to one that is a whole number of patches."""
+    rows, cols = (max(1, round(side / patch)) for side, patch in zip(image_px, patch_px, strict=True))
+    return rows * patch_px[0], cols * patch_px[1]
+
+
 def _after(step: Step, tokens: Tokens, where: str) -> Tokens:
     if isinstance(step, Prefix):
         return Tokens(prefix=tokens.prefix, patches=0, grid=None)
@@ -420,11 +484,16 @@ def _check(spec: ModelSpec) -> None:
     places = {"image_px": spec.image_px, "patch_px": spec.patch_px, "position.grid": spec.position.grid}
     for name, sides in places.items():
         _positive("spec", **{f"{name}[{axis}]": side for axis, side in enumerate(sides)})
-    if any(image % patch for image, patch in zip(spec.image_px, spec.patch_px, strict=True)):
+    if any(image < patch for image, patch in zip(spec.image_px, spec.patch_px, strict=True)):
         raise SpecError(
-            f"spec: image_px={spec.image_px!r} is not a multiple of patch_px={spec.patch_px!r}; choose an image size that is."
+            f"spec: image_px={spec.image_px!r} is smaller than a patch, patch_px={spec.patch_px!r}; choose a larger image size."
         )
     if not isinstance(spec.stem, ConvStem):
+        if any(spec.unread_px):
+            raise SpecError(
+                f"spec: image_px={spec.image_px!r} is no multiple of patch_px={spec.patch_px!r}, as the tokens-to-token stem asks; "
+                f"the nearest is {multiple(spec.image_px, spec.patch_px)!r}."
+            )
         _check_splits(spec.stem, spec.patch_px)
     if len(set(spec.prefix) - {"reg"}) != len([t for t in spec.prefix if t != "reg"]):
         raise SpecError(f"spec: prefix={spec.prefix!r}; expected at most one 'cls' and one 'dist'.")

@@ -6,6 +6,7 @@ A cut by `Keep`s equals the masked network of `masked_twin` (law 3). Factors rep
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 from .errors import SpecError
 from .freezing import Half
 from .model import Masks, Vit
-from .spec import AttentionSpec, BlockSpec, MlpSpec, ModelSpec, Prefix, SelectionStep, spec_hash
+from .spec import AttentionSpec, BlockSpec, MlpSpec, ModelSpec, Prefix, SelectionStep, at_size, spec_hash, steps_at
 
 Indices = tuple[int, ...]
 
@@ -239,6 +240,42 @@ def factorise(
     parent = spec_hash(model.spec)
     step = SelectionStep(method=method, variant=variant, parent=parent, refit=refit, blocks=tuple(chosen))
     return with_spec(model, replace(model.spec, blocks=tuple(blocks)), state, step, share=share)
+
+
+def resized(model: Vit, image_px: tuple[int, int]) -> Vit:
+    """The same network for images of another size (height, width), which gives what the model itself gives for them.
+
+    Exact: its positions are resized once, in float32 at least, instead of in every forward pass; each merge leaves the same
+    share of tokens. Its preprocessing makes images of that size. At its own size this folds positions that were made for
+    another grid of patches, and a network that has none such is copied.
+    Raises SpecError for a size that the network cannot take.
+    """
+    spec = at_size(model.spec, image_px)
+    moved = {
+        f"blocks.{i}.steps.{old}.": f"blocks.{i}.steps.{new}."
+        for i, steps in enumerate(steps_at(model.spec, spec.grid))
+        for new, old in enumerate(steps)
+    }
+    state = {}
+    for name, value in model.state_dict().items():
+        step = re.match(r"blocks\.\d+\.steps\.\d+\.", name)
+        if step is None:
+            state[name] = value
+        elif step[0] in moved:
+            state[moved[step[0]] + name.removeprefix(step[0])] = value
+    if model.position is not None:
+        state["position"] = model.positions(spec.grid)
+    new = with_spec(model, spec, state)
+    if image_px != model.spec.image_px:
+        if (preprocess := model.config.preprocess) is not None:
+            new.config = replace(new.config, preprocess=replace(preprocess, size_px=image_px))
+        new.provenance = {"resized_from_px": list(model.spec.image_px), **new.provenance}
+    return new
+
+
+def has_own_positions(spec: ModelSpec) -> bool:
+    """Whether no position is resized in a forward pass at the spec's own image size."""
+    return spec.position.kind == "none" or spec.position.grid == spec.grid
 
 
 def exact_tail(model: Vit) -> Vit:

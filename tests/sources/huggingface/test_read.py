@@ -215,9 +215,14 @@ def test_adapters_added_numbers_and_other_classifiers_are_refused() -> None:
         vitrim.from_model(module)
 
 
-def test_an_image_size_that_is_no_multiple_of_the_patch_is_refused() -> None:
-    with pytest.raises(SourceError, match="not a multiple of patch_px"):
-        vitrim.from_model(small("siglip_tower", image_size=27))
+def test_pixels_that_no_patch_covers_are_read_by_neither() -> None:
+    module = small("siglip_tower", image_size=27)
+    model = vitrim.from_model(module)
+    assert (model.spec.image_px, model.spec.grid, model.spec.unread_px) == ((27, 27), (3, 3), (3, 3))
+    assert_same(module, model)
+    back = source.to_module(model.float())
+    assert back.config.image_size == 27
+    assert_same(back, model)
 
 
 class Same(ViTForImageClassification):

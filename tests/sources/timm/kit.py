@@ -123,6 +123,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "all_tokens": {"num_classes": 0, "global_pool": ""},
     "all_tokens_behind_fc_norm": {"num_classes": 0, "global_pool": "", "fc_norm": True},
     "grey_images": {"in_chans": 1},
+    "pixels_that_no_patch_covers": {"img_size": (50, 37)},
     "an_oblong_image": {"img_size": (32, 48)},
     "oblong_patches": {"img_size": (32, 48), "patch_size": (16, 8)},
     "dropout_and_patch_dropout": {

@@ -145,7 +145,6 @@ REFUSED_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "patch_norm": ({"embed_norm_layer": nn.LayerNorm}, "norm in its patch embedding"),
     "differential": ({"attn_layer": "diff", "num_heads": 2}, "differential attention"),
     "token_classifier": ({"global_pool": ""}, "classifier on every token"),
-    "odd_size": ({"img_size": 50}, "multiple of patch_px"),
     "act": ({"act_layer": "tanh"}, "activation Tanh"),
 }
 

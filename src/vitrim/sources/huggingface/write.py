@@ -177,7 +177,8 @@ def _configured(name: str, kwargs: dict[str, Any], classes: int) -> tuple[Any, A
 def _table_px(spec: ModelSpec) -> tuple[int, int]:
     """Image size that the position table is for."""
     (rows, columns), (height, width) = spec.position.grid, spec.patch_px
-    return (rows * height, columns * width) if spec.position.kind != "none" else spec.image_px
+    elsewhere = spec.position.kind != "none" and spec.position.grid != spec.grid
+    return (rows * height, columns * width) if elsewhere else spec.image_px
 
 
 def _side(sides: tuple[int, int]) -> int | list[int]:

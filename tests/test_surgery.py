@@ -1,0 +1,42 @@
+"""What the edits of `vitrim.surgery` change beside the numbers; the laws hold them to the same outputs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.specs import make, vit
+from vitrim.errors import SpecError
+from vitrim.model import Vit
+from vitrim.spec import Config, Position, Preprocess, T2TTransformer
+from vitrim.surgery import resized
+
+
+def test_a_resized_network_is_given_images_of_its_size_and_says_where_it_comes_from() -> None:
+    preprocess = Preprocess(mean=(0.5,) * 3, std=(0.5,) * 3, size_px=(16, 16), crop=0.9)
+    model = Vit(Config(spec=vit(), preprocess=preprocess))
+    assert model.position is not None
+    torch.nn.init.ones_(model.position)
+    sized = resized(model, (8, 24))
+    assert sized.config.preprocess == replace(preprocess, size_px=(8, 24))
+    assert sized.provenance["resized_from_px"] == [16, 16]
+    assert sized.spec.position.grid == (2, 6)
+    assert (model.spec, model.provenance) == (vit(), {})
+
+
+def test_at_its_own_size_only_positions_of_another_grid_are_folded() -> None:
+    model = make(vit(position=Position(grid=(5, 5))))
+    folded = resized(model, model.spec.image_px)
+    assert folded.spec == vit()
+    assert "resized_from_px" not in folded.provenance
+    assert torch.equal(folded.position, model.positions((4, 4)))
+
+
+def test_a_size_that_the_stem_cannot_take_is_refused_with_the_nearest() -> None:
+    stem = T2TTransformer(token_dim=4, kernels=(3, 3, 1), strides=(2, 2, 1))
+    with pytest.raises(SpecError, match=r"no multiple of patch_px=\(4, 4\).*nearest is \(16, 20\)"):
+        resized(make(vit(stem=stem)), (17, 19))
+    with pytest.raises(SpecError, match="smaller than a patch"):
+        resized(make(vit()), (3, 16))
