@@ -375,7 +375,7 @@ def test_a_model_of_another_size_is_refused_by_the_network(
 ) -> None:
     copied(stage, tmp_path)
     monkeypatch.chdir(tmp_path)
-    change_config(tmp_path, lambda values: values["spec"].update(image_px=[17, 16]))
+    change_config(tmp_path, lambda values: values["spec"].update(image_px=[3, 16]))
     done = CliRunner().invoke(main, ["cost", "model"])
     assert done.exit_code == 1
     assert "image_px" in done.stderr
