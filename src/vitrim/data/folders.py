@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from vitrim.data.images import Source, consecutive, decode
-from vitrim.data.splits import SPLITS, split_named
+from vitrim.data.splits import SPLITS, in_order, split_named, split_of_word
 from vitrim.errors import DataError
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".jfif"})
@@ -18,16 +18,20 @@ SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff",
 class FolderSource(Source):
     """Image files under a folder, in the order of their paths within each split; hidden names are passed over.
 
-    Subfolders named like splits (train, val, validation, test, ...) are the splits if train is among them or if there is
-    no other subfolder. Below that, the first folder level is the class where all images lie in such folders and there
-    are at least two of them; photos nested in any other way have no labels.
+    Subfolders named like splits (train, val, dev, test, eval, ..., training_set) are the splits if train is among them, if there is no
+    other subfolder, or if any holds folders itself; the other subfolders are then splits of their own names, which `choose` asks about.
+    Below that, the first folder level is the class where all images lie in such folders and there are at least two of them;
+    photos nested in any other way have no labels.
     """
 
     def __init__(self, root: Path, *, labelled: bool | None = None) -> None:
         self.root = root
         self.name = root.resolve().name
-        parts = _split_folders(root)
-        found = {split: paths for split in SPLITS if split in parts and (paths := _walk(root, parts[split]))}
+        every = _walk(root, "")
+        parts = _split_folders(every, self.name)
+        found = {
+            split: [path for path in every if path.startswith(parts[split])] for split in sorted(parts, key=in_order)
+        }
         self.paths = [path for paths in found.values() for path in paths]
         if not self.paths:
             raise DataError(
@@ -45,15 +49,16 @@ class FolderSource(Source):
         """
         folders = [parts[level] if len(parts := path.split("/")) > level + 1 else None for path in self.paths]
         loose = np.array([folder is None for folder in folders])
-        named = [rows for rows in self.splits.values() if not loose[rows].any()]
-        classes = tuple(sorted({str(folders[row]) for rows in named for row in rows}))
+        named = {split: rows for split, rows in self.splits.items() if not loose[rows].any()}
+        known = [split for split in named if split in SPLITS] or list(named)
+        classes = tuple(sorted({str(folders[row]) for split in known for row in named[split]}))
         if len(classes) < 2:
             return
         index = {name: i for i, name in enumerate(classes)}
         self._classes = classes
         self._labels = np.full(len(self.paths), -1, dtype=np.int64)
-        for rows in named:
-            self._labels[rows] = [index[str(folders[row])] for row in rows]
+        for rows in named.values():
+            self._labels[rows] = [index.get(str(folders[row]), -1) for row in rows]
 
     def key(self, row: int) -> str:
         return self.paths[row]
@@ -65,16 +70,23 @@ class FolderSource(Source):
         return [(path, (self.root / path).stat().st_size) for path in self.paths]
 
 
-def _split_folders(root: Path) -> dict[str, str]:
-    """Split -> subfolder; {"train": ""} where the subfolders are no splits."""
-    children = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
-    named = [(split, child) for child in children if (split := split_named(child)) is not None]
-    splits = dict(named)
-    if not named or ("train" not in splits and len(named) < len(children)):
+def _split_folders(paths: list[str], name: str) -> dict[str, str]:
+    """Split -> what its paths begin with; {"train": ""} where the subfolders are no splits."""
+    nested = {path.split("/")[0]: False for path in paths if "/" in path}
+    for path in paths:
+        if path.count("/") > 1:
+            nested[path.split("/")[0]] = True
+    exact = {child: split_named(child) for child in nested}
+    words = {child: split_of_word(child) for child in nested}
+    if all(words.values()) and ("train" in words.values() or any(exact.values())):
+        exact = words
+    elif not any(exact.values()) or ("train" not in exact.values() and not any(nested.values())):
         return {"train": ""}
-    if len(splits) < len(named):
+    said = [(split or child, child) for child, split in exact.items()]
+    splits = {split: f"{child}/" for split, child in said}
+    if len(splits) < len(said):
         raise DataError(
-            f"{root.resolve().name}: several subfolders for one split among {', '.join(child for _, child in named)}; "
+            f"{name}: several subfolders for one split among {', '.join(child for _, child in said)}; "
             "expected at most one each for train, validation and test. Rename or move one."
         )
     return splits

@@ -8,7 +8,7 @@ from PIL import Image
 
 from vitrim.data.images import Source, consecutive, decode, part_of, starts_of, to_rgb
 from vitrim.data.parquet import image_and_label
-from vitrim.data.splits import SPLITS, split_named
+from vitrim.data.splits import in_order, split_named
 from vitrim.data.targets import read_targets
 from vitrim.errors import DataError
 
@@ -19,9 +19,9 @@ class HubSource(Source):
     def __init__(self, name: str) -> None:
         self.name = name
         parts = _download(name)
-        self.parts = [(split, parts[split]) for split in SPLITS if split in parts]
+        self.parts = [(split, parts[split]) for split in sorted(parts, key=in_order)]
         if not self.parts:
-            raise DataError(f"hf:{name}: no train, validation or test split.")
+            raise DataError(f"hf:{name}: no splits; expected a data set of images.")
         self.image, self.label = _columns(self.parts[0][1], name)
         self.starts = starts_of(len(part) for _, part in self.parts)
         self.splits = consecutive({split: len(part) for split, part in self.parts})
@@ -60,12 +60,11 @@ def _download(name: str) -> dict[str, Any]:
         ) from error
     parts: dict[str, Any] = {}
     for split_name, part in loaded.items():
-        split = split_named(str(split_name))
-        if split is not None:
-            for column, feature in part.features.items():
-                if type(feature).__name__ == "Image":  # bytes as they are: decoding belongs to the workers
-                    part = part.cast_column(column, datasets.Image(decode=False))
-            parts[split] = part
+        split = split_named(str(split_name)) or str(split_name)
+        for column, feature in part.features.items():
+            if type(feature).__name__ == "Image":  # bytes as they are: decoding belongs to the workers
+                part = part.cast_column(column, datasets.Image(decode=False))
+        parts[split if split not in parts else str(split_name)] = part
     return parts
 
 

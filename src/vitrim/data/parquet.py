@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from vitrim.data.images import Source, consecutive, decode, part_of, starts_of
-from vitrim.data.splits import SPLITS, split_of_path
+from vitrim.data.splits import in_order, splits_of_files
 from vitrim.data.targets import read_targets
 from vitrim.errors import DataError
 
@@ -46,8 +46,9 @@ class ParquetSource(Source):
         self.root = path if path.is_dir() else path.parent
         self.name = name or path.name
         paths = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
-        splits = {file: split_of_path(file.relative_to(self.root).as_posix()) or "train" for file in paths}
-        self.paths = sorted(paths, key=lambda file: (SPLITS.index(splits[file]), file.as_posix()))
+        said = splits_of_files([file.relative_to(self.root).as_posix() for file in paths])
+        splits = dict(zip(paths, said, strict=True))
+        self.paths = sorted(paths, key=lambda file: (in_order(splits[file]), file.as_posix()))
         self.relative = [file.relative_to(self.root).as_posix() for file in self.paths]
         self.opened = [_open(file) for file in self.paths]
         self.columns = _columns(self.opened[0].schema_arrow, self.paths[0].name)
