@@ -185,7 +185,7 @@ def test_a_width_of_a_billion_is_refused_before_memory_is_taken(saved: Path) -> 
     assert "the spec says width=1000000000" in refusal(saved)
 
 
-@pytest.mark.parametrize("size", [10**9, 10**30])
+@pytest.mark.parametrize("size", [10**9, 2**63 - 1])
 def test_a_hidden_width_beyond_the_file_is_refused(saved: Path, size: int) -> None:
     edit(saved / "config.json", lambda value: value["spec"]["blocks"][1]["mlp"].update(hidden=size))
     assert f"blocks[1].mlp.hidden={size}" in refusal(saved)

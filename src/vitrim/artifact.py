@@ -14,7 +14,6 @@ is renamed: a folder under its final name is whole, or is not there.
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 import stat
@@ -30,6 +29,7 @@ from torch import Tensor, nn
 
 from .errors import ArtifactError, SpecError
 from .files import DTYPE_BYTES, make_whole, read_header, replace_within, sha256, sync_file, write_json, write_text
+from .foreign import read_json
 from .model import Vit
 from .spec import Config, ModelSpec, Selection
 
@@ -38,7 +38,7 @@ PROVENANCE, CARD = "provenance.json", "README.md"
 NEEDED = (CONFIG, WEIGHTS, SELECTION, PROVENANCE)
 FILES = (*NEEDED, CARD)
 
-_JSON_BYTES = 64 << 20  # selections of the largest ViTs are about a megabyte; more is not one of ours
+_DAMAGED = "It was edited or damaged, or is no file of vitrim's: copy or download the folder again."
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _NAME_OF_DTYPE = {torch.bool: "BOOL", torch.uint8: "U8", torch.int32: "I32", torch.int64: "I64"}
 
@@ -404,24 +404,7 @@ def _beyond(config: Config, numbers: int) -> str | None:
 
 
 def _read_json(root: Path, name: str) -> dict[str, Any]:
-    path = _own_file(root, name)
-    try:
-        if (size := path.stat().st_size) > _JSON_BYTES:
-            raise ArtifactError(
-                f"{path}: has {size} bytes; expected at most {_JSON_BYTES}. This is no file of vitrim's."
-            )
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ArtifactError(f"{path}: cannot be read ({error.strerror or error}).") from error
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, ArtifactError):
-            raise
-        raise ArtifactError(f"{path}: is not JSON ({error}): edited or damaged. Copy or download it again.") from error
-    if not isinstance(value, dict):
-        raise ArtifactError(
-            f"{path}: holds a {type(value).__name__}; expected a JSON object. Copy or download it again."
-        )
-    return value
+    return read_json(_own_file(root, name), error=ArtifactError, mend=_DAMAGED)
 
 
 def _decoded(path: Path, decode: Callable[[Any], Any], raw: dict[str, Any]) -> Any:
@@ -429,8 +412,6 @@ def _decoded(path: Path, decode: Callable[[Any], Any], raw: dict[str, Any]) -> A
         return decode(raw)
     except SpecError as error:
         raise ArtifactError(f"{path}: {error}") from error
-    except RecursionError as error:
-        raise ArtifactError(f"{path}: is nested too deeply to be a file of vitrim's.") from error
 
 
 def _own_file(root: Path, name: str) -> Path:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .errors import TrainingError
 from .files import make_whole, replace_file, sync_file, write_text
+from .foreign import read_json
 
 SCHEMA = 1
 _NAME = re.compile(r"step-(\d{8,})")
@@ -64,7 +65,7 @@ def newest(folder: Path) -> Path | None:
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors (on the CPU) and values of a checkpoint. Raises TrainingError if it is damaged or of a newer vitrim."""
     try:
-        values = json.loads((path / _VALUES).read_text(encoding="utf-8"))
+        values = read_json(path / _VALUES, error=TrainingError, named=_VALUES, mend="It is damaged.", finite=False)
         tensors = load_file(path / _TENSORS)
     except (OSError, ValueError, SafetensorError) as error:
         raise TrainingError(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ArtifactError
+from .foreign import parse_json
 
 _HEADER_BYTES = 100_000_000  # the format's own limit
 DTYPE_BYTES = {
@@ -160,8 +161,9 @@ def read_header(path: Path) -> tuple[dict[str, Entry], int]:
     except OSError as error:
         raise ArtifactError(f"{path}: cannot be read ({error.strerror or error}).") from error
     try:
-        entries = {name: _entry(value) for name, value in json.loads(text).items() if name != "__metadata__"}
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        held = parse_json(text, named=f"{path}: its header", error=ArtifactError, mend="Copy or download it again.")
+        entries = {name: _entry(value) for name, value in held.items() if name != "__metadata__"}
+    except (ValueError, TypeError, KeyError) as error:
         raise ArtifactError(f"{path}: its safetensors header is damaged. Copy or download it again.") from error
 
     data, at = total - 8 - length, 0

@@ -18,6 +18,7 @@ from typing import Any, Literal, Self
 
 from .codec import Codec
 from .errors import SpecError, did_you_mean
+from .foreign import parse_json
 
 SCHEMA = 1
 """Version of the JSON layout; files of a newer one are refused."""
@@ -607,11 +608,7 @@ def to_json(spec: ModelSpec) -> str:
 
 def from_json(text: str) -> ModelSpec:
     """The inverse of `to_json`. Raises SpecError."""
-    try:
-        data = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise SpecError(f"spec: not JSON ({error}); expected what `to_json` writes.") from None
-    return ModelSpec.from_dict(data)
+    return ModelSpec.from_dict(parse_json(text, named="spec:", error=SpecError, mend="Expected what `to_json` writes."))
 
 
 def spec_hash(spec: ModelSpec) -> str:

@@ -195,7 +195,7 @@ def test_a_folder_gives_the_same_page_as_its_result(result: dict[str, Any], tmp_
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [(None, "no summary.json"), ("{", "damaged"), ("[]", "no JSON object"), ('{"schema": 9}', "schema 9")],
+    [(None, "no summary.json"), ("{", "damaged"), ("[]", "expected a JSON object"), ('{"schema": 9}', "schema 9")],
 )
 def test_a_folder_without_a_whole_run_is_refused(tmp_path: Path, content: str | None, said: str) -> None:
     if content is not None:

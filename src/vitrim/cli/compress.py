@@ -41,7 +41,7 @@ RECORDED = ("schema", "vitrim", "weights", "data")
 @options.DATA
 @options.OUT
 @click.option("--recover-epochs", type=options.POSITIVE, help="Length of the recovery; 10 by default.")
-@click.option("--recover-steps", type=click.IntRange(min=0), help="The same in optimiser steps; 0: no recovery.")
+@click.option("--recover-steps", type=options.COUNT_OR_NONE, help="The same in optimiser steps; 0: no recovery.")
 @click.option("--no-measure", is_flag=True, help="Measure no latency.")
 @click.option(
     "--config", type=click.Path(path_type=Path), metavar="FILE", help="JSON, as OUT/stages/config.json of a run."

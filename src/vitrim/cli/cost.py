@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +9,7 @@ import click
 
 from vitrim.cli import options, tables
 from vitrim.errors import ArtifactError
+from vitrim.foreign import read_json
 
 if TYPE_CHECKING:
     from vitrim.spec import ModelSpec
@@ -65,13 +65,9 @@ def spec_named(name: str) -> ModelSpec:
 
 def spec_in(file: Path) -> ModelSpec:
     """The spec in an artifact's config.json."""
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ArtifactError(
-            f"{str(file)!r} is not JSON ({error}). Expected the config.json of a folder that vitrim saved."
-        ) from error
-    if not isinstance(values, dict) or "spec" not in values:
+    expected = "Expected the config.json of a folder that vitrim saved."
+    values = read_json(file, error=ArtifactError, named=repr(str(file)), mend=expected)
+    if "spec" not in values:
         raise ArtifactError(
             f"{str(file)!r} holds no spec, so {file.parent.name!r} was not saved by vitrim. "
             "Expected such a folder; a checkpoint of timm is read with timm:NAME and --checkpoint PATH."

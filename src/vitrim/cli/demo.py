@@ -19,7 +19,7 @@ DEMO_CALIBRATION = 64
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), default=Path("demo"), show_default=True, help="Where to.")
 @options.FORCE
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads; all by default.")
+@click.option("--threads", type=options.COUNT, help="CPU threads; all by default.")
 @options.OUTPUT
 def demo(out: Path, force: bool, threads: int | None, output: options.Output) -> None:
     """Show the main job on built-in images, in about two minutes.

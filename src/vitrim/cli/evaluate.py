@@ -18,10 +18,8 @@ SPLITS = ("train", "validation", "val", "test", "all")
 @click.option("--against", metavar="MODEL", help="Also how much it agrees with this one; the score of an encoder.")
 @options.DATA
 @click.option("--split", type=options.Named(*SPLITS), default="validation", show_default=True, help="Part of the data.")
-@click.option(
-    "--batch", "batch_size", type=click.IntRange(min=1), default=64, show_default=True, help="Images at a time."
-)
-@click.option("--limit", type=click.IntRange(min=1), help="Only so many images, balanced over the classes.")
+@click.option("--batch", "batch_size", type=options.COUNT, default=64, show_default=True, help="Images at a time.")
+@click.option("--limit", type=options.COUNT, help="Only so many images, balanced over the classes.")
 @click.option("--skip-broken", is_flag=True, help="Leave out images that cannot be read, and say which.")
 @options.SOURCE
 @options.MACHINE

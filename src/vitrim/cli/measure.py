@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 @click.option(
     "--runtime", type=options.Named("eager", "compile"), default="eager", show_default=True, help="What runs it."
 )
-@click.option("--runs", type=click.IntRange(min=1), default=20, show_default=True, help="Samples of each model.")
+@click.option("--runs", type=options.COUNT, default=20, show_default=True, help="Samples of each model.")
 @click.option("--dtype", type=options.Named("float32", "bfloat16", "float16"), default="float32", show_default=True)
 @options.COMPUTE
 @options.OUTPUT

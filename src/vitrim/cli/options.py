@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -14,7 +13,8 @@ import click
 
 from vitrim.cli import tables
 from vitrim.errors import ConfigError, MeasureError, VitrimError, did_you_mean
-from vitrim.foreign import one_line
+from vitrim.foreign import MOST, number, one_line
+from vitrim.foreign import read_json as reading
 
 if TYPE_CHECKING:
     from vitrim.budget import Budget
@@ -23,27 +23,50 @@ if TYPE_CHECKING:
 Verb = TypeVar("Verb", bound=Callable[..., Any])
 
 
+class Number(click.ParamType):  # type: ignore[type-arg]
+    """A finite number of 64 bits within bounds.  above: an open lower bound, in place of the closed one `least`."""
+
+    def __init__(
+        self, kind: type[int] | type[float], *, least: float = -MOST, above: float | None = None, most: float = MOST
+    ):
+        self.kind, self.least, self.above, self.most = kind, least, above, most
+        self.name = "integer" if kind is int else "number"
+        low = f"above {above:g}" if above is not None else f"{least:g} or more"
+        bounds = low if most == MOST else f"{low} and at most {most:,}"
+        self.wanted = f"{'a whole number' if kind is int else 'a number'}, {bounds}"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            return self.read(value)
+        except ValueError as error:
+            self.fail(f"{error}.", param, ctx)
+
+    def read(self, value: Any) -> float:
+        """The number. Raises ValueError with what was expected."""
+        try:
+            found: float = number(value, self.kind)
+        except ValueError as error:
+            raise ValueError(f"{error}; expected {self.wanted}") from None
+        if found < self.least or found > self.most or (self.above is not None and found <= self.above):
+            raise ValueError(f"{value} is out of range; expected {self.wanted}")
+        return found
+
+
 class Listed(click.ParamType):  # type: ignore[type-arg]
-    """A comma-separated list of numbers, each checked: "1,8" -> (1, 8).  range_text: what `fits` asks of one, in words."""
+    """A comma-separated list of numbers, each checked: "1,8" -> (1, 8)."""
 
     name = "number[,number...]"
 
-    def __init__(self, kind: type[int] | type[float], fits: Callable[[float], bool], range_text: str):
-        self.kind, self.fits, self.range_text = kind, fits, range_text
-        self.word = "a whole number" if kind is int else "a number"
+    def __init__(self, each: Number):
+        self.each = each
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
         if isinstance(value, tuple):
             return value
-        numbers: list[float] = []
-        for part in map(str.strip, str(value).split(",")):
-            try:
-                numbers.append(self.kind(part))
-            except ValueError:
-                self.fail(f"{part!r} is not {self.word}; expected numbers separated by commas, as in 1,8.", param, ctx)
-            if not self.fits(numbers[-1]):
-                self.fail(f"{part} is out of range; expected {self.word} {self.range_text}.", param, ctx)
-        return tuple(numbers)
+        try:
+            return tuple(self.each.read(part.strip()) for part in str(value).split(","))
+        except ValueError as error:
+            self.fail(f"{error}; several with commas between, as in 1,8.", param, ctx)
 
 
 class Named(click.ParamType):  # type: ignore[type-arg]
@@ -64,9 +87,11 @@ class Named(click.ParamType):  # type: ignore[type-arg]
         return str(value)
 
 
-SHARE = Listed(float, lambda share: 0 < share <= 1, "above 0 and at most 1")
-COUNTS = Listed(int, lambda count: count >= 1, "1 or more")
-POSITIVE = click.FloatRange(min=0, min_open=True)
+COUNT = Number(int, least=1)
+COUNT_OR_NONE = Number(int, least=0)
+POSITIVE = Number(float, above=0)
+SHARE = Listed(Number(float, above=0, most=1))
+COUNTS = Listed(COUNT)
 
 
 def stack(*options: Callable[[Verb], Verb]) -> Callable[[Verb], Verb]:
@@ -160,13 +185,13 @@ OUTPUT = bundle(
 DEVICE = click.option("--device", metavar="DEVICE", help="cpu, cuda, cuda:N, mps, or auto (default): the fastest.")
 COMPUTE = stack(
     DEVICE,
-    click.option("--threads", type=click.IntRange(min=1), help="CPU threads; all by default."),
+    click.option("--threads", type=COUNT, help="CPU threads; all by default."),
 )
-SEED = click.option("--seed", type=click.IntRange(min=0), help="Of every random draw; 0 by default.")
+SEED = click.option("--seed", type=COUNT_OR_NONE, help="Of every random draw; 0 by default.")
 MACHINE = stack(
     COMPUTE,
     click.option("--amp", type=Named("no", "bf16", "fp16"), help="Mixed precision; no by default."),
-    click.option("--workers", type=click.IntRange(min=0), help="Decoding processes; none by default."),
+    click.option("--workers", type=COUNT_OR_NONE, help="Decoding processes; none by default."),
     SEED,
 )
 OUT = click.option("--out", type=click.Path(path_type=Path), required=True, metavar="FOLDER", help="What it becomes.")
@@ -186,15 +211,15 @@ BUDGET = bundle(
     Limits,
     click.option("--keep-macs", type=SHARE, metavar="SHARE", help="Share of the MACs to keep, in (0, 1]."),
     click.option("--keep-params", type=SHARE, metavar="SHARE", help="Share of the parameters to keep, in (0, 1]."),
-    click.option("--max-macs", type=click.IntRange(min=1), help="At most so many MACs, at batch 1."),
-    click.option("--max-params", type=click.IntRange(min=1), help="At most so many parameters."),
+    click.option("--max-macs", type=COUNT, help="At most so many MACs, at batch 1."),
+    click.option("--max-params", type=COUNT, help="At most so many parameters."),
     click.option("--max-memory-mb", type=POSITIVE, help="At most so much resident weights plus activations."),
     click.option("--max-file-mb", type=POSITIVE, help="At most such a file."),
 )
 TRAINING = stack(
     click.option("--epochs", type=POSITIVE, help="Passes over the training images."),
-    click.option("--steps", type=click.IntRange(min=1), help="Optimiser steps, instead of epochs."),
-    click.option("--batch-size", type=click.IntRange(min=1), help="Images of one step."),
+    click.option("--steps", type=COUNT, help="Optimiser steps, instead of epochs."),
+    click.option("--batch-size", type=COUNT, help="Images of one step."),
     click.option("--lr", type=POSITIVE, help="Learning rate at the top of the schedule."),
 )
 
@@ -284,19 +309,9 @@ def read_json(path: Path | None) -> dict[str, Any]:
     """The object in a --config file; empty without one. Its keys are checked where they are used."""
     if path is None:
         return {}
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"--config {str(path)!r} cannot be read: {error.strerror}. Expected a JSON file.") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f'--config {str(path)!r} is not JSON ({error}). Expected an object such as {{"seed": 1}}.'
-        ) from error
-    if not isinstance(values, dict):
-        raise ConfigError(
-            f'--config {str(path)!r} holds a {type(values).__name__}; expected an object such as {{"seed": 1}}.'
-        )
-    return values
+    return reading(
+        path, error=ConfigError, named=f"--config {str(path)!r}", mend='Expected a JSON object such as {"seed": 1}.'
+    )
 
 
 def section(values: dict[str, Any], name: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import click
 
 from vitrim.cli import options
 from vitrim.errors import ConfigError, did_you_mean
+from vitrim.foreign import parse_json
 from vitrim.methods import METHODS
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ SET = click.option(
 )
 VARIANT = click.option("--variant", metavar="NAME", help="Short for --set variant=NAME.")
 FREEZE = click.option("--freeze", metavar="PARTS", help="Parts to keep as they are: blocks.0-2,blocks.11.attention.")
-IMAGES = click.option("--images", type=click.IntRange(min=1), help="Unlabelled images that the method looks at.")
+IMAGES = click.option("--images", type=options.COUNT, help="Unlabelled images that the method looks at.")
 PLANNED_BY = options.stack(
     click.option("--axes", metavar="NAMES", help="Short for --set axes=NAMES."),
     click.option("--score", metavar="NAME", help="Short for --set score=NAME."),
@@ -50,7 +51,7 @@ SPENT = options.stack(
     PLANNED_BY,
     click.option("--preset", metavar="NAME", help="Short for --set preset=NAME."),
     click.option("--search-epochs", type=options.POSITIVE, help="Short for --set epochs=N."),
-    click.option("--search-steps", type=click.IntRange(min=1), help="Short for --set steps=N."),
+    click.option("--search-steps", type=options.COUNT, help="Short for --set steps=N."),
     click.option("--tie-qk", is_flag=True, help="Short for --set tie_qk=true."),
     FREEZE,
     IMAGES,
@@ -104,8 +105,10 @@ def value_of(kind: type, key: str, text: str) -> Any:
 
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         value = text
+    else:
+        value = parse_json(text, named=f"--set {key}: its value", error=ConfigError, mend="Expected finite numbers.")
     root, _, inner = key.partition(".")
     holder, name = (nested(kind, root), inner) if inner else (kind, key)
     if holder is None or name not in typing.get_type_hints(holder):

@@ -6,7 +6,6 @@ metadata; a file's split is read from its name.
 
 from __future__ import annotations
 
-import json
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from vitrim.data.images import Source, consecutive, decode, part_of, starts_of
 from vitrim.data.splits import in_order, splits_of_files
 from vitrim.data.targets import read_targets
 from vitrim.errors import DataError
+from vitrim.foreign import parse_json
 
 IN_MEMORY_BYTES = 2 * 1024**3
 """Files up to this size in all are read whole; bigger sets are read by row group."""
@@ -204,8 +204,9 @@ def _features(schema: pa.Schema) -> dict[str, Any]:
     if raw is None:
         return {}
     try:
-        features = json.loads(raw)["info"]["features"]
-    except (ValueError, KeyError, TypeError):
+        told = parse_json(raw, named="the schema", error=DataError, mend="")
+        features = told["info"]["features"]
+    except (DataError, KeyError, TypeError):
         return {}  # foreign metadata: the column names alone must do
     return {column: feature for column, feature in features.items() if isinstance(feature, dict)}
 

@@ -37,6 +37,7 @@ from pathlib import Path
 from typing import Any
 
 from vitrim.errors import ArtifactError
+from vitrim.foreign import read_json
 from vitrim.reporting import family
 from vitrim.reporting.page import render
 
@@ -73,13 +74,7 @@ def as_text(value: Mapping[str, Any]) -> str:
 
 def read_object(place: Path, *, mend: str = "Run `vitrim compress` again.") -> dict[str, Any]:
     """The JSON object in a file of a run. Raises ArtifactError where there is none, with how to mend it."""
-    try:
-        found = json.loads(place.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ArtifactError(f"{str(place)!r} is damaged: {error}. {mend}") from error
-    if not isinstance(found, dict):
-        raise ArtifactError(f"{str(place)!r} is damaged: no JSON object. {mend}")
-    return found
+    return read_json(place, error=ArtifactError, named=f"{str(place)!r} is damaged: it", mend=mend, finite=False)
 
 
 def write(source: Mapping[str, Any] | str | Path, out: str | Path) -> Path:

@@ -22,6 +22,7 @@ from vitrim import checkpoints
 from vitrim.codec import flat, plain
 from vitrim.errors import TrainingError
 from vitrim.files import sync_file
+from vitrim.foreign import parse_json
 from vitrim.model import Vit
 from vitrim.spec import spec_hash
 from vitrim.training.config import TrainConfig
@@ -117,8 +118,8 @@ def _cut_back(path: Path, step: int) -> list[dict[str, Any]]:
     lines = []
     for text in path.read_text(encoding="utf-8").splitlines():
         try:
-            line = json.loads(text)
-        except json.JSONDecodeError:  # the line that was being written when the run was killed
+            line = parse_json(text, named=str(path), error=TrainingError, mend="", finite=False)
+        except TrainingError:  # the line that was being written when the run was killed
             break
         if line["step"] > step:
             break

@@ -12,7 +12,6 @@ made is read at its own size, with its own table.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import math
 import pickle
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 
 from ...errors import SourceError, did_you_mean
+from ...foreign import read_json
 from ...model import Vit
 from ...spec import ModelSpec, Preprocess
 from .. import files, parity
@@ -203,7 +203,7 @@ def _from_folder(
 ) -> Vit:
     """The model that `write` left in a folder."""
     try:
-        values = json.loads((folder / files.CONFIG).read_text(encoding="utf-8"))
+        values = read_json(folder / files.CONFIG, error=SourceError, mend="It is damaged.")
         builder = partial(VisionTransformer, **values["kwargs"])
         labels = None if values["labels"] is None else tuple(values["labels"])
         told: dict[str, Any] = values["preprocess"] or {}
