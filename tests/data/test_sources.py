@@ -18,7 +18,7 @@ from PIL import Image
 from tests.data.pictures import SMALL, class_folder, encoded, jpeg, parquet
 from vitrim import data
 from vitrim.data import parquet as parquet_module
-from vitrim.data.images import decode
+from vitrim.data.decoding import decode
 from vitrim.data.loading import batches
 from vitrim.data.transforms import evaluation
 from vitrim.errors import DataError

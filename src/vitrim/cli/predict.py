@@ -54,7 +54,7 @@ def predict(
 def names_on(network: Vit, file: Path, top: int) -> list[dict[str, Any]]:
     """The likeliest classes of one image file, as `answers` has them."""
     from vitrim.data import evaluation
-    from vitrim.data.images import decode
+    from vitrim.data.decoding import decode
     from vitrim.tasks.samples import answers
 
     if not network.spec.outputs:

@@ -25,6 +25,7 @@ from vitrim.data.splits import choose, validation_rows
 from vitrim.data.targets import unlabelled_among
 from vitrim.data.transforms import evaluation, training
 from vitrim.errors import DataError
+from vitrim.foreign import printable
 from vitrim.spec import Preprocess
 
 SAMPLE = Path(__file__).resolve().parents[1] / "assets" / "sample"
@@ -141,6 +142,10 @@ def _source(source: Any, labelled: bool | None) -> Source:
             f"data of type {type(source).__name__}; expected a path, 'hf:NAME', 'sample', a torch Dataset, a tensor of "
             "images, or a pair of images and labels."
         )
+    if str(source).strip() in ("", "hf:") or "\0" in str(source):
+        raise DataError(
+            f"data {str(source)!r} names nothing; expected a folder of images, a Parquet file, 'hf:NAME' or 'sample'."
+        )
     if source == "sample":
         return ParquetSource(SAMPLE, name="sample")
     if isinstance(source, str) and source.startswith("hf:"):
@@ -157,9 +162,14 @@ def _path_source(path: Path, labelled: bool | None) -> Source:
     if path.is_file():
         if path.suffix.lower() != ".parquet":
             raise DataError(
-                f"{path.name}: expected a folder of images or a .parquet file. Put images into a folder and name that."
+                f"{printable(path.name)}: expected a folder of images or a .parquet file. Put images into a folder and name that."
             )
         return ParquetSource(path)
+    if not path.is_dir():
+        raise DataError(
+            f"{printable(path.name)} is a named pipe, a socket or a device; expected a folder of images or a .parquet file. "
+            "Write it to a file first."
+        )
     if next(path.rglob("*.parquet"), None) is not None:
         return ParquetSource(path)
     return FolderSource(path, labelled=labelled)

@@ -10,7 +10,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from vitrim.data.images import Source, broken, to_rgb
+from vitrim.data.decoding import broken, to_rgb
+from vitrim.data.images import Source
 from vitrim.data.targets import class_names, is_missing, read_targets, unlabelled_among
 from vitrim.errors import DataError
 
@@ -113,7 +114,10 @@ class DatasetSource(Source):
         item = self._item(row)
         image = item[0] if isinstance(item, tuple | list) else item
         if isinstance(image, Image.Image):
-            return to_rgb(image)
+            try:
+                return to_rgb(image)
+            except Exception as error:  # it may be lazy, and read its file only now
+                raise broken(self.key(row), error) from error
         if isinstance(image, Tensor):
             return _from_uint8(_as_uint8(image[None])[0])
         raise DataError(

@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from vitrim.data.images import Source, consecutive, decode
+from vitrim.data.decoding import decode
+from vitrim.data.images import Source, consecutive
 from vitrim.data.splits import SPLITS, in_order, split_named, split_of_word
 from vitrim.errors import DataError
+from vitrim.foreign import printable
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".jfif"})
+SUFFIXES = frozenset(
+    (
+        *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".gif"),
+        *(".avif", ".avifs", ".heic", ".heif", ".hif", ".jxl", ".jp2", ".j2k", ".jpx", ".tga"),
+        *(".ppm", ".pgm", ".pbm", ".pnm"),
+    )
+)
+"""What is taken for a picture. One that Pillow cannot read is refused or skipped by name; it is never passed over."""
+PASSED_OVER = frozenset({"__MACOSX", "lost+found"})
+"""Folders that systems leave behind."""
+_SHOWN = 5
+
+log = logging.getLogger("vitrim.data")
 
 
 class FolderSource(Source):
@@ -21,53 +39,91 @@ class FolderSource(Source):
     Subfolders named like splits (train, val, dev, test, eval, ..., training_set) are the splits if train is among them, if there is no
     other subfolder, or if any holds folders itself; the other subfolders are then splits of their own names, which `choose` asks about.
     Below that, the first folder level is the class where all images lie in such folders and there are at least two of them;
-    photos nested in any other way have no labels.
+    photos nested in any other way have no labels. A folder of that level without a
+    picture is a class all the same, as in torchvision's ImageFolder, so that the others keep their numbers; the log names it.
     """
 
     def __init__(self, root: Path, *, labelled: bool | None = None) -> None:
         self.root = root
-        self.name = root.resolve().name
-        every = _walk(root, "")
-        parts = _split_folders(every, self.name)
+        self.name = printable(root.resolve().name)
+        every = _walk(root)
+        parts = _split_folders(every.pictures, self.name)
         found = {
-            split: [path for path in every if path.startswith(parts[split])] for split in sorted(parts, key=in_order)
+            split: [path for path in every.pictures if path.startswith(parts[split])]
+            for split in sorted(parts, key=in_order)
         }
+        others = every.others
         self.paths = [path for paths in found.values() for path in paths]
         if not self.paths:
+            beside = f" (it holds {_counted(others)})" if others else ""
             raise DataError(
-                f"{self.name}: no images in this folder; expected files such as .jpg or .png, one subfolder for each class "
+                f"{self.name}: no images in this folder{beside}; expected files such as .jpg or .png, one subfolder for each class "
                 "(or photos in any nesting, for methods without labels), or .parquet files."
             )
         self.splits = consecutive({split: len(paths) for split, paths in found.items()})
+        if others:
+            log.warning("%s: passed over what is no image: %s.", self.name, _counted(others))
         if labelled is not False:
-            self._name_classes(level=0 if "" in parts.values() else 1)
+            self._name_classes(every.folders, parts)
 
-    def _name_classes(self, level: int) -> None:
+    def _name_classes(self, there: list[str], parts: Mapping[str, str]) -> None:
         """A class for every path that has a folder of its own; a split whose photos lie loose stays unlabelled.
 
-        level: how many leading folders of a path belong to the split.
+        there: all folders, with pictures or without.  parts: what the paths of each split begin with.
         """
-        folders = [parts[level] if len(parts := path.split("/")) > level + 1 else None for path in self.paths]
+        level = 0 if "" in parts.values() else 1
+        folders = [names[level] if len(names := path.split("/")) > level + 1 else None for path in self.paths]
         loose = np.array([folder is None for folder in folders])
         named = {split: rows for split, rows in self.splits.items() if not loose[rows].any()}
         known = [split for split in named if split in SPLITS] or list(named)
-        classes = tuple(sorted({str(folders[row]) for split in known for row in named[split]}))
-        if len(classes) < 2:
+        full = {str(folders[row]) for split in known for row in named[split]}
+        if len(full) < 2:
             return
+        starts = tuple(parts[split] for split in known)
+        bare = {path.split("/")[level] for path in there if path.count("/") == level and path.startswith(starts)}
+        classes = sorted(full | bare)
+        if empty := [printable(name) for name in classes if name not in full]:
+            log.warning(
+                "%s: no image in the class folder%s %s, which keep%s the place among %d classes; remove what is no class.",
+                self.name,
+                "s" if len(empty) > 1 else "",
+                _listed(empty),
+                "" if len(empty) > 1 else "s",
+                len(classes),
+            )
         index = {name: i for i, name in enumerate(classes)}
-        self._classes = classes
+        self._classes = tuple(printable(name) for name in classes)
         self._labels = np.full(len(self.paths), -1, dtype=np.int64)
         for rows in named.values():
             self._labels[rows] = [index.get(str(folders[row]), -1) for row in rows]
 
     def key(self, row: int) -> str:
-        return self.paths[row]
+        return printable(self.paths[row])
 
     def read(self, row: int) -> Image.Image:
-        return decode(self.root / self.paths[row], key=self.paths[row])
+        return decode(self.root / self.paths[row], key=self.key(row))
 
     def files(self) -> list[tuple[str, int]]:
-        return [(path, (self.root / path).stat().st_size) for path in self.paths]
+        return [(path, _size(self.root / path)) for path in self.paths]
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file; -1 where a link leads nowhere, which is told when it is read."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
+
+
+def _counted(suffixes: Mapping[str, int]) -> str:
+    """How many files there are of each ending, the commonest first."""
+    common = sorted(suffixes.items(), key=lambda item: (-item[1], item[0]))
+    return _listed([f"{count} {printable(suffix) or 'without an ending'}" for suffix, count in common])
+
+
+def _listed(words: Sequence[str]) -> str:
+    more = f" and {len(words) - _SHOWN} more" if len(words) > _SHOWN else ""
+    return ", ".join(words[:_SHOWN]) + more
 
 
 def _split_folders(paths: list[str], name: str) -> dict[str, str]:
@@ -92,21 +148,36 @@ def _split_folders(paths: list[str], name: str) -> dict[str, str]:
     return splits
 
 
-def _walk(root: Path, under: str) -> list[str]:
-    """Relative paths (with "/") of the image files below; linked folders are followed once."""
-    found: list[str] = []
+@dataclass(frozen=True)
+class _Found:
+    """Relative paths (with "/") of the pictures and of the folders below a folder, and its other files by ending."""
+
+    pictures: list[str]
+    folders: list[str]
+    others: Counter[str]
+
+
+def _walk(root: Path) -> _Found:
+    """What lies below; linked folders are followed once."""
+    found = _Found([], [], Counter())
     seen: set[str] = set()
-    for folder, folders, files in os.walk(root / under, followlinks=True):
+    for folder, folders, files in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
         if real in seen:
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in PASSED_OVER)
         within = Path(folder).relative_to(root).as_posix()
-        found += [
-            file if within == "." else f"{within}/{file}"
-            for file in files
-            if not file.startswith(".") and os.path.splitext(file)[1].lower() in SUFFIXES
-        ]
-    return sorted(found)
+        start = "" if within == "." else f"{within}/"
+        found.folders.extend(f"{start}{name}" for name in folders)
+        for file in files:
+            suffix = os.path.splitext(file)[1].lower()
+            if file.startswith("."):
+                continue
+            if suffix in SUFFIXES:
+                found.pictures.append(f"{start}{file}")
+            else:
+                found.others[suffix] += 1
+    found.pictures.sort()
+    return found

@@ -6,7 +6,8 @@ from typing import Any
 
 from PIL import Image
 
-from vitrim.data.images import Source, consecutive, decode, part_of, starts_of, to_rgb
+from vitrim.data.decoding import broken, decode, to_rgb
+from vitrim.data.images import Source, consecutive, part_of, starts_of
 from vitrim.data.parquet import image_and_label
 from vitrim.data.splits import in_order, split_named
 from vitrim.data.targets import read_targets
@@ -38,7 +39,10 @@ class HubSource(Source):
         part, within = part_of(self.starts, row)
         cell: Any = self.parts[part][1][within][self.image]
         if isinstance(cell, Image.Image):
-            return to_rgb(cell)
+            try:
+                return to_rgb(cell)
+            except Exception as error:
+                raise broken(self.key(row), error) from error
         return decode(cell["bytes"] or b"", key=self.key(row))
 
     def files(self) -> list[tuple[str, int]]:

@@ -1,4 +1,4 @@
-"""Images: what every source of pictures becomes, and how bytes turn into RGB.
+"""Images: what every source of pictures becomes.
 
 A source numbers its pictures once (`row`: train first, then validation, then test). All random draws about a picture
 are keyed by its row, so that a subset, another batch size or another worker sees the same picture treated alike.
@@ -7,9 +7,7 @@ are keyed by its row, so that a subset, another batch size or another worker see
 from __future__ import annotations
 
 import hashlib
-import io
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -90,40 +88,6 @@ def part_of(starts: np.ndarray, row: int) -> tuple[int, int]:
     """The part that holds a row, and the row within it."""
     part = int(np.searchsorted(starts, row, side="right")) - 1
     return part, row - int(starts[part])
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB as a viewer would show it: 16-bit scaled to 8, first frame of an animation, transparency dropped."""
-    if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image).astype(np.float64)
-        # integers above 8 bits are 16-bit scans; floats are shares of white unless they exceed it
-        top = 65535.0 if image.mode.startswith("I") else (1.0 if values.size and values.max() <= 1.0 else 255.0)
-        if image.mode == "I" and values.size and values.max() <= 255:
-            top = 255.0
-        grey = np.clip(np.rint(values * (255.0 / top)), 0, 255).astype(np.uint8)
-        return Image.fromarray(grey).convert("RGB")
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # straight to RGB makes Pillow warn
-    return image.convert("RGB")
-
-
-def decode(data: bytes | Path, *, key: str) -> Image.Image:
-    """RGB image of encoded bytes or of a file; DataError that names `key` if it cannot be read."""
-    try:
-        with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as image:
-            return to_rgb(image)
-    except Exception as error:  # Pillow's plug-ins raise anything from OSError to struct.error on damaged files
-        raise broken(key, error) from error
-
-
-def broken(key: str, error: BaseException) -> DataError:
-    """What to raise for a picture that cannot be read."""
-    reason = " ".join(str(error).split()) or type(error).__name__
-    if "cannot identify image file" in reason:
-        reason = "no known image format"
-    return DataError(
-        f"{key}: not a readable image ({reason}). Replace or remove it, or pass on_broken='skip' to go on without."
-    )
 
 
 class Images(Dataset[tuple[Image.Image, Label]]):
@@ -231,7 +195,7 @@ class Images(Dataset[tuple[Image.Image, Label]]):
         files = sorted(self.source.files())
         digest = hashlib.sha256()
         for path, size in files:
-            digest.update(f"{path}\t{size}\n".encode())
+            digest.update(f"{path}\t{size}\n".encode("utf-8", "surrogateescape"))
         digest.update(self.rows.astype("<i8").tobytes())
         return {
             "name": self.name,

@@ -17,11 +17,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from vitrim.data.images import Source, consecutive, decode, part_of, starts_of
+from vitrim.data.decoding import decode
+from vitrim.data.images import Source, consecutive, part_of, starts_of
 from vitrim.data.splits import in_order, splits_of_files
 from vitrim.data.targets import read_targets
 from vitrim.errors import DataError
-from vitrim.foreign import parse_json
+from vitrim.foreign import parse_json, printable
 
 IN_MEMORY_BYTES = 2 * 1024**3
 """Files up to this size in all are read whole; bigger sets are read by row group."""
@@ -44,7 +45,7 @@ class ParquetSource(Source):
 
     def __init__(self, path: Path, *, name: str | None = None) -> None:
         self.root = path if path.is_dir() else path.parent
-        self.name = name or path.name
+        self.name = name or printable(path.name)
         paths = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
         said = splits_of_files([file.relative_to(self.root).as_posix() for file in paths])
         splits = dict(zip(paths, said, strict=True))
@@ -95,7 +96,7 @@ class ParquetSource(Source):
 
     def key(self, row: int) -> str:
         file, within = part_of(self.starts, row)
-        return f"{self.relative[file]} row {within}"
+        return printable(f"{self.relative[file]} row {within}")
 
     def read(self, row: int) -> Image.Image:
         cell = self._cell(row)
@@ -145,6 +146,10 @@ class ParquetSource(Source):
 
 
 def _open(path: Path) -> pq.ParquetFile:
+    if not path.is_file():  # opening a pipe would wait for ever
+        raise DataError(
+            f"{printable(path.name)} is no file; expected a Parquet file, not a pipe, a folder or a device."
+        )
     try:
         return pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:

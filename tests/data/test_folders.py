@@ -1,0 +1,91 @@
+"""Folders as people have them: other formats, empty class folders, names that are no UTF-8."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, features
+
+from vitrim import data
+from vitrim.errors import DataError
+
+from .pictures import encoded
+
+RED = encoded(Image.new("RGB", (8, 8), (255, 0, 0)))
+
+
+def class_folders(root: Path, **files: list[str]) -> Path:
+    """root/CLASS/FILE, each a red image whatever its ending."""
+    for folder, names in files.items():
+        (root / folder).mkdir(parents=True)
+        for name in names:
+            (root / folder / name).write_bytes(RED)
+    return root
+
+
+def test_a_class_folder_without_a_picture_keeps_its_place_and_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = class_folders(tmp_path, ant=["0.png"], bee=[], cow=["0.png", "notes.txt", "list.csv", "b.txt"], __MACOSX=[])
+    with caplog.at_level(logging.WARNING, "vitrim.data"):
+        images = data.open(root, split="all")
+    assert images.classes == ("ant", "bee", "cow")
+    assert images.labels is not None
+    assert images.labels.tolist() == [0, 2]
+    assert "no image in the class folder bee, which keeps the place among 3 classes" in caplog.text
+    assert "passed over what is no image: 2 .txt, 1 .csv" in caplog.text
+
+
+@pytest.mark.parametrize("suffix", [".avif", ".heic", ".jxl", ".jp2"])
+def test_a_picture_of_a_rarer_format_is_read_or_refused_by_name_and_never_passed_over(
+    suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    root = class_folders(tmp_path, ant=["0.png"], bee=[])
+    (root / "bee" / f"0{suffix}").write_bytes(b"\0\0\0\x18ftypheic" + bytes(30) if suffix == ".heic" else b"nothing")
+    images = data.open(root, split="all")
+    assert (images.classes, len(images)) == (("ant", "bee"), 2)
+    with pytest.raises(DataError, match=rf"^bee/0{suffix}: not a readable image"):
+        images[1]
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow reads no AVIF")
+def test_avif_is_read_where_pillow_can(tmp_path: Path) -> None:
+    (tmp_path / "0.avif").write_bytes(encoded(Image.new("RGB", (16, 16), (255, 0, 0)), "AVIF"))
+    image, _ = data.open(tmp_path, split="all")[0]
+    assert np.abs(np.asarray(image).astype(int) - [255, 0, 0]).max() < 8
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are text here")
+def test_names_that_are_no_utf8_are_read_and_shown(tmp_path: Path) -> None:
+    root = os.fsencode(tmp_path)
+    for folder in (b"caf\xe9", b"the"):
+        os.mkdir(os.path.join(root, folder))
+        with open(os.path.join(root, folder, b"\xff.png"), "wb") as file:
+            file.write(RED)
+    images = data.open(tmp_path, split="all")
+    assert images.classes == (r"caf\udce9", "the")
+    assert images.keys == (r"caf\udce9/\udcff.png", r"the/\udcff.png")
+    assert images[0][0].getpixel((0, 0)) == (255, 0, 0)
+    json.dumps({"fingerprint": images.fingerprint(), "keys": images.keys}, ensure_ascii=False).encode()
+
+
+@pytest.mark.parametrize("name", ["", " ", "hf:", "a\0b"])
+def test_data_that_names_nothing_is_refused(name: str) -> None:
+    with pytest.raises(DataError, match="names nothing"):
+        data.open(name)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+@pytest.mark.parametrize("name", ["photos", "photos.parquet", "inside/photos.parquet"])
+def test_a_pipe_in_place_of_data_is_refused_and_not_waited_for(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(DataError, match="pipe"):
+        data.open(tmp_path / name.split("/")[0])
