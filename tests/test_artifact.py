@@ -397,7 +397,7 @@ def test_loading_needs_torch_safetensors_and_no_code_of_a_method(saved: Path) ->
         import sys
         import torch, safetensors.torch
 
-        mine = {"lazy", "foreign", "codec", "spec", "tokens", "stems", "model", "errors", "files", "artifact"}
+        mine = {"lazy", "foreign", "codec", "spec", "tokens", "stems", "model", "errors", "processes", "files", "artifact"}
         class Gate:
             def find_spec(self, name, path=None, target=None):
                 top, _, rest = name.partition(".")

@@ -19,6 +19,7 @@ ORDER = (
     "lazy",
     "foreign",
     "recipes",
+    "processes",
     "files",
     "progress",
     "codec",
@@ -51,14 +52,16 @@ ORDER = (
     "pipeline",
     "doctor",
     "cli",
+    "__main__",
 )
 """From the foundations to the command; a room may import those before it, and itself."""
 
-RUNTIME = ("errors", "foreign", "files", "codec", "spec", "tokens", "stems", "model", "card", "artifact")
+RUNTIME = ("errors", "foreign", "processes", "files", "codec", "spec", "tokens", "stems", "model", "card", "artifact")
 TORCHLESS = (
     "errors",
     "lazy",
     "foreign",
+    "processes",
     "files",
     "progress",
     "codec",

@@ -28,7 +28,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .errors import ArtifactError, SpecError
-from .files import DTYPE_BYTES, make_whole, read_header, replace_within, sha256, sync_file, write_json, write_text
+from .files import (
+    DTYPE_BYTES,
+    is_marked,
+    make_whole,
+    names_in,
+    read_header,
+    refuse_foreign,
+    replace_within,
+    sha256,
+    sync_file,
+    write_json,
+    write_text,
+)
 from .foreign import read_json
 from .model import Vit
 from .spec import Config, ModelSpec, Selection
@@ -125,19 +137,22 @@ def save(
 
 
 def refuse_overwriting(folder: Path, *, force: bool) -> None:
-    """Raise ArtifactError where something stands at `folder` that is not an empty folder, unless `force` replaces it."""
+    """Raise ArtifactError where something stands at `folder` that is not an empty folder, unless `force` replaces it.
+
+    Raises ConfigError where `force` would replace what is no artifact.
+    """
     if os.path.lexists(folder) and not folder.is_dir():
         raise ArtifactError(f"{folder}: is a file; expected a folder to write. Give another name.")
-    if folder.is_dir() and not force:
-        try:
-            found = sorted(entry.name for entry in folder.iterdir())
-        except OSError as error:
-            raise ArtifactError(_why_not_written(folder, error)) from error
-        if found:
-            raise ArtifactError(
-                f"{folder}: exists and holds {found[0]!r}; nothing is overwritten unasked. "
-                "Give another folder, or force=True (--force)."
-            )
+    try:
+        found = names_in(folder)
+    except OSError as error:
+        raise ArtifactError(_why_not_written(folder, error)) from error
+    if found and not force:
+        raise ArtifactError(
+            f"{folder}: exists and holds {found[0]!r}; nothing is overwritten unasked. "
+            "Give another folder, or force=True (--force)."
+        )
+    refuse_foreign(folder, ours=is_marked(folder / PROVENANCE), taken=[name for name in FILES if name in found])
 
 
 def _why_not_written(folder: Path, error: Exception) -> str:

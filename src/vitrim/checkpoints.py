@@ -19,8 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from . import __version__, processes
 from .errors import TrainingError
-from .files import make_whole, replace_file, sync_file, write_text
+from .files import is_marked, make_whole, replace_file, sync_file, write_text
 from .foreign import read_json
 
 SCHEMA = 1
@@ -42,7 +43,10 @@ def write(folder: Path, step: int, tensors: Mapping[str, Tensor], values: Mappin
         # clones: safetensors refuses tensors that share memory, and the caller's may be views
         save_file({k: t.detach().to("cpu", copy=True).contiguous() for k, t in tensors.items()}, staging / _TENSORS)
         sync_file(staging / _TENSORS)
-        write_text(staging / _VALUES, json.dumps({"schema": SCHEMA, "step": step, **values}, sort_keys=True))
+        write_text(
+            staging / _VALUES,
+            json.dumps({"schema": SCHEMA, "vitrim": __version__, "step": step, **values}, sort_keys=True),
+        )
 
     try:
         make_whole(final, fill)
@@ -80,6 +84,12 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, values
 
 
+def are_in(folder: Path) -> bool:
+    """Whether a folder holds journals, of whatever method; one without anything does too."""
+    held = list(folder.iterdir()) if folder.is_dir() else []
+    return all(any(map(is_marked, journal.glob(f"run/*/{_VALUES}"))) for journal in held)
+
+
 def sweep(folder: Path) -> None:
     """Remove what a killed process left half-written or half-removed."""
     if folder.is_dir():
@@ -108,6 +118,11 @@ class Journal:
         self.folder = None if folder is None else folder / method
         if self.folder is None:
             return
+        if processes.count() > 1:
+            raise TrainingError(
+                f"{method} keeps what it has done from one process, and torchrun started {processes.count()}. Start it without "
+                "torchrun, or pass no folder."
+            )
         if self.folder.is_dir() and any(self.folder.iterdir()) and not resume:
             raise TrainingError(taken(self.folder.parent, method))
         before = self.get("run")

@@ -1,22 +1,30 @@
-"""Folders that are written whole or not at all, and the header of a safetensors file. Standard library only."""
+"""Folders that are written whole or not at all, by one run at a time, and never over what is not ours; the header of a
+safetensors file. Standard library only."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import json
+import logging
 import math
 import os
+import platform
 import secrets
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import ArtifactError
+from . import processes
+from .errors import ArtifactError, ConfigError
 from .foreign import parse_json
 
+LOCK = ".vitrim.lock"
+"""Stands in a folder while a run writes there."""
+log = logging.getLogger("vitrim.files")
 _HEADER_BYTES = 100_000_000  # the format's own limit
 DTYPE_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "U16": 2, "I32": 4, "U32": 4, "I64": 8, "U64": 8,
@@ -51,8 +59,8 @@ def make_whole(folder: Path, fill: Callable[[Path], None]) -> None:
 def replace_within(folder: Path, fill: Callable[[Path], None], *, names: Sequence[str]) -> None:
     """Swap the named files of a folder that stays where it is: it may be a mount point, or hold other files.
 
-    names: what `fill` writes. The first leaves first and comes last: while it is missing nobody takes the rest for whole.
-    On failure the old files are put back.
+    names: what `fill` may write; those that it does not write leave. The first leaves first and comes last: while it is
+    missing nobody takes the rest for whole. On failure the old files are put back.
     """
     staging = folder / f".{secrets.token_hex(8)}.partial"
     old = staging / "old"
@@ -71,7 +79,8 @@ def replace_within(folder: Path, fill: Callable[[Path], None], *, names: Sequenc
             if os.path.lexists(folder / name):
                 move(folder / name, old / name)
         for name in reversed(names):
-            move(staging / name, folder / name)
+            if (staging / name).exists():
+                move(staging / name, folder / name)
         sync_folder(folder)
     except BaseException as error:
         try:
@@ -114,7 +123,18 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def sync_file(path: Path) -> None:
-    """Flush a file that another library wrote."""
+    """Flush a file that another library wrote, and give it the permissions of any new file here.
+
+    safetensors makes its files readable by their owner alone, whatever the umask says.
+    """
+    probe = path.with_name(
+        f".{secrets.token_hex(8)}.partial"
+    )  # asking for the umask itself would change it for all threads
+    try:
+        probe.touch()
+        path.chmod(probe.stat().st_mode & 0o777)
+    finally:
+        probe.unlink(missing_ok=True)
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
 
@@ -127,6 +147,159 @@ def sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+# ------------------------------------------------------------------------------------------------ whose a folder is
+
+
+def names_in(folder: Path) -> list[str]:
+    """What a folder holds, beside the lock of a run; nothing where there is no folder."""
+    return sorted(entry.name for entry in folder.iterdir() if entry.name != LOCK) if folder.is_dir() else []
+
+
+def is_marked(path: Path) -> bool:
+    """Whether a JSON file says that vitrim wrote it, as the records beside every result do."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    versions = found.get("versions") if isinstance(found, dict) else None
+    return isinstance(found, dict) and ("vitrim" in found or (isinstance(versions, dict) and "vitrim" in versions))
+
+
+def refuse_foreign(place: Path, *, ours: bool, taken: Sequence[str] = ()) -> None:
+    """The one guard of every `force`: raise ConfigError where it would replace what vitrim did not write.
+
+    ours: whether the place carries the mark of what is to be written. taken: what stands under the names to be written;
+    nothing else in a folder is ever touched.
+    """
+    if place.is_symlink() and not place.is_dir():
+        raise ConfigError(f"{str(place)!r} is a link, and is not replaced. Name the place itself, or another one.")
+    if (place.is_file() or taken) and not ours:
+        what = f" holds {taken[0]!r}, which" if taken else " is a file that"
+        raise ConfigError(
+            f"{str(place)!r}{what} vitrim did not write as part of such a result; it is not replaced, even with force "
+            "(--force). Move it away, or choose another place."
+        )
+
+
+@contextlib.contextmanager
+def locked(folder: Path | None) -> Iterator[None]:
+    """Keep a folder to one run at a time, by a file that names its process and host. None: nothing is written, nor kept.
+
+    The folder is made if it is not there, and goes again with the lock if nothing was put into it. The lock of a process
+    that is no more is taken over, and that is said. Of several processes of one training the first holds it.
+    Raises ConfigError at once where another run writes there or where there is a file, ArtifactError where nothing can be
+    written.
+    """
+    if folder is None or not processes.is_first():
+        yield
+        return
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            own = _enter(folder)
+        except OSError as error:
+            raise ArtifactError(
+                f"{str(folder)!r} cannot be written ({error.strerror or error}). Give a folder in which files can be written."
+            ) from error
+        try:
+            yield
+        finally:
+            if own:
+                (folder / LOCK).unlink(missing_ok=True)
+    finally:
+        for place in missing:
+            with contextlib.suppress(OSError):
+                place.rmdir()
+
+
+def refuse_locked(folder: Path) -> None:
+    """Raise ConfigError where a run writes to the folder that is not this one."""
+    with contextlib.suppress(OSError):
+        _refuse_alive(folder, _holder((folder / LOCK).read_text(encoding="utf-8")))
+
+
+def _enter(folder: Path) -> bool:
+    """Take the lock; False where this thread holds it already, further out."""
+    path = folder / LOCK
+    while True:
+        with open(path, "a+", encoding="utf-8") as file:
+            _alone(file.fileno())
+            file.seek(0)
+            text = file.read()
+            holder = _holder(text)
+            if holder == _me():
+                return False
+            _refuse_alive(folder, holder)
+            if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                continue  # it was given back while we waited
+            if text:
+                log.warning(
+                    "%s: the run of process %s ended without a word; its lock is taken over.",
+                    folder,
+                    holder.get("process"),
+                )
+            file.truncate(0)
+            file.write(json.dumps(_me()))
+            return True
+
+
+def _me() -> dict[str, Any]:
+    return {"process": os.getpid(), "thread": threading.get_ident(), "host": platform.node(), "began": _began("self")}
+
+
+def _refuse_alive(folder: Path, holder: Mapping[str, Any]) -> None:
+    if holder != _me() and _lives(holder):
+        raise ConfigError(
+            f"{str(folder)!r}: another run is writing there (process {holder.get('process')} on {holder.get('host')}); "
+            "expected a folder for each run. Wait for it to end, or choose another folder. If that run is no more, remove "
+            f"{LOCK} from the folder."
+        )
+
+
+def _alone(number: int) -> None:
+    """Let others wait while a lock is read and written; where the system has no such thing, two may meet in that moment."""
+    with contextlib.suppress(ImportError, OSError):
+        import fcntl
+
+        fcntl.flock(number, fcntl.LOCK_EX)
+
+
+def _holder(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _lives(holder: Mapping[str, Any]) -> bool:
+    """Whether the process of a lock may still be there: on another host, nobody can tell."""
+    process = holder.get("process")
+    if not isinstance(process, int) or process <= 0:
+        return False  # written in part: no run begins before its lock is whole
+    if holder.get("host") != platform.node() or os.name != "posix":
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return _began(process) == holder.get("began")
+
+
+def _began(process: int | str) -> str | None:
+    """When a process began, in the system's ticks: numbers of processes are given out again. None where that is not told,
+    and for one that is dead and only waits to be buried."""
+    try:
+        text = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
+        state, *fields = text.rpartition(")")[2].split()
+        return None if state in "ZX" else fields[18]
+    except (OSError, IndexError, ValueError):
+        return None
 
 
 def sha256(path: Path) -> str:

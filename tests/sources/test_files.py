@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from vitrim import __version__
 from vitrim.errors import SourceError
 from vitrim.sources import files
 
@@ -137,7 +138,7 @@ def test_whole_numbers_are_refused_where_weights_are_expected() -> None:
 def test_a_folder_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     out = files.write(tmp_path / "new" / "out", STATE, {"a": (1, 2)}, metadata={"more": "text"})
     assert is_state(files.read(out / "model.safetensors"))
-    assert (out / "config.json").read_text() == '{\n  "a": [\n    1,\n    2\n  ]\n}\n'
+    assert (out / "config.json").read_text() == f'{{\n  "a": [\n    1,\n    2\n  ],\n  "vitrim": "{__version__}"\n}}\n'
     with pytest.raises(TypeError):
         files.write(tmp_path / "half", STATE, {"a": object()})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new"]

@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from vitrim import __version__
+from vitrim import __version__, processes
 from vitrim.cli import tables
 from vitrim.cli.options import Failed
 from vitrim.errors import VitrimError, did_you_mean
@@ -25,6 +25,9 @@ VERBS = (
     "doctor", "demo",
 )  # fmt: skip
 """In the order of the work; each is a function of a module of that name, which is imported when it is asked for."""
+
+SHARED = ("train", "recover")
+"""Verbs that several processes may run together."""
 
 
 class Verbs(click.Group):
@@ -43,6 +46,11 @@ class Verbs(click.Group):
         if not name.startswith("-") and self.get_command(ctx, name) is None and not ctx.resilient_parsing:
             hint = did_you_mean(name, VERBS) or "."
             ctx.fail(f"no such verb {name!r}; expected one of {', '.join(VERBS)}{hint}")
+        if name not in SHARED and processes.count() > 1:
+            ctx.fail(
+                f"{name} runs in one process, and torchrun started {processes.count()}; expected one of {', '.join(SHARED)}, "
+                "whose training shares its batches. Start it without torchrun."
+            )
         return super().resolve_command(ctx, args)
 
     def make_context(self, *args: Any, **extra: Any) -> click.Context:
@@ -81,7 +89,7 @@ def _said_on_stderr() -> Iterator[None]:
     logger, handler = logging.getLogger("vitrim"), _Said()
     level = logger.level
     logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.INFO if processes.is_first() else logging.ERROR)
     try:
         yield
     finally:

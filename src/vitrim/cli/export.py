@@ -8,6 +8,7 @@ import click
 
 from vitrim.cli import options
 from vitrim.errors import ConfigError
+from vitrim.files import refuse_locked
 
 
 @click.command()
@@ -32,6 +33,7 @@ def export(model: str, kind: str, out: Path, force: bool, weights: options.Weigh
 
     if out.exists() and not force:
         raise ConfigError(f"--out {str(out)!r} is there already. Pass --force to replace it, or choose another name.")
+    refuse_locked(out)
     options.check_place(out)
     place = write(weights.load(model), kind, out, force=force)
     output.tell({"format": kind, "out": str(place)}, f"wrote {place} for {kind}")

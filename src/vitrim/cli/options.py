@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
+from vitrim import processes
 from vitrim.cli import tables
 from vitrim.errors import ConfigError, MeasureError, VitrimError, did_you_mean
+from vitrim.files import names_in, refuse_locked
 from vitrim.foreign import MOST, number, one_line
 from vitrim.foreign import read_json as reading
 
@@ -127,7 +129,9 @@ class Output:
     quiet: bool
 
     def tell(self, value: Any, *lines: str) -> None:
-        """The result on stdout: the value as JSON, or the lines."""
+        """The result on stdout: the value as JSON, or the lines. Of several processes the first tells it."""
+        if not processes.is_first():
+            return
         if self.as_json:
             tables.show_json(value)
         else:
@@ -269,7 +273,7 @@ def use_threads(threads: int | None) -> None:
 
 def for_training(config: Path | None, flags: Mapping[str, Any], threads: int | None, **base: Any) -> dict[str, Any]:
     """A training's settings: of `base`, the file, and the flags, the later before the earlier. The device has to be there."""
-    values = {**base, **read_json(config), **given(flags)}
+    values = {"world_size": processes.count(), **base, **read_json(config), **given(flags)}
     if flags["epochs"] is not None and flags["steps"] is None:
         values.pop("steps", None)
     use_threads(threads)
@@ -294,11 +298,14 @@ def check_out(out: Path, *, force: bool, resume: bool = False) -> None:
     """Refuses an --out that cannot be used, before any work is done. Creates nothing."""
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {str(out)!r} is a file; expected a folder, new or empty. Choose another name.")
+    if not processes.is_first():
+        return  # the first process has perhaps begun to write there
+    refuse_locked(out)
     if resume and not out.is_dir():
         raise ConfigError(
             f"--resume found no run at {str(out)!r}; expected the folder of a run that was begun. To start one, leave --resume out."
         )
-    if out.is_dir() and any(out.iterdir()) and not (force or resume):
+    if names_in(out) and not (force or resume):
         raise ConfigError(
             f"--out {str(out)!r} is not empty. Pass --force to replace it, --resume to go on with it, or another folder."
         )

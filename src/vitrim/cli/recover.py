@@ -7,8 +7,10 @@ from typing import Any
 
 import click
 
+from vitrim import processes
 from vitrim.cli import options
 from vitrim.cli.progress import duration_text, progress_on_stderr
+from vitrim.files import locked
 
 
 @click.command()
@@ -48,6 +50,7 @@ def recover(
         )
     options.check_out(out, force=False, resume=resume)
     values = options.for_training(config, settings, threads)
+    from vitrim import artifact
     from vitrim.codec import plain
     from vitrim.config import read
     from vitrim.pipeline import RecoverConfig
@@ -56,12 +59,17 @@ def recover(
     how = read(RecoverConfig, values, where="recover")
     small = options.Weights().load(model)
     dense = None if teacher is None else options.Weights().load(teacher)
-    with progress_on_stderr(output.quiet) as progress:
-        result = train_again(small, teacher=dense, data=source, config=how, out=out, resume=resume, progress=progress)
-    scores: dict[str, Any] = next((line for line in reversed(result.history) if line["kind"] == "validate"), {})
-    last = {key: value for key, value in scores.items() if key not in ("kind", "step", "seconds")}
-    told = {"recovery": plain(how), "metrics": {**small.provenance.get("metrics", {}), "after": last}}
-    result.save(out, provenance=told, force=True)
+    with locked(out):
+        artifact.refuse_overwriting(out, force=True)
+        with progress_on_stderr(output.quiet) as progress:
+            result = train_again(
+                small, teacher=dense, data=source, config=how, out=out, resume=resume, progress=progress
+            )
+        scores: dict[str, Any] = next((line for line in reversed(result.history) if line["kind"] == "validate"), {})
+        last = {key: value for key, value in scores.items() if key not in ("kind", "step", "seconds")}
+        told = {"recovery": plain(how), "metrics": {**small.provenance.get("metrics", {}), "after": last}}
+        if processes.is_first():
+            result.save(out, provenance=told, force=True)
     spent = result.report["recovery"]
     output.tell(
         {"out": str(out), "validation": last, **spent},

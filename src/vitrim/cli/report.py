@@ -8,6 +8,7 @@ import click
 
 from vitrim.cli import options
 from vitrim.errors import ConfigError
+from vitrim.files import refuse_foreign
 
 
 @click.command()
@@ -22,7 +23,9 @@ def report(folder: Path, out: Path | None, output: options.Output) -> None:
     place = out or folder / "report.html"
     if place.is_dir():
         raise ConfigError(f"--out {str(place)!r} is a folder; expected a file, such as report.html.")
-    from vitrim.reporting import write
+    from vitrim.reporting import is_page, write
 
+    if out is not None:
+        refuse_foreign(out, ours=is_page(out))
     written = write(folder, place)
     output.tell({"report": str(written)}, f"wrote {written}; open it in a browser")

@@ -1,7 +1,7 @@
 """`run_family`: one dense model, several budgets, one folder for each, and a page that compares them.
 
 OUT/keep_macs-0.7/, OUT/keep_macs-0.5/, ...   an ordinary run each, an artifact with its own report
-OUT/family.json                               the members' figures, for programs; written last
+OUT/family.json                               the members' figures, for programs
 OUT/report.html                               accuracy against operations and against measured time
 """
 
@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vitrim import methods, reporting
+from vitrim import checkpoints, methods, reporting
 from vitrim.budget import Budget
 from vitrim.checkpoints import replace_text
 from vitrim.errors import ConfigError
+from vitrim.files import is_marked, locked, names_in, refuse_foreign
 from vitrim.methods.method import MethodConfig
 from vitrim.model import Vit
 from vitrim.pipeline.folder import check_place, written_or_said
@@ -58,6 +59,37 @@ def run_family(
         raise ConfigError(f"budgets={tuple(b.to_dict() for b in budgets)!r}; expected two or more different ones.")
     folder = Path(out)
     check_place(folder, resume=resume, force=force)
+    with locked(folder):
+        check_place(folder, resume=resume, force=force)
+        return _run_family(
+            model,
+            method_config,
+            budgets,
+            data=data,
+            folder=folder,
+            resume=resume,
+            force=force,
+            progress=progress,
+            **settings,
+        )
+
+
+def _run_family(
+    model: str | Path | Vit,
+    method_config: MethodConfig,
+    budgets: Sequence[Budget],
+    *,
+    data: Any,
+    folder: Path,
+    resume: bool,
+    force: bool,
+    progress: Progress | None,
+    **settings: Any,
+) -> FamilyResult:
+    scoring = folder / "scoring"
+    made = [name for name in (reporting.family.SUMMARY, "report.html") if (folder / name).exists()]
+    refuse_foreign(folder, ours=is_marked(folder / reporting.family.SUMMARY), taken=made)
+    refuse_foreign(scoring, ours=checkpoints.are_in(scoring), taken=names_in(scoring))
     dense = load(model) if isinstance(model, str | Path) else model
     reference = reference_of(dense, settings.get("relative_to", "given"))
     asked = [budget.absolute(reference) for budget in budgets]
@@ -69,7 +101,6 @@ def run_family(
         methods.plan(method, spec, replace(method_config, budget=limit))
     # with an init each member has a start of its own
     together = methods.METHODS[method].family is not None and settings.get("init") is None
-    scoring = folder / "scoring"
     compressor = _for_all(tuple(asked), scoring) if together else methods.compress
     if not resume:
         shutil.rmtree(scoring, ignore_errors=True)  # of a killed run that this one replaces
@@ -90,8 +121,8 @@ def run_family(
     summary = reporting.family.summary({m.folder.name: m.summary for m in members}, name=folder.resolve().name)
     with written_or_said(folder):
         shutil.rmtree(scoring, ignore_errors=True)
-        reporting.write_page(reporting.family.render(summary), folder / "report.html")
         replace_text(folder / reporting.family.SUMMARY, reporting.as_text(summary))
+        reporting.write_page(reporting.family.render(summary), folder / "report.html")
     return FamilyResult(folder=folder, report=folder / "report.html", members=tuple(members), summary=summary)
 
 

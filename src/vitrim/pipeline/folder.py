@@ -14,6 +14,7 @@ from vitrim import reporting
 from vitrim.checkpoints import replace_text
 from vitrim.codec import flat
 from vitrim.errors import ArtifactError, ConfigError
+from vitrim.files import is_marked, names_in, refuse_foreign, refuse_locked
 
 STAGES = ("plan", "compress", "recover", "evaluate", "measure", "save", "report")
 LEFT_BY = {
@@ -40,10 +41,9 @@ class Folder:
             raise ConfigError(
                 f"nothing to resume in {str(out)!r}; expected the folder of a run. To start one, leave resume out."
             )
-        if filled and force and not begun and not (out / "provenance.json").is_file():
-            raise ConfigError(
-                f"{str(out)!r} holds something that vitrim did not write; it is not replaced. Choose another folder."
-            )
+        if filled and force:
+            ours = is_marked(self.stages / "config.json") or is_marked(out / "provenance.json")
+            refuse_foreign(out, ours=ours, taken=names_in(out))
 
     def begin(self, config: Mapping[str, Any]) -> None:
         """Make the folder and keep the resolved config; or, when resuming, compare with what is kept there."""
@@ -99,7 +99,8 @@ def check_place(out: Path, *, resume: bool, force: bool) -> bool:
         raise ConfigError("resume and force contradict each other; pass one: go on with what is there, or start anew.")
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{str(out)!r} is a file; expected a folder, new or empty. Choose another name.")
-    filled = out.is_dir() and any(out.iterdir())
+    refuse_locked(out)
+    filled = bool(names_in(out))
     if filled and not (resume or force):
         raise ConfigError(
             f"{str(out)!r} is not empty. Pass resume (--resume) to go on with it, force (--force) to replace it, or choose another folder."

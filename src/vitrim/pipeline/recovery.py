@@ -14,6 +14,7 @@ from vitrim import data as opened
 from vitrim import surgery
 from vitrim.data import Images
 from vitrim.errors import ConfigError, DataError
+from vitrim.files import locked
 from vitrim.freezing import frozen
 from vitrim.model import Vit
 from vitrim.pipeline.configs import RecoverConfig
@@ -46,9 +47,10 @@ def recover(
     images, held = (opened.open(data, split=split, labelled=labelled) for split in ("train", "validation"))
     model = small.model if isinstance(small, Compressed) else small
     place = None if out is None else Path(out)
-    fitted, objective = train_again(
-        model, teacher, images, config, held=held, out=place, resume=resume, progress=progress
-    )
+    with locked(place):
+        fitted, objective = train_again(
+            model, teacher, images, config, held=held, out=place, resume=resume, progress=progress
+        )
     made = small if isinstance(small, Compressed) else Compressed(model=model, method="recover", variant=objective)
     spent = {"objective": objective, "steps": fitted.steps, "seconds": round(fitted.seconds, 1)}
     return dataclasses.replace(

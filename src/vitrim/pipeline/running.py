@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from vitrim import artifact, reporting
+from vitrim import artifact, processes, reporting
 from vitrim.checkpoints import replace_text
 from vitrim.errors import ConfigError
+from vitrim.files import locked
 from vitrim.methods import compress as compress_by
 from vitrim.methods.method import MethodConfig
 from vitrim.model import Vit
 from vitrim.pipeline.configs import EvaluateConfig, MeasureConfig, RecoverConfig
-from vitrim.pipeline.folder import Folder, written_or_said
+from vitrim.pipeline.folder import Folder, check_place, written_or_said
 from vitrim.pipeline.job import Asked, Job, name_of
 from vitrim.pipeline.stages import STAGES, final
 from vitrim.pipeline.summary import summary
@@ -74,28 +74,31 @@ def run(
     """
     if relative_to not in ("given", "original"):
         raise ConfigError(f"relative_to={relative_to!r}; expected 'given' or 'original'.")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if processes.count() > 1:
         raise ConfigError(
             "run: the whole job runs in one process, and torchrun started several. Start it without torchrun, or call "
             "vitrim.compress and vitrim.recover, whose training shares its batches over the processes."
         )
-    folder = Folder(Path(out), resume=resume, force=force)
-    asked = Asked(
-        name=name_of(model),
-        dense=load(model) if isinstance(model, str | Path) else model,
-        config=method_config,
-        data=data,
-        recovery=recover,
-        target=measure,
-        judging=evaluate,
-        relative_to=relative_to,
-        tail=exact_tail,
-        init=init,
-        compressor=compressor,
-    )
-    job = Job(asked, folder, progress)
-    with written_or_said(folder.out):
-        return _through_all_stages(job)
+    place = Path(out)
+    check_place(place, resume=resume, force=force)
+    with locked(place):
+        folder = Folder(place, resume=resume, force=force)
+        asked = Asked(
+            name=name_of(model),
+            dense=load(model) if isinstance(model, str | Path) else model,
+            config=method_config,
+            data=data,
+            recovery=recover,
+            target=measure,
+            judging=evaluate,
+            relative_to=relative_to,
+            tail=exact_tail,
+            init=init,
+            compressor=compressor,
+        )
+        job = Job(asked, folder, progress)
+        with written_or_said(folder.out):
+            return _through_all_stages(job)
 
 
 def _through_all_stages(job: Job) -> RunResult:

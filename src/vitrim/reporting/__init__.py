@@ -42,6 +42,8 @@ from vitrim.reporting import family
 from vitrim.reporting.page import render
 
 SUMMARY = "summary.json"
+GENERATOR = b'<meta name="generator" content="vitrim">'
+"""In the head of every page."""
 SAMPLES = "stages/samples.json"
 
 
@@ -87,6 +89,14 @@ def write(source: Mapping[str, Any] | str | Path, out: str | Path) -> Path:
     return write_page(render(source if isinstance(source, Mapping) else read(Path(source))), Path(out))
 
 
+def is_page(place: Path) -> bool:
+    """Whether a file is a page that vitrim wrote."""
+    if not place.is_file():
+        return False
+    with open(place, "rb") as file:
+        return GENERATOR in file.read(2048)
+
+
 def write_page(page: str, place: Path) -> Path:
     """A page as a file, in one step: a reader never finds half of it."""
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -99,4 +109,4 @@ def write_page(page: str, place: Path) -> Path:
     return place
 
 
-__all__ = ["SUMMARY", "as_text", "family", "read", "read_object", "read_samples", "write", "write_page"]
+__all__ = ["SUMMARY", "as_text", "family", "is_page", "read", "read_object", "read_samples", "write", "write_page"]

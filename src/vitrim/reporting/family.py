@@ -3,6 +3,7 @@
 A family's summary is a dictionary of plain JSON values:
 
     schema   1
+    vitrim   the version that wrote it
     name     of the folder
     model, method, data   as in a run's result, the same for all members
     quality  which metric stands for quality: top1, agreement or cosine; None if none was measured
@@ -15,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from vitrim import __version__
 from vitrim.foreign import command
 from vitrim.reporting.figures import Result, lookup
 from vitrim.reporting.page import fill, final_state, method_name, quality
@@ -52,6 +54,7 @@ def summary(members: Mapping[str, Result], *, name: str) -> dict[str, Any]:
         )
     return {
         "schema": 1,
+        "vitrim": __version__,
         "name": name,
         "model": first["model"],
         "method": first["method"],

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ArtifactError, SourceError, did_you_mean
+from ..files import is_marked, locked, names_in, refuse_foreign, replace_within
 
 if TYPE_CHECKING:
     from torch import nn
@@ -36,6 +37,8 @@ FOREIGN = {
 """Module of this package by the family that a name begins with."""
 FORMATS = {"timm": "timm", "hf": "huggingface", "torchvision": "torchvision", "t2t": "t2t"}
 """Module of this package that writes a family's own checkpoint."""
+EXPORTED = r"config\.json|preprocessor_config\.json|model.*\.safetensors(\.index\.json)?"
+"""The files of an export that is a folder."""
 FAMILIES = (*FOREIGN, "builtin", "hub")
 EXPECTED = (
     "expected timm:NAME, hf:NAME_OR_FOLDER, torchvision:NAME, t2t:NAME, hf-hub:USER/NAME, builtin:NAME, hub:USER/NAME or a "
@@ -112,7 +115,8 @@ def write(model: Vit, format: str, out: str | Path, *, force: bool = False) -> P
     """The model as another family's own checkpoint at `out`; gives the place. Written whole or not at all.
 
     format: `timm` (a folder for `local-dir:`), `hf` (a folder for `from_pretrained`), `torchvision` or `t2t` (a state dict
-    that loads strictly).  force: replace what is there.
+    that loads strictly).  force: replace an export that is there.
+    Of what is there `force` replaces an export of ours, file by file, and nothing else: ConfigError otherwise.
     Blocks of which nothing is left are left out, which changes no output.
     Raises SourceError naming the block (counted without those) that the family cannot say.
     """
@@ -123,12 +127,28 @@ def write(model: Vit, format: str, out: str | Path, *, force: bool = False) -> P
     place = Path(out)
     if os.path.lexists(place) and not force:
         raise SourceError(f"{place.name!r} is there already; pass force (--force) to replace it, or another place.")
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=place.parent, prefix=".", suffix=".partial") as staging:
-        made = Path(_source(FORMATS[format]).write(without_empty(model), Path(staging) / place.name))
-        if place.is_dir() and not place.is_symlink():
-            os.rename(place, Path(staging) / "replaced")
-        os.replace(made, place)
+    family, small = _source(FORMATS[format]), without_empty(model)
+    if format == "t2t":
+        if place.is_dir():
+            raise SourceError(f"{place.name!r} is a folder; expected a file, such as model.pth. Give another name.")
+        refuse_foreign(place, ours=place.is_file() and family.is_ours(place))
+        place.parent.mkdir(parents=True, exist_ok=True)
+        return Path(family.write(small, place))
+    if os.path.lexists(place) and not place.is_dir():
+        raise SourceError(f"{place.name!r} is a file; expected a folder. Give another name.")
+    with locked(place), tempfile.TemporaryDirectory(dir=place, prefix=".", suffix=".partial") as staging:
+        found = [name for name in names_in(place) if name != Path(staging).name]
+        refuse_foreign(place, ours=is_marked(place / "config.json"), taken=found)
+        made = Path(family.write(small, Path(staging) / "made"))
+        new = {path.name for path in made.iterdir()}
+        old = {name for name in found if re.fullmatch(EXPORTED, name)}
+        names = sorted(new | old, key=lambda name: name != "config.json")  # without it nobody takes the rest for whole
+
+        def fill(inner: Path) -> None:
+            for name in new:
+                os.rename(made / name, inner / name)
+
+        replace_within(place, fill, names=names)
     return place
 
 

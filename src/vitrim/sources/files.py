@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .. import __version__
 from ..errors import SourceError
 from ..files import make_whole, sync_file, write_json
 
@@ -29,6 +30,8 @@ PREFIXES = ("module.", "_orig_mod.")
 SHOWN = 10
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 """Files of a folder that `write` makes, as timm, transformers and the Hub name them."""
+MARK = {"vitrim": __version__}
+"""What an export says in its config, or in the header of its one file: `force` replaces nothing else."""
 NETWORK = ("huggingface_hub", "httpx", "httpcore", "requests", "urllib3")
 """Packages whose errors mean that a download failed or broke off."""
 SPLIT = tuple(
@@ -177,7 +180,7 @@ def write(
     def put(staging: Path) -> None:
         save_file(dict(state), staging / WEIGHTS, metadata={"format": "pt", **(metadata or {})})
         sync_file(staging / WEIGHTS)
-        write_json(staging / CONFIG, config)
+        write_json(staging / CONFIG, {**config, **MARK})
 
     return write_folder(out, put)
 

@@ -13,6 +13,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -27,6 +28,7 @@ from timm.data.mixup import Mixup
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from vitrim import processes
 from vitrim.codec import flat, plain
 from vitrim.data import Images, batches
 from vitrim.data.draws import mix, seeded
@@ -41,6 +43,7 @@ from vitrim.training.state import State, identity, left_as_found
 LEAST_BETWEEN = 50
 """Steps between two validations of a run whose epochs are shorter."""
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_GONE = re.compile(r"gloo|connection (closed|reset|refused)|broken pipe", re.IGNORECASE)  # torch has no type for it
 _MICRO_BATCH = 0x6D62  # keeps these draws apart from the data's with the same seed
 
 
@@ -85,8 +88,9 @@ def fit(
     with left_as_found(model):
         run = _Run(model, objective, images, config, Path(out) if out is not None else None, label_map, progress)
         try:
-            run.start(resume=resume)
-            run.loop(validate)
+            with _together(config):
+                run.start(resume=resume)
+                run.loop(validate)
             return run.result()
         finally:
             run.close()
@@ -408,11 +412,22 @@ def schedule(index: int, total: int, warmup: float) -> float:
 
 def ready(config: TrainConfig, images: Images) -> None:
     """Raise what can be said before a run begins: TrainingError where this machine cannot do it, DataError for too few images."""
-    found = int(os.environ.get("WORLD_SIZE", "1"))
+    found = processes.count()
     if found != config.world_size:
         raise TrainingError(
             f"world_size={config.world_size} was asked for, and {found} process(es) run. Start with "
             f"`torchrun --standalone --nproc-per-node {config.world_size} ...` (accelerate launch --cpu starts one, silently)."
+        )
+    if found > 1 and (missing := processes.not_told()):
+        raise TrainingError(
+            f"the environment says WORLD_SIZE={found} and not {missing[0]}, so that the processes cannot find each other. "
+            f"Start with `torchrun --standalone --nproc-per-node {found} ...`, which sets both, or unset WORLD_SIZE."
+        )
+    gpus, here = torch.cuda.device_count(), processes.count_here()
+    if found > 1 and config.device in ("auto", "cuda") and 0 < gpus < here:
+        raise TrainingError(
+            f"{here} processes on this machine, which has {gpus} GPU(s); expected one each. "
+            f"Start with --nproc-per-node {gpus}, or train with device='cpu'."
         )
     if config.device not in ("auto", "cpu") and not getattr(torch, config.device).is_available():
         raise TrainingError(f"device={config.device!r}: torch finds none here. Use device='cpu' or 'auto'.")
@@ -428,9 +443,11 @@ def ready(config: TrainConfig, images: Images) -> None:
 def _accelerator(config: TrainConfig, out: Path | None) -> accelerate.Accelerator:
     if config.tracker is not None and out is None:
         raise TrainingError(f"tracker={config.tracker!r} needs a folder for its files; pass out= (--out).")
+    plain_cpu = not (torch.cuda.is_available() or (torch.backends.mps.is_available() and processes.count() == 1))
     try:
-        return accelerate.Accelerator(
-            cpu=config.device == "cpu",
+        found = accelerate.Accelerator(
+            # said, since Accelerate counts the processes on a CPU only where it is told to compute there
+            cpu=config.device == "cpu" or (config.device == "auto" and plain_cpu),
             mixed_precision=config.amp,
             log_with=config.tracker,
             project_dir=out,
@@ -438,6 +455,26 @@ def _accelerator(config: TrainConfig, out: Path | None) -> accelerate.Accelerato
         )
     except ValueError as error:
         raise TrainingError(f"accelerate refused the settings: {' '.join(str(error).split())}") from error
+    if found.num_processes != config.world_size:
+        raise TrainingError(
+            f"world_size={config.world_size} was asked for, and Accelerate counts {found.num_processes} process(es) on "
+            f"device={config.device!r}: each would train a model of its own. Train with device='cpu' or on GPUs."
+        )
+    return found
+
+
+@contextmanager
+def _together(config: TrainConfig) -> Iterator[None]:
+    """Where one of several processes is gone, the others cannot go on, and say so."""
+    try:
+        yield
+    except RuntimeError as error:
+        if config.world_size == 1 or not (isinstance(error, torch.distributed.DistError) or _GONE.search(str(error))):
+            raise
+        raise TrainingError(
+            f"another of the {config.world_size} processes ended, and this one cannot go on alone. See what that one said, "
+            "and start all of them again with resume=True (--resume): the newest checkpoint is whole."
+        ) from error
 
 
 def mapped(labels: Tensor, label_map: Tensor | None, classes: int | None) -> Tensor:

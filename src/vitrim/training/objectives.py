@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vitrim import artifact
+from vitrim import artifact, processes
 from vitrim import data as data_module
 from vitrim.codec import plain
 from vitrim.data import Images
 from vitrim.data.draws import seeded
 from vitrim.errors import ConfigError, DataError, TrainingError
+from vitrim.files import locked, names_in
 from vitrim.model import Vit, build
 from vitrim.progress import Progress
 from vitrim.spec import Config, ModelSpec, Output, Preprocess
@@ -277,7 +278,26 @@ def train(
     loss, metric: in place of cross entropy (binary where an image has several labels) and of top-1.
     Raises DataError on classes that do not match, and what `fit` raises.
     """
-    config = config or TrainConfig()
+    place = None if out is None else Path(out)
+    with locked(place):
+        _refuse_foreign_folder(place, resume=resume)
+        return _train(
+            source, data, config or TrainConfig(), place, resume, new_head, loss, metric, provenance or {}, progress
+        )
+
+
+def _train(
+    source: ModelSpec | Config | Vit,
+    data: Any,
+    config: TrainConfig,
+    out: Path | None,
+    resume: bool,
+    new_head: bool,
+    loss: Loss | None,
+    metric: Metric | None,
+    provenance: Mapping[str, Any],
+    progress: Progress | None,
+) -> FitResult:
     images, held = (data_module.open(data, split=split, labelled=True) for split in ("train", "validation"))
     with seeded(_INITIAL, config.seed):  # the same start on every process, and after every restart
         model = _starting_model(source, images.classes, _classes(images), new_head=new_head)
@@ -286,7 +306,6 @@ def train(
         mapping = data_module.match_labels(model.config.labels, images.classes)
     multi_label = images.labels is not None and images.labels.dim() > 1
     objective = Supervised(smoothing=config.smoothing, multi_label=multi_label, loss=loss)
-    _refuse_foreign_folder(out, resume=resume)
     result = fit(
         model,
         objective,
@@ -298,7 +317,7 @@ def train(
         validate=_scorer(held, objective, config, mapping, metric),
         progress=progress,
     )
-    if out is not None and int(os.environ.get("RANK", "0")) == 0:
+    if out is not None and processes.is_first():
         scores: dict[str, Any] = next((r for r in reversed(result.history) if r["kind"] == "validate"), {})
         known = {
             "method": "train",
@@ -308,7 +327,7 @@ def train(
             "metrics": {"validation": {k: v for k, v in scores.items() if k not in ("kind", "step", "seconds")}},
             "steps": result.steps,
             "seconds": round(result.seconds, 1),
-            **(provenance or {}),
+            **provenance,
         }
         artifact.save(result.model, out, provenance=known, force=True)
     return result
@@ -365,22 +384,24 @@ def _config_with_head(config: Config, classes: int, labels: tuple[str, ...] | No
     return dataclasses.replace(config, spec=spec, labels=labels, task="classification")
 
 
-def _refuse_foreign_folder(out: str | os.PathLike[str] | None, *, resume: bool) -> None:
-    if out is None or not Path(out).exists():
+def _refuse_foreign_folder(out: Path | None, *, resume: bool) -> None:
+    """The first process alone: it writes there, and has perhaps begun to when another one looks."""
+    if out is None or not out.exists() or not processes.is_first():
         return
-    if not Path(out).is_dir():
-        raise TrainingError(f"{Path(out).name}: is a file; expected a folder to write. Give another name.")
-    names = sorted(path.name for path in Path(out).iterdir())
+    if not out.is_dir():
+        raise TrainingError(f"{out.name}: is a file; expected a folder to write. Give another name.")
+    names = names_in(out)
     if names and not resume:
         raise TrainingError(
-            f"{Path(out).name}/ exists and holds {names[0]!r}; nothing is overwritten unasked. "
+            f"{out.name}/ exists and holds {names[0]!r}; nothing is overwritten unasked. "
             "Pass resume=True (--resume) to go on with a run there, or choose another folder."
         )
     if names and "metrics.jsonl" not in names:
         raise TrainingError(
-            f"{Path(out).name}/ holds {names[0]!r} and no metrics.jsonl, so there is no training to resume; "
+            f"{out.name}/ holds {names[0]!r} and no metrics.jsonl, so there is no training to resume; "
             "choose another folder."
         )
+    artifact.refuse_overwriting(out, force=True)  # said now, and not when the training is over
 
 
 def _scorer(

@@ -24,7 +24,7 @@ from ...files import sync_file, write_json
 from ...model import Vit
 from ...spec import MlpSpec, ModelSpec
 from ..expressible import ENCODER, KINDS, ON_POOL, Family, any_half, halves, refusal, unsayable
-from ..files import write_folder
+from ..files import MARK, write_folder
 from ..places import QKV, given, numbers_of
 from .processor import processor_of
 from .read import DESIGNS, class_named, parts_of, places_of, spec_of
@@ -60,6 +60,7 @@ def write(model: Vit, out: Path) -> Path:
     if labels is not None:
         module.config.id2label = dict(enumerate(labels))
         module.config.label2id = {label: i for i, label in enumerate(labels)}
+    module.config.update(MARK)
     processor = None if model.config.preprocess is None else processor_of(model.config.preprocess)
 
     def put(staging: Path) -> None:

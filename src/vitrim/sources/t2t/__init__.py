@@ -2,6 +2,6 @@
 
 from .load import from_module, load
 from .read import spec_of, weights_of
-from .write import to_state, write
+from .write import is_ours, to_state, write
 
-__all__ = ["from_module", "load", "spec_of", "to_state", "weights_of", "write"]
+__all__ = ["from_module", "is_ours", "load", "spec_of", "to_state", "weights_of", "write"]

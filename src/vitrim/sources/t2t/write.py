@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ...architectures.t2t import EPS
-from ...files import replace_file
+from ...files import replace_file, sync_file
 from ...model import Vit
 from ...spec import ConvStem, Prefix, T2TPerformer, T2TTransformer
 from ...surgery import with_spec, without_empty
 from ..expressible import Family, refusal, require
+from ..files import MARK
 from ..places import given, numbers_of
 from .read import places_of, shapes_of
 
@@ -29,6 +32,9 @@ FAMILY = Family(
     layer_scale=False,
     eps=EPS,
 )
+
+_COMMENT = b"written by vitrim"
+"""The mark of a file of `torch.save`, which nobody who loads it sees."""
 
 
 def to_state(model: Vit) -> dict[str, Tensor]:
@@ -57,6 +63,27 @@ def write(model: Vit, out: Path) -> Path:
     Written whole or not at all. Raises SourceError as `to_state` does.
     """
     state = to_state(model)
-    save = save_file if out.suffix == ".safetensors" else torch.save
-    replace_file(out, lambda partial: save(state, partial))
+
+    def fill(partial: Path) -> None:
+        if out.suffix == ".safetensors":
+            save_file(state, partial, metadata=MARK)
+        else:
+            torch.save(state, partial)
+            with zipfile.ZipFile(partial, "a") as archive:
+                archive.comment = _COMMENT
+        sync_file(partial)
+
+    replace_file(out, fill)
     return out
+
+
+def is_ours(path: Path) -> bool:
+    """Whether `write` made this file, by the mark in its header or in its archive's comment."""
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                return MARK.keys() <= (file.metadata() or {}).keys()
+        with zipfile.ZipFile(path) as archive:
+            return archive.comment == _COMMENT
+    except (OSError, SafetensorError, zipfile.BadZipFile):
+        return False
