@@ -1,6 +1,7 @@
 """`vitrim cost`: fast without torch, and the same numbers in the table and the JSON."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -35,3 +36,11 @@ def test_cost_prints_a_row_for_each_block_and_the_share_of_another_model() -> No
     assert done.exit_code == 0
     assert sum(line.split()[:2] == [str(i), "197"] for i in range(12) for line in done.stdout.splitlines()) == 12
     assert "27.3 % of its MACs" in done.stdout
+
+
+def test_a_built_in_model_is_a_name_and_no_path(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    for name in (str(tmp_path), ".", "../models/cifar10-vit-micro", ""):
+        done = run("cost", f"builtin:{name}")
+        assert done.exit_code == 1
+        assert "no built-in model" in done.stderr

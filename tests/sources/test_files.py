@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import pathlib
+import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,31 +39,12 @@ def test_safetensors_and_pickled_files_give_the_same_tensors(tmp_path: Path) -> 
     assert is_state(read(tmp_path / "x.pth", STATE))
 
 
-@pytest.mark.parametrize("key", files.WRAPPED)
+@pytest.mark.parametrize(
+    "key", ["state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "net", "any_name"]
+)
 def test_training_checkpoints_are_unwrapped(tmp_path: Path, key: str) -> None:
     arguments = argparse.Namespace(lr=0.1, name="deit")
     assert is_state(read(tmp_path / "x.pth", {key: STATE, "epoch": 3, "args": arguments}))
-
-
-def test_averaged_weights_come_before_raw_ones(tmp_path: Path) -> None:
-    raw = {key: torch.zeros_like(value) for key, value in STATE.items()}
-    assert is_state(read(tmp_path / "x.pth", {"model": raw, "model_ema": STATE}))
-    assert is_state(read(tmp_path / "y.pth", {"state_dict": raw, "state_dict_ema": STATE}))
-
-
-def test_the_prefixes_of_wrappers_are_stripped(tmp_path: Path) -> None:
-    assert is_state(read(tmp_path / "x.pth", {f"module._orig_mod.{key}": value for key, value in STATE.items()}))
-
-
-def test_weights_that_stand_there_twice_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match=r"holds weights twice.*: module\.b\."):
-        read(tmp_path / "x.pth", {**STATE, "module.b": STATE["b"]})
-
-
-def test_the_counter_of_torchs_averaged_model_is_no_weight(tmp_path: Path) -> None:
-    averaged = {"n_averaged": torch.tensor(7), **{f"module.{key}": value for key, value in STATE.items()}}
-    assert is_state(read(tmp_path / "x.pth", {"model": {}, "model_ema": averaged}))
-    assert "n_averaged" in read(tmp_path / "y.pth", {**STATE, "n_averaged": torch.tensor(7)})
 
 
 class Mine:
@@ -105,19 +89,6 @@ def reconciled(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return files.reconciled(state, EXPECTED, file="x.pth")
 
 
-def test_a_prefix_goes_only_where_all_names_share_it_and_the_familys_come_out() -> None:
-    full = {key: torch.ones_like(value) for key, value in EXPECTED.items()}
-    for prefix in ("", "model.", "net.vit."):
-        assert set(reconciled({f"{prefix}{key}": value for key, value in full.items()})) == set(EXPECTED)
-    for foreign in (
-        {"model.a": STATE["b"]},
-        {**{f"model.{key}": v for key, v in full.items()}, "loss.weight": STATE["b"]},
-    ):
-        assert set(reconciled(foreign)) == set(foreign)
-    inner = {key: value for key, value in full.items() if key.startswith("blocks.")}
-    assert set(reconciled(inner)) == set(inner)  # names that are the family's already keep what they share
-
-
 def test_split_parts_are_joined_in_order_only_where_all_three_are_there() -> None:
     parts = {f"blocks.0.attn.{part}.weight": torch.full((2, 2), float(i)) for i, part in enumerate("qkv")}
     joined = reconciled(parts)
@@ -146,7 +117,7 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [([1, 2], "holds a list"), ({}, "holds nothing"), ({"a": STATE["b"], "lr": 0.1}, r"more than tensors \(lr\)")],
+    [([1, 2], "holds a list"), ({}, "holds nothing"), ({"lr": 0.1}, "holds no tensors")],
 )
 def test_files_without_weights_are_refused(tmp_path: Path, content: Any, words: str) -> None:
     with pytest.raises(SourceError, match=words):
@@ -172,3 +143,133 @@ def test_text_and_missing_files_and_folders_give_one_sentence(tmp_path: Path) ->
         files.read(tmp_path / "none.pth")
     with pytest.raises(SourceError, match="is a folder"):
         files.read(tmp_path)
+
+
+def archive(path: Path, *names: str) -> None:
+    with zipfile.ZipFile(path, "w") as made:
+        for name in names:
+            made.writestr(name, b"x")
+
+
+def scripted(path: Path) -> None:
+    archive(path, "m/code/__torch__.py", "m/data.pkl", "m/constants.pkl", "m/version")
+
+
+def written(content: bytes) -> Callable[[Path], Any]:
+    return lambda path: path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "words"),
+    [
+        ("x.pt", scripted, r"a TorchScript archive .*whose code is not run.*save the weights alone"),
+        ("x.npz", lambda path: numpy.savez(path, a=numpy.ones(2)), r"an archive of NumPy arrays"),
+        ("x.pt2", lambda path: archive(path, "m/archive_format", "m/models/model.json"), r"torch\.export"),
+        ("x.keras", lambda path: archive(path, "config.json", "model.weights.h5"), "Keras"),
+        ("x.h5", written(b"\x89HDF\r\n\x1a\n" + bytes(20)), "HDF5"),
+        ("x.bin", written(b"GGUF" + bytes(20)), "GGUF"),
+        (
+            "x.safetensors",
+            written(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
+            "Git LFS.*git lfs pull",
+        ),
+        ("x.pth", written(b"<!DOCTYPE html><html></html>"), "a web page.*Download it again"),
+        ("x.pth", written(b'\n{"a": 1}'), "JSON, not weights"),
+        ("x.onnx", written(b"\x08\x07\x12"), "ONNX"),
+        ("x.msgpack", written(b"\x81\xa6params"), "Flax"),
+    ],
+)
+def test_files_of_other_kinds_are_named_with_what_to_do(
+    tmp_path: Path, name: str, make: Callable[[Path], Any], words: str
+) -> None:
+    make(tmp_path / name)
+    with pytest.raises(SourceError, match=words) as caught:
+        files.read(tmp_path / name)
+    said = str(caught.value)
+    assert said.startswith(f"{name} is ")
+    assert "\n" not in said
+    assert "weights_only" not in said
+
+
+def test_an_archive_of_torchscript_is_known_by_what_torch_writes(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch deprecates it
+        torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2)), tmp_path / "x.pth")  # type: ignore[no-untyped-call]
+    with pytest.raises(SourceError, match="a TorchScript archive"):
+        files.read(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize(
+    ("inside", "words"),
+    [
+        ("adapter_config.json", r"a folder of PEFT adapters.*merge_and_unload"),
+        ("__0_0.distcp", r"torch\.distributed\.checkpoint.*dcp_to_torch"),
+        ("zero_to_fp32.py", r"of DeepSpeed.*zero_to_fp32\.py"),
+        ("model.safetensors", r"expected a .* file in it; there is model\.safetensors"),
+    ],
+)
+def test_folders_are_named_by_what_is_in_them(tmp_path: Path, inside: str, words: str) -> None:
+    (tmp_path / inside).write_bytes(b"x")
+    with pytest.raises(SourceError, match=words):
+        files.read(tmp_path)
+
+
+def test_an_index_gives_the_tensors_of_its_files(tmp_path: Path) -> None:
+    save_file({"a.weight": STATE["a.weight"]}, tmp_path / "model-1.safetensors")
+    save_file({"b": STATE["b"]}, tmp_path / "model-2.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a.weight": "model-1.safetensors", "b": "model-2.safetensors"}}))
+    assert is_state(files.read(index))
+    for broken in ("{", "[]", '{"weight_map": {"a": "../x.safetensors"}}', '{"weight_map": {"a": 1}}'):
+        index.write_text(broken)
+        with pytest.raises(SourceError, match="no index of weights"):
+            files.read(index)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("layers.0.ffn.layers.0.0.weight", "names of MMPretrain"),
+        ("vit.embeddings.patch_embeddings.projection.weight", r"Hugging Face's transformers: hf:FOLDER"),
+        ("conv_proj.weight", "names of torchvision"),
+        ("blocks.0.attention.qkv", "names of vitrim"),
+        ("layers.0.blocks.0.attn.relative_position_bias_table", "windows or relative positions"),
+        ("blocks.0.attn.qkv.parametrizations.weight.original0", "remove_parametrizations"),
+        ("blocks.0.attn.qkv.weight_orig", r"prune\.remove"),
+    ],
+)
+def test_names_of_another_library_are_named_with_what_to_do(tmp_path: Path, name: str, words: str) -> None:
+    with pytest.raises(SourceError, match=rf"x\.pth does not fit 'it'.*{words}"):
+        files.check(Path("x.pth"), {name: STATE["b"]}, {"a": (2,)}, "'it'")
+    assert not files.advice(["a.weight", "blocks.0.attn.qkv.weight"])
+
+
+def test_empty_tensors_of_a_sharded_run_are_explained() -> None:
+    with pytest.raises(SourceError, match=r"ZeRO-3.*zero_to_fp32\.py"):
+        files.check(Path("x.pth"), {"a": torch.empty(0)}, {"a": (2,)}, "'it'")
+
+
+@pytest.mark.parametrize(
+    ("head", "keys"),
+    [
+        ("heads.head", ["heads.weight", "heads.bias"]),
+        ("heads.head", ["heads.0.weight", "heads.0.bias"]),
+        ("heads.head", ["heads.head.1.weight", "heads.head.1.bias"]),
+        ("head", ["head.1.weight"]),
+        ("head", ["head.weight", "head.bias"]),
+    ],
+)
+def test_a_replaced_classifier_of_one_linear_is_found(head: str, keys: list[str]) -> None:
+    shapes = {"weight": (3, 2), "bias": (3,)}
+    state = {key: torch.ones(shapes[key.rpartition(".")[2]]) for key in keys}
+    found, classes = files.with_classifier({**state, "other": STATE["b"]}, f"{head}.weight", None, file="x.pth")
+    assert classes == 3
+    assert set(found) == {f"{head}.{key.rpartition('.')[2]}" for key in keys} | {"other"}
+
+
+@pytest.mark.parametrize(
+    "keys", [["heads.0.weight", "heads.2.weight"], ["heads.pre_logits.weight"], ["heads.0.weight", "heads.1.bias"]]
+)
+def test_a_classifier_of_more_than_one_linear_stays_as_it_is(keys: list[str]) -> None:
+    state = {key: torch.ones(3, 2) for key in keys}
+    assert set(files.with_plain_head(state, "heads.head", file="x.pth")) == set(keys)

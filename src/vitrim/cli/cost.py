@@ -55,9 +55,10 @@ def spec_named(name: str) -> ModelSpec:
         from vitrim.sources import describe
 
         return describe(rest)
-    folder = BUILT_IN / rest if family == "builtin" else Path(name)
-    if (folder / "config.json").is_file():
-        return spec_in(folder / "config.json")
+    files = (path for path in BUILT_IN.glob("*/config.json") if path.parent.name == rest)
+    file = next(files, None) if family == "builtin" else Path(name) / "config.json"
+    if file is not None and file.is_file():
+        return spec_in(file)
     from vitrim.sources import load
 
     return load(name, pretrained=False).spec

@@ -144,6 +144,7 @@ class Weights:
     """Where a model's weights come from."""
 
     checkpoint: Path | None = None
+    checkpoint_key: str | None = None
     no_pretrained: bool = False
     no_verify: bool = False
 
@@ -151,9 +152,19 @@ class Weights:
         """A model by name or folder."""
         if self.checkpoint is not None and self.no_pretrained:
             raise click.UsageError("--checkpoint and --no-pretrained contradict each other; pass one of them.")
+        if self.checkpoint_key is not None and self.checkpoint is None:
+            raise click.UsageError(
+                "--checkpoint-key says which weights of a file are meant; pass --checkpoint PATH too."
+            )
         from vitrim.sources import load
 
-        return load(name, pretrained=not self.no_pretrained, checkpoint=self.checkpoint, verify=not self.no_verify)
+        return load(
+            name,
+            pretrained=not self.no_pretrained,
+            checkpoint=self.checkpoint,
+            checkpoint_key=self.checkpoint_key,
+            verify=not self.no_verify,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,6 +215,9 @@ SOURCE = bundle(
     Weights,
     click.option(
         "--checkpoint", type=click.Path(path_type=Path), help="Weights for a named model: .safetensors, .pth, .pt."
+    ),
+    click.option(
+        "--checkpoint-key", metavar="KEY", help="Which weights of it, where it holds several sets: teacher, model_ema."
     ),
     click.option("--no-pretrained", is_flag=True, help="Random weights instead of the published ones."),
     click.option("--no-verify", is_flag=True, help="Do not compare with the source's own network on a random image."),

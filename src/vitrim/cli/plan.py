@@ -69,10 +69,15 @@ def plan(
         rows = predicted(weights.load(model), name, budgets, data, given, output.quiet)
         show_predictions(model, name, rows, output.as_json)
         return
-    seen = [weights.checkpoint, device, *(flags[key] for key in ("images", "axes", "score", "seed"))]
+    seen = [
+        weights.checkpoint,
+        weights.checkpoint_key,
+        device,
+        *(flags[key] for key in ("images", "axes", "score", "seed")),
+    ]
     if weights.no_pretrained or any(value is not None for value in seen):
         raise click.UsageError(
-            "--checkpoint, --no-pretrained, --images, --axes, --score, --device and --seed go with --data; without it only the shape counts."
+            "--checkpoint, --checkpoint-key, --no-pretrained, --images, --axes, --score, --device and --seed go with --data; without it only the shape counts."
         )
     spec = spec_named(model)
     rows = [planned(name, spec, budget, given) for budget in budgets for name, given in own.items()]

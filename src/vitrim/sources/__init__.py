@@ -51,21 +51,33 @@ def load(
     *,
     pretrained: bool = True,
     checkpoint: str | Path | None = None,
+    checkpoint_key: str | None = None,
     classes: int | None = None,
     verify: bool = True,
 ) -> Vit:
     """A model in float32 on the CPU, in eval mode. Raises SourceError, or ArtifactError for a damaged folder.
 
     pretrained: False gives random weights.  checkpoint: a local file of weights instead; its classifier is kept whatever
-    its size.  classes: None takes what the weights have; another number is refused unless the weights are random, but 0
+    its size.  checkpoint_key: path of the weights in it, such as `teacher.backbone`, where it holds several sets (None takes
+    the averaged one, or asks); `.` is the outermost set.  classes: None takes what the weights have; another number is refused unless the weights are random, but 0
     drops the classifier, which changes no other number.  verify: compare with the foreign module on a random image.
     """
     text = str(name)
     family, colon, rest = text.partition(":")
+    if checkpoint_key is not None and checkpoint is None:
+        raise SourceError(
+            f"checkpoint_key={checkpoint_key!r} without a checkpoint: it says which weights of a file are meant. Pass the file too "
+            "(checkpoint=, --checkpoint PATH)."
+        )
     if colon and family in FOREIGN:
         inner = f"hf-hub:{rest}" if family in ("hf-hub", "hf_hub") else rest
         return _source(FOREIGN[family]).load(
-            inner, pretrained=pretrained, checkpoint=checkpoint, classes=classes, verify=verify
+            inner,
+            pretrained=pretrained,
+            checkpoint=checkpoint,
+            checkpoint_key=checkpoint_key,
+            classes=classes,
+            verify=verify,
         )
     if checkpoint is not None:
         raise SourceError(
@@ -93,16 +105,17 @@ def from_model(
 ) -> Vit:
     """A copy of a Vision Transformer from memory, such as a fine-tuned one; the caller's module stays as it is.
 
-    module: of timm, transformers, torchvision or T2T-ViT, or a subclass that computes the same.
+    module: of timm, transformers, torchvision or T2T-ViT, or a subclass that computes the same; in wrappers (compiled, data
+    parallel, averaged) or with more around it, where it is the only Vision Transformer inside: what is left is told in the log.
     preprocess: None takes what the module itself says; a module that says nothing gets none.
     labels: class names in the order of the logits; None takes the module's own, if it has any.
     verify: run both on one random image; False trusts the classes of the module's parts.
     """
-    module = unwrapped(module)
+    from . import inside
+
+    module, family = inside.found(module)
     told: dict[str, Any] = {"source": f"a {type(module).__name__} from memory", "weights": "own"}
-    return _source(family_of(module)).from_module(
-        module, preprocess=preprocess, labels=labels, verify=verify, provenance=told
-    )
+    return _source(family).from_module(module, preprocess=preprocess, labels=labels, verify=verify, provenance=told)
 
 
 def describe(name: str) -> ModelSpec:
@@ -150,25 +163,6 @@ def write(model: Vit, format: str, out: str | Path, *, force: bool = False) -> P
 
         replace_within(place, fill, names=names)
     return place
-
-
-def family_of(module: nn.Module) -> str:
-    """The module of this package that reads a foreign module, by the classes that it descends from."""
-    homes = [kind.__module__ for kind in type(module).__mro__]
-    if any(home.startswith("transformers.") for home in homes):
-        return "huggingface"
-    if any(home == "torchvision.models.vision_transformer" for home in homes):
-        return "torchvision"
-    return "t2t" if hasattr(module, "tokens_to_token") else "timm"
-
-
-def unwrapped(module: nn.Module) -> nn.Module:
-    """The module inside `torch.compile`'s and the data-parallel wrappers."""
-    kinds = ("OptimizedModule", "DataParallel", "DistributedDataParallel")
-    while type(module).__name__ in kinds:
-        inner: Any = module
-        module = inner._orig_mod if hasattr(inner, "_orig_mod") else inner.module
-    return module
 
 
 def _source(name: str) -> Any:

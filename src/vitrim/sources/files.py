@@ -1,17 +1,18 @@
 """Local files of weights: `.safetensors`, or `.pth`, `.pt`, `.bin` and the like, read without running their code.
 
-A training checkpoint is unwrapped: the averaged weights before the raw ones (`state_dict_ema`, `model_ema`,
-`state_dict`, `model` ...), the prefixes of wrappers stripped. `reconciled` takes what is left to the names of a family:
-a prefix that every name shares goes (Lightning's `model.`), split queries, keys and values are joined. Nothing is left
-out but classifiers, and those only where the caller asks for none (`without_heads`).
+`states` finds the set of weights in a training checkpoint; `weights` takes it to the names of a family: split queries, keys and
+values are joined. Nothing is left out but classifiers, and those only where the caller asks for none (`without_heads`).
+Files of other libraries are refused by what they are, with the way to a file that is read.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import pickle
 import re
+import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,9 @@ from torch import Tensor, nn
 from .. import __version__
 from ..errors import SourceError
 from ..files import make_whole, sync_file, write_json
+from .states import MERGE, SAVE, chosen, row_of
+from .states import listed as listed
 
-WRAPPED = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "net")
-PREFIXES = ("module.", "_orig_mod.")
-SHOWN = 10
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 """Files of a folder that `write` makes, as timm, transformers and the Hub name them."""
 MARK = {"vitrim": __version__}
@@ -40,56 +40,102 @@ SPLIT = tuple(
     for parts in (("q", "k", "v"), ("query", "key", "value"))
 )
 """Names under which files hold queries, keys and values apart, beside where a family joins them."""
+CONVERT = "Only weights of PyTorch are read: load the model in its library, and save a state dict with the names of timm's or transformers' model by torch.save"
+JAX = "Load it into timm's model by model.load_pretrained(PATH), and save that by torch.save(model.state_dict(), ...)"
+BEGINNINGS = (
+    (b"\x89HDF", f"an HDF5 file, as Keras and TensorFlow write. {CONVERT}"),
+    (b"GGUF", f"a GGUF file, which holds quantised weights. {CONVERT}"),
+    (
+        b"version https://git-lfs",
+        "a pointer of Git LFS and not the file itself. Fetch it by git lfs pull, or download it again",
+    ),
+    (b"<", "a web page or XML, not weights: the download gave a page in place of the file. Download it again"),
+    (b"{", "JSON, not weights. Give the .safetensors, .pth or .pt file"),
+)
+"""How files begin that are none of weights, and what each is."""
+ENDINGS = {
+    ".onnx": "an ONNX graph, whose names are not those of the weights. Give the file of weights that it was exported from",
+    ".npy": f"an array of NumPy. {CONVERT}",
+    ".msgpack": f"a file of Flax. {CONVERT}",
+    ".tflite": f"a model of TensorFlow Lite. {CONVERT}",
+    ".pdparams": f"a file of PaddlePaddle. {CONVERT}",
+    ".index": f"a checkpoint of TensorFlow. {CONVERT}",
+    ".engine": "an engine of TensorRT. Give the file of weights that it was built from",
+}
+"""What a file is by its ending, where its beginning does not say."""
+KINDS = (
+    (
+        r"_(orig|mask)$",
+        "These are weights under pruning masks: call torch.nn.utils.prune.remove(part, 'weight') on each pruned part before.",
+    ),
+    (
+        r"\.parametrizations\.|weight_[guv]$",
+        "These are parametrised weights: call torch.nn.utils.parametrize.remove_parametrizations (or remove_weight_norm) before saving.",
+    ),
+    (
+        r"\.(attn|self_attention)\..*(bitsandbytes|absmax|quant_map|qweight|qzeros|scales)$",
+        "These are quantised weights: give those that they were made from.",
+    ),
+    (
+        r"layers\.\d+\.ffn\.layers\.",
+        "These are names of MMPretrain: rename them to timm's (layers to blocks, ln1 to norm1, ln2 to norm2, ffn.layers.0.0 to mlp.fc1, ffn.layers.1 to mlp.fc2, projection to proj).",
+    ),
+    (r"(^|\.)tokens_to_token\.", "These are names of T2T-ViT: t2t:NAME."),
+    (r"(^|\.)blocks\.\d+\.attention\.(qkv|out)", "These are names of vitrim: load the folder that they are in."),
+    (r"(^|\.)(conv_proj\.|encoder\.layers\.encoder_layer_\d)", "These are names of torchvision: torchvision:NAME."),
+    (
+        r"(^|\.)embeddings\.(patch_embeddings|patch_embedding|class_embedding|cls_token)",
+        "These are names of Hugging Face's transformers: hf:FOLDER.",
+    ),
+    (
+        r"(^|\.)transformer\.resblocks\.",
+        "These are names of OpenAI's CLIP: timm:NAME of a CLIP model, such as vit_base_patch16_clip_224.",
+    ),
+    (
+        r"(relative_position_bias_table|rel_pos_[hw]$|downsample\.reduction)",
+        "This is a network with windows or relative positions (Swin, SAM), which vitrim does not read.",
+    ),
+    (
+        r"(^|\.)(layer1\.0\.conv1|features\.0\.0|stages\.0\.)",
+        "This is a convolutional or hierarchical network, which vitrim does not read.",
+    ),
+    (r"(^|\.)patch_embed\.proj\.", "These are names of timm: timm:NAME."),
+)
+"""Whose names tensors have, by a pattern, and what to do with such a file."""
 LOG = logging.getLogger("vitrim.sources")
 
 
-def read(path: Path) -> dict[str, Tensor]:
-    """Tensors by name, on the CPU, as the file has them. Raises SourceError."""
-    if path.is_dir():
-        raise SourceError(f"checkpoint {path.name!r} is a folder; expected a .safetensors, .pth or .pt file in it.")
-    if not path.is_file():
-        raise SourceError(f"checkpoint {str(path)!r} is not there; expected a .safetensors, .pth or .pt file.")
-    if path.suffix == ".safetensors":
-        try:
-            found: Any = load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise SourceError(
-                f"{path.name} is no whole safetensors file ({error}). Copy or download it again."
-            ) from None
-    else:
-        found = _unpickled(path)
-    state = _unwrapped(found)
-    if not isinstance(state, Mapping) or not state or not all(isinstance(key, str) for key in state):
-        raise SourceError(
-            f"{path.name} holds {'nothing' if state in (None, {}) else f'a {type(state).__name__}'}, not weights by name. Save them by torch.save(model.state_dict(), ...)."
-        )
-    if strange := [key for key, value in state.items() if not isinstance(value, Tensor)]:
-        raise SourceError(
-            f"{path.name} holds more than tensors ({listed(strange)}). Save the weights alone by "
-            "torch.save(model.state_dict(), ...)."
-        )
-    if all(key.startswith("module.") for key in state if key != "n_averaged"):  # the counter of torch's averaged model
-        state = {key: value for key, value in state.items() if key != "n_averaged"}
-    stripped = {_stripped(key): value for key, value in state.items()}
-    if len(stripped) != len(state):
-        twice = [key for key in state if key != _stripped(key) and _stripped(key) in state]
-        raise SourceError(
-            f"{path.name} holds weights twice, with the prefix of a wrapper and without: {listed(twice)}. Save one of them alone "
-            "by torch.save(model.state_dict(), ...)."
-        )
-    return stripped
+def read(path: Path, expected: Mapping[str, Tensor] | None = None, *, key: str | None = None) -> dict[str, Tensor]:
+    """The weights in a file by name, on the CPU, as the file has them. Raises SourceError.
+
+    expected: a family's own tensors by name, by which a set of weights is known.  key: path of the set in the file.
+    """
+    found = _opened(path)
+    row = row_of(found, file=path.name) if isinstance(found, Mapping) else None
+    if row is None or not row.tensors:
+        what = "nothing" if found in (None, {}) else "no tensors" if row else f"a {type(found).__name__}"
+        raise SourceError(f"{path.name} holds {what}, not weights by name. Save them by {SAVE}.")
+    return chosen(row, expected or {}, file=path.name, key=key)
+
+
+def weights(
+    path: Path, expected: Mapping[str, Tensor], *, key: str | None = None, older: Mapping[str, str] | None = None
+) -> dict[str, Tensor]:
+    """A file's weights under a family's names, as far as that changes no number: what still does not fit, `check` says.
+
+    expected: the family's own tensors by name.  key: as of `read`.  older: parts of names that the family had before, with
+    what they are today.  Raises SourceError, also where a weight is stored as whole numbers (quantised).
+    """
+    aliases = {name.replace(now, was): value for name, value in expected.items() for was, now in (older or {}).items()}
+    state = read(path, {**aliases, **expected}, key=key)
+    for was, now in (older or {}).items():
+        state = {name.replace(was, now): value for name, value in state.items()}
+    return reconciled(state, expected, file=path.name)
 
 
 def reconciled(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, file: str) -> dict[str, Tensor]:
-    """A file's tensors under a family's names, as far as that changes no number: what still does not fit, `check` says.
-
-    expected: the family's own tensors by name.  Raises SourceError where a weight is stored as whole numbers (quantised).
-    """
+    """The tensors with split queries, keys and values joined where a family joins them."""
     state = dict(state)
-    shared = _shared_prefix(state, expected)
-    if shared:
-        LOG.info("%s: every name begins with %r, which is left out.", file, shared)
-        state = {key.removeprefix(shared): value for key, value in state.items()}
     for name in expected:
         if name not in state:
             _join(state, name)
@@ -121,10 +167,29 @@ def with_classifier(
 
     weight: name of the classifier's matrix.  classes: None takes what the file has, 0 leaves every classifier out.
     """
+    state = with_plain_head(state, weight.removesuffix(".weight"), file=file)
     found = state[weight].shape[0] if weight in state else 0
     if stays(classes, found, f"the classifier in {file} has"):
         return dict(state), found
     return without_heads(state, file=file), 0
+
+
+def with_plain_head(state: Mapping[str, Tensor], head: str, *, file: str) -> dict[str, Tensor]:
+    """The tensors with the one linear of a classifier under the name `head`, where a file has it in a list or in its place.
+
+    torchvision's `heads.head` is `heads` or `heads.0` where it was replaced; dropout before it has no tensors.
+    """
+    place = head.partition(".")[0]
+    found = [key for key in state if key.startswith(f"{place}.")]
+    ends = {key.removeprefix(place).rpartition(".")[0] for key in found}
+    kinds = {key.rpartition(".")[2]: state[key].dim() for key in found}
+    named = next(iter(ends), "")
+    if len(ends) != 1 or kinds.get("weight") != 2 or kinds.get("bias", 1) != 1 or set(kinds) - {"weight", "bias"}:
+        return dict(state)
+    if f"{place}{named}" == head or not re.fullmatch(r"(\.head)?(\.\d+)*", named):
+        return dict(state)
+    LOG.info("%s: the linear %s%s is the classifier.", file, place, named)
+    return {f"{head}.{key.rpartition('.')[2]}" if key in found else key: value for key, value in state.items()}
 
 
 def stays(classes: int | None, found: int, where: str) -> bool:
@@ -207,8 +272,10 @@ def check(path: Path, state: Mapping[str, Tensor], expected: Mapping[str, tuple[
     shapes = [(key, found[key], expected[key]) for key in expected if key in found and found[key] != expected[key]]
     if faults := misfits(missing, unexpected, shapes):
         only_heads = not missing and not shapes and all(_is_head(key) for key in unexpected)
-        advice = " Or leave every classifier out (classes=0)." if only_heads else ""
-        raise SourceError(f"{path.name} does not fit {model}; {faults}. Name the model that it was saved from.{advice}")
+        mend = " Or leave every classifier out (classes=0)." if only_heads else advice(unexpected)
+        if any(0 in found[key] for key, *_ in shapes):
+            mend = " Its tensors are empty, as DeepSpeed's ZeRO-3 leaves them: make one file of the folder by its zero_to_fp32.py."
+        raise SourceError(f"{path.name} does not fit {model}; {faults}. Name the model that it was saved from.{mend}")
 
 
 def misfits(
@@ -223,11 +290,94 @@ def misfits(
     return "; ".join(f"{what}: {listed(names)}" for what, names in kinds.items() if names)
 
 
-def listed(names: Iterable[str]) -> str:
-    """At most ten names, then how many more."""
+def advice(names: Iterable[str]) -> str:
+    """What to do about tensors that do not fit, by whose names they have; "" for names of no known kind."""
     every = list(names)
-    more = f" and {len(every) - SHOWN} more" if len(every) > SHOWN else ""
-    return ", ".join(every[:SHOWN]) + more
+    return next((f" {words}" for pattern, words in KINDS if any(re.search(pattern, name) for name in every)), "")
+
+
+def _opened(path: Path) -> Any:
+    """What is in a file. Raises SourceError naming what it is, where it is none of weights."""
+    if path.is_dir():
+        raise _folder(path)
+    if not path.is_file():
+        raise SourceError(f"checkpoint {str(path)!r} is not there; expected a .safetensors, .pth or .pt file.")
+    if path.name.endswith(".index.json"):
+        return _shards(path)
+    if other := _foreign(path):
+        raise SourceError(f"{path.name} is {other}.")
+    if path.suffix != ".safetensors":
+        return _unpickled(path)
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise SourceError(f"{path.name} is no whole safetensors file ({error}). Copy or download it again.") from None
+
+
+def _folder(path: Path) -> SourceError:
+    """The error for a folder in place of a file."""
+    files = {file.name for file in path.iterdir()}
+    if "adapter_config.json" in files or {"adapter_model.safetensors", "adapter_model.bin"} & files:
+        return SourceError(f"checkpoint {path.name!r} is a folder of PEFT adapters, not of a whole model. {MERGE}")
+    if ".metadata" in files or any(name.endswith(".distcp") for name in files):
+        return SourceError(
+            f"checkpoint {path.name!r} is a folder of torch.distributed.checkpoint. Make one file of it: python -m "
+            "torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE.pt."
+        )
+    if "zero_to_fp32.py" in files:
+        return SourceError(
+            f"checkpoint {path.name!r} is a folder of DeepSpeed. Make one file of it: python {path.name}/zero_to_fp32.py {path.name} OUT."
+        )
+    endings = (".safetensors", ".safetensors.index.json", ".pth", ".pt", ".bin", ".ckpt", ".tar")
+    there = sorted(name for name in files if name.endswith(endings))
+    hint = f"; there is {listed(there)}" if there else ""
+    return SourceError(f"checkpoint {path.name!r} is a folder; expected a .safetensors, .pth or .pt file in it{hint}.")
+
+
+def _shards(path: Path) -> dict[str, Any]:
+    """The tensors of the files that an index names, which stand beside it."""
+    try:
+        names = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+        assert all(Path(name).name == name and not name.endswith(".index.json") for name in names)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError, RecursionError):
+        raise SourceError(
+            f"{path.name} is no index of weights; expected a weight_map that names the files beside it. Copy or download it again."
+        ) from None
+    state: dict[str, Any] = {}
+    for name in sorted(names):
+        found = _opened(path.parent / name)
+        if not isinstance(found, Mapping):
+            raise SourceError(
+                f"{name} of {path.name} holds a {type(found).__name__}, not weights by name. Copy or download it again."
+            )
+        state.update(found)
+    return state
+
+
+def _foreign(path: Path) -> str:
+    """What a file is that torch.save and safetensors did not write, and what to do; "" where it looks like theirs."""
+    with open(path, "rb") as file:
+        first = file.read(256)
+    if first.startswith(b"PK"):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                inside = archive.namelist()
+        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+            return ""
+        if inside and all(name.endswith(".npy") for name in inside):
+            return f"an archive of NumPy arrays (.npz), as JAX's Vision Transformers are published. {JAX}"
+        if any("/code/" in f"/{name}" or name.endswith("constants.pkl") for name in inside):
+            return (
+                "a TorchScript archive (torch.jit.save), whose code is not run. In the program that wrote it, save the weights alone by "
+                f"{SAVE}"
+            )
+        if any("archive_format" in name or name.endswith("serialized_exported_program.json") for name in inside):
+            return f"a program of torch.export (.pt2). Give the file of weights that it was made from, saved by {SAVE}"
+        if any(name.endswith("model.weights.h5") for name in inside):
+            return f"a model of Keras. {CONVERT}"
+    return next((what for begin, what in BEGINNINGS if first.lstrip().startswith(begin)), "") or ENDINGS.get(
+        path.suffix, ""
+    )
 
 
 def _unpickled(path: Path) -> Any:
@@ -237,49 +387,21 @@ def _unpickled(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         if named := re.search(r"GLOBAL ([\w.]+)|class '?([\w.]+)", str(error)):
             raise SourceError(
-                f"{path.name} holds an object of class {named[1] or named[2]}, which is not read because loading it may run code. Where you "
-                "trust the file, load it yourself and save the weights alone by torch.save(model.state_dict(), ...)."
+                f"{path.name} holds an object of class {named[1] or named[2]}, which is not read because loading it may run code. In the "
+                f"program that wrote the file, save the weights alone by {SAVE}."
             ) from None
         raise SourceError(f"{path.name} is no file of torch.save. Expected a .safetensors, .pth or .pt file.") from None
     except (EOFError, OSError, RuntimeError, ValueError, KeyError) as error:
+        said = str(error).splitlines()[0] if str(error) else "it ends early"
+        said = "it is of another kind" if "weights_only" in said else said  # torch's advice would run the file's code
         raise SourceError(
-            f"{path.name} cannot be read as a file of torch.save ({str(error).splitlines()[0] if str(error) else 'it ends early'})."
-            " Copy or download it again."
+            f"{path.name} cannot be read as a file of torch.save ({said}). Copy or download it again."
         ) from None
-
-
-def _unwrapped(found: Any) -> Any:
-    while isinstance(found, Mapping):
-        inner = next((found[key] for key in WRAPPED if isinstance(found.get(key), Mapping)), None)
-        if inner is None:
-            break
-        found = inner
-    return found
-
-
-def _stripped(key: str) -> str:
-    while key.startswith(PREFIXES):
-        key = key.split(".", 1)[1]
-    return key
 
 
 def _is_head(key: str) -> bool:
     """Whether a tensor stands behind the pooled features."""
     return bool(re.search(r"head|classif|aux|pre_logits", key.partition(".")[0]))
-
-
-def _shared_prefix(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
-    """The first parts that all names have in common and no expected name has; "" where there are none.
-
-    Taken only where names of the family come out.
-    """
-    firsts = {key.partition(".")[0] for key in state}
-    shared, rest = "", list(state)
-    while len(firsts) == 1 and all("." in key for key in rest) and not any(key in expected for key in rest):
-        shared += f"{firsts.pop()}."
-        rest = [key.partition(".")[2] for key in rest]
-        firsts = {key.partition(".")[0] for key in rest}
-    return shared if any(key in expected for key in rest) else ""
 
 
 def _join(state: dict[str, Tensor], name: str) -> None:

@@ -12,7 +12,8 @@ from torch import nn
 from ..architectures import dense_attention
 from ..errors import SourceError, SpecError
 from ..spec import AttentionSpec, ConvStem, MlpKind, MlpSpec, Output
-from .files import listed
+from .files import advice
+from .states import listed
 
 ACTIVATIONS: dict[str, MlpKind] = {
     "GELU": "gelu",
@@ -142,7 +143,8 @@ class Reader:
     def all_placed(self, module: nn.Module, places: Collection[str]) -> None:
         """Check that every number of the module has found its place."""
         if left := sorted(set(module.state_dict()) - set(places)):
-            raise self.refused(f"numbers that a plain one does not have: {listed(left)}")
+            hint = f" ({hint.strip().removesuffix('.')})" if (hint := advice(left)) else ""
+            raise self.refused(f"numbers that a plain one does not have: {listed(left)}{hint}")
 
 
 @contextmanager

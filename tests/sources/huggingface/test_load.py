@@ -118,6 +118,38 @@ def test_a_checkpoint_in_the_older_spelling_of_names_is_read(tmp_path: Path) -> 
     assert_same(module, vitrim.load(f"hf:{folder}", checkpoint=tmp_path / "old.safetensors"))
 
 
+@pytest.mark.parametrize("kind", ["model.safetensors", "pytorch_model.bin"])
+def test_wrappers_in_the_names_of_a_folder_go(tmp_path: Path, kind: str) -> None:
+    from safetensors.torch import load_file, save_file
+
+    module = small("vit")
+    folder = saved(module, tmp_path / "m")
+    state = load_file(folder / "model.safetensors")
+    inner = {key.replace("layer.1.", "layer.1._checkpoint_wrapped_module."): value for key, value in state.items()}
+    (folder / "model.safetensors").unlink()
+    whole = {f"_orig_mod.{key}": value for key, value in inner.items()}
+    if kind.endswith(".bin"):
+        torch.save(whole, folder / kind)
+    else:
+        save_file(whole, folder / kind, metadata={"format": "pt"})
+    assert_same(module, vitrim.load(f"hf:{folder}"))
+
+
+@pytest.mark.parametrize("prefix", ["model.", "model.vit."])
+def test_a_prefix_before_an_encoders_names_goes(tmp_path: Path, prefix: str) -> None:
+    folder, module = saved(small("vit"), tmp_path / "m"), small("vit")
+    state = {f"{prefix}{key}": value for key, value in module.vit.state_dict().items()}
+    torch.save({"state_dict": {**state, "criterion.weight": torch.ones(2)}}, tmp_path / "encoder.ckpt")
+    model = vitrim.load(f"hf:{folder}", checkpoint=tmp_path / "encoder.ckpt")
+    assert_same(module.vit, model)
+
+
+def test_a_folder_of_adapters_is_refused_with_the_way_to_merge_them(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(SourceError, match=r"adapters of PEFT.*merge_and_unload"):
+        vitrim.load(f"hf:{tmp_path}")
+
+
 def test_a_checkpoint_without_classifier_gives_an_encoder(tmp_path: Path) -> None:
     folder, module = saved(small("vit"), tmp_path / "m"), small("vit")
     state = {key: value for key, value in module.state_dict().items() if "classifier" not in key}

@@ -14,7 +14,7 @@ provenance tell. ViT-MAE is taken with no patch masked and none moved. Of a pret
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +33,7 @@ from ...model import Vit
 from ...spec import ModelSpec, Preprocess
 from .. import files, parity
 from ..places import Told, filled
+from ..states import MERGE, WRAPPERS
 from . import read
 from .processor import processor_preprocess
 from .write import quiet
@@ -115,6 +116,7 @@ def load(
     *,
     pretrained: bool = True,
     checkpoint: str | Path | None = None,
+    checkpoint_key: str | None = None,
     classes: int | None = None,
     verify: bool = True,
 ) -> Vit:
@@ -129,12 +131,15 @@ def load(
     design = read.DESIGNS[kind.__name__]
     if checkpoint is not None:
         path = Path(checkpoint)
-        module = _with_checkpoint(kind, config, path, classes, told, extra=bool(left))
+        module = _with_checkpoint(kind, config, path, classes, told, extra=bool(left), key=checkpoint_key)
         told["weights"] = path.name
     elif pretrained:
         stays = files.stays(classes, _classes(kind, config), f"the weights of {name!r} have")
         with fetching(name, "weights"):
             module, info = _from_pretrained(kind, config, name)
+        if (file := _in_wrappers(Path(name), info["unexpected_keys"])) is not None:
+            state = files.weights(file, _names(kind, config))
+            module, info = _from_pretrained(kind, config, None, {key: value.float() for key, value in state.items()})
         _check_loaded(module, info, f"the weights of {name!r}", name, extra=bool(left))
         for head in () if stays else design.classifiers:
             setattr(module, head, nn.Identity())
@@ -176,6 +181,8 @@ def _described(name: str) -> tuple[Any, Any, tuple[str, ...]]:
             "hf: names no model; expected hf:FOLDER or a name on the Hub, such as hf:facebook/dinov2-small."
         )
     path = Path(name)
+    if path.is_dir() and (path / "adapter_config.json").is_file():
+        raise SourceError(f"the folder {name!r} holds adapters of PEFT, not a whole model. {MERGE}")
     if path.is_dir() and not (path / "config.json").is_file():
         raise SourceError(f"the folder {name!r} has no config.json; expected a folder that save_pretrained wrote.")
     if not path.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1 or path.is_file()):
@@ -221,17 +228,19 @@ def _set_classes(kind: Any, config: Any, classes: int | None) -> None:
 
 
 def _with_checkpoint(
-    kind: Any, config: Any, path: Path, classes: int | None, told: dict[str, Any], *, extra: bool
+    kind: Any, config: Any, path: Path, classes: int | None, told: dict[str, Any], *, extra: bool, key: str | None
 ) -> Any:
     """A module filled from a local file. Raises SourceError listing keys that are missing, too many or misshapen.
 
     told: is given the classes, where the file's differ from the configuration's.  extra: as in `_check_loaded`.
+    key: path of the weights in the file.
     """
-    state = files.read(path)
+    state = files.weights(path, _names(kind, config), key=key)
     heads = read.DESIGNS[kind.__name__].classifiers
     for head in heads:
-        key = next((key for key in state if key == f"{head}.weight" or key.endswith(f".{head}.weight")), None)
-        found = 0 if key is None else state[key].shape[0]
+        state = files.with_plain_head(state, head, file=path.name)
+        matrix = next((name for name in state if f".{name}".endswith(f".{head}.weight")), None)
+        found = 0 if matrix is None else state[matrix].shape[0]
         if not files.stays(classes, found, f"the classifier in {path.name} has"):
             state = {key: value for key, value in state.items() if f".{head}." not in f".{key}"}
             found = 0
@@ -242,12 +251,25 @@ def _with_checkpoint(
         config.num_labels = found
     if not heads:
         _set_classes(kind, config, classes)
-    with torch.device("meta"):
-        expected = kind(config).state_dict()
-    state = files.reconciled(state, expected, file=path.name)
     module, info = _from_pretrained(kind, config, None, {key: value.float() for key, value in state.items()})
     _check_loaded(module, info, f"the weights in {path.name}", kind.__name__, extra=extra)
     return module
+
+
+def _in_wrappers(folder: Path, unexpected: Iterable[str]) -> Path | None:
+    """The file of a local folder's weights, where names carry the parts that wrappers add, which transformers does not know."""
+    if not any(part in WRAPPERS for key in unexpected for part in key.split(".")):
+        return None
+    names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def _names(kind: Any, config: Any) -> dict[str, Tensor]:
+    """The tensors of a class by name, without memory; those of its encoder also as the encoder alone names them."""
+    with torch.device("meta"):
+        expected = kind(config).state_dict()
+    begin = f"{kind.base_model_prefix}."
+    return {**{key.removeprefix(begin): value for key, value in expected.items()}, **expected}
 
 
 def _from_pretrained(

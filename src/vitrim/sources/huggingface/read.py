@@ -191,6 +191,15 @@ def class_name(module: nn.Module) -> str:
     raise other(getattr(getattr(module, "config", None), "model_type", ""), type(module).__name__)
 
 
+def is_known(module: nn.Module) -> bool:
+    """Whether the module is of a class that is read, or descends from one."""
+    try:
+        class_name(module)
+    except SourceError:
+        return False
+    return True
+
+
 def encoder_of(module: nn.Module) -> tuple[Any, tuple[str, ...]]:
     """The part that is taken in, and what that leaves out: the encoder of a pretraining or two-tower model, and of a
     classifier of no classes; any other module itself.

@@ -34,6 +34,7 @@ def load(
     *,
     pretrained: bool = True,
     checkpoint: str | Path | None = None,
+    checkpoint_key: str | None = None,
     classes: int | None = None,
     verify: bool = True,
 ) -> Vit:
@@ -45,7 +46,7 @@ def load(
     """
     base = names.spec(name)
     if checkpoint is not None:
-        return _from_file(name, base, Path(checkpoint), classes)
+        return _from_file(name, base, Path(checkpoint), classes, checkpoint_key)
     if pretrained:
         raise SourceError(
             f"the weights of {name!r} cannot be fetched: they are published as files of their authors' repository alone. Pass "
@@ -75,10 +76,9 @@ def from_module(module: nn.Module, *, verify: bool = True, **told: Unpack[Told])
 # ---------------------------------------------------------------------------------------------------------------- files
 
 
-def _from_file(name: str, base: ModelSpec, path: Path, classes: int | None) -> Vit:
-    raw = files.read(path)
-    known = {key: torch.empty(shape, device="meta") for key, shape in shapes_of(base).items()}
-    raw = files.reconciled(raw, known, file=path.name)
+def _from_file(name: str, base: ModelSpec, path: Path, classes: int | None, key: str | None) -> Vit:
+    known = {name: torch.empty(shape, device="meta") for name, shape in shapes_of(base).items()}
+    raw = files.weights(path, known, key=key)
     skipped = skipped_blocks(raw, len(base.blocks), path.name)
     state = plain(raw, skipped)
     state, found = files.with_classifier(state, "head.weight", classes, file=path.name)

@@ -19,9 +19,9 @@ from ...errors import SourceError
 from ...model import Vit, sinusoids
 from ...spec import BlockSpec, Config, MlpSpec, ModelSpec, Position, T2TPerformer, T2TTransformer
 from ...stems import EPSILON, padding
-from ..files import listed
 from ..parts import Reader, valid
 from ..places import BlockNames, Places, taken
+from ..states import listed
 
 ADVICE = "vitrim reads T2T-ViT with the structure of its authors' `t2t_vit_14` and `t2t_vit_t_14`."
 refused = Reader(ADVICE).refused

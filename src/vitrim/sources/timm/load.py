@@ -52,6 +52,7 @@ def load(
     *,
     pretrained: bool = True,
     checkpoint: str | Path | None = None,
+    checkpoint_key: str | None = None,
     classes: int | None = None,
     verify: bool = True,
     any_size: bool = False,
@@ -66,7 +67,7 @@ def load(
     left: tuple[str, ...] = ()
     if checkpoint is not None:
         weights = Path(checkpoint).name
-        module, left = _with_checkpoint(name, Path(checkpoint), classes, any_size=any_size)
+        module, left = _with_checkpoint(name, Path(checkpoint), classes, any_size=any_size, key=checkpoint_key)
     elif pretrained:
         weights, module = "pretrained", _create(name, pretrained=True)
         if not files.stays(classes, getattr(module, "num_classes", 0), f"the weights of {name!r} have"):
@@ -125,19 +126,18 @@ def _create(name: str, *, pretrained: bool = False, **options: Any) -> Any:
 
 
 def _with_checkpoint(
-    name: str, path: Path, classes: int | None, *, any_size: bool
+    name: str, path: Path, classes: int | None, *, any_size: bool, key: str | None
 ) -> tuple[nn.Module, tuple[str, ...]]:
     """A timm module filled from a local file, and the file's tensors that are no part of it (of a text tower, say).
 
-    any_size: the file's own image size instead of the name's.
+    any_size: the file's own image size instead of the name's.  key: path of the weights in the file.
     Raises SourceError listing keys that are missing, too many or misshapen.
     """
-    state = files.read(path)
     with torch.device("meta"):
         module = _create(name)
     if not isinstance(module, VisionTransformer):
         spec_of(module)  # says what it has that a plain one has not
-    state = files.reconciled(state, module.state_dict(), file=path.name)
+    state = files.weights(path, module.state_dict(), key=key)
     if classes != 0 and any(key.startswith("pre_logits.") for key in state):
         raise SourceError(
             f"{path.name} has a layer between pooling and classifier (pre_logits), which vitrim cannot take in. Leave it out "

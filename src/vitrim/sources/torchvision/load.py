@@ -63,6 +63,7 @@ def load(
     *,
     pretrained: bool = True,
     checkpoint: str | Path | None = None,
+    checkpoint_key: str | None = None,
     classes: int | None = None,
     verify: bool = True,
 ) -> Vit:
@@ -72,7 +73,14 @@ def load(
     checkpoint: its image size is kept too, whatever it is.
     """
     if "/" in name or (Path(name).is_dir() and name not in names()):
-        return _from_folder(Path(name), pretrained=pretrained, checkpoint=checkpoint, classes=classes, verify=verify)
+        return _from_folder(
+            Path(name),
+            pretrained=pretrained,
+            checkpoint=checkpoint,
+            checkpoint_key=checkpoint_key,
+            classes=classes,
+            verify=verify,
+        )
     base, weights = _resolved(name)
     told = {"source": f"torchvision:{name}", "torchvision": torchvision.__version__}
     labels: tuple[str, ...] | None = None
@@ -87,7 +95,7 @@ def load(
         module, told["weights"] = _random(partial(module_named, name), classes), "random"
     else:
         path, builder = Path(checkpoint), partial(torchvision.models.get_model, base)
-        module, told["weights"] = _filled(builder, path, f"torchvision's {name!r}", classes), path.name
+        module, told["weights"] = _filled(builder, path, f"torchvision's {name!r}", classes, checkpoint_key), path.name
     preprocess = _preprocess(weights, spec_of(module))
     return from_module(module, preprocess=preprocess, labels=labels, verify=verify, provenance=told)
 
@@ -149,15 +157,12 @@ def _random(builder: Any, classes: int | None) -> Any:
     return module
 
 
-def _filled(builder: Any, path: Path, model: str, classes: int | None) -> Any:
+def _filled(builder: Any, path: Path, model: str, classes: int | None, key: str | None) -> Any:
     """A module with a checkpoint's numbers, of its own image size and classes. Raises SourceError listing what does not fit."""
     with torch.device("meta"):
         plain = builder()
     older = {".mlp.linear_1.": ".mlp.0.", ".mlp.linear_2.": ".mlp.3."}  # first names, which published files carry
-    state = files.read(path)
-    for before, now in older.items():
-        state = {key.replace(before, now): value for key, value in state.items()}
-    state = files.reconciled(state, plain.state_dict(), file=path.name)
+    state = files.weights(path, plain.state_dict(), key=key, older=older)
     state, found = files.with_classifier(state, "heads.head.weight", classes, file=path.name)
     if found not in (0, plain.num_classes):
         LOG.info("%s: its classifier of %d classes is kept.", path.name, found)
@@ -199,7 +204,13 @@ def _preprocess(weights: Any, spec: ModelSpec) -> Preprocess | None:
 
 
 def _from_folder(
-    folder: Path, *, pretrained: bool, checkpoint: str | Path | None, classes: int | None, verify: bool
+    folder: Path,
+    *,
+    pretrained: bool,
+    checkpoint: str | Path | None,
+    checkpoint_key: str | None,
+    classes: int | None,
+    verify: bool,
 ) -> Vit:
     """The model that `write` left in a folder."""
     try:
@@ -216,7 +227,7 @@ def _from_folder(
         ) from error
     path = folder / files.WEIGHTS if checkpoint is None else Path(checkpoint)
     if pretrained or checkpoint is not None:
-        module = _filled(builder, path, f"torchvision's VisionTransformer of {folder.name!r}", classes)
+        module = _filled(builder, path, f"torchvision's VisionTransformer of {folder.name!r}", classes, checkpoint_key)
         weights = path.name
     else:
         module, weights = _random(builder, classes), "random"
