@@ -1,5 +1,7 @@
 """Timing: what it leaves as it was, what its rows say, what it refuses. No test asserts a speed."""
 
+import logging
+
 import pytest
 import torch
 from torch import nn
@@ -55,7 +57,7 @@ def test_model_and_random_state_are_left_as_they_were() -> None:
 def test_progress_counts_every_sample() -> None:
     seen: list[tuple[int, int]] = []
     measured(progress=lambda stage, done, total, **facts: seen.append((done, total)))
-    assert seen == [(i + 1, 12) for i in range(12)]
+    assert seen == [(0, 12), *((i, 12) for i in range(1, 7)), (6, 12), *((i, 12) for i in range(7, 13))]
 
 
 def row(model: str, samples: list[float], batch: int = 1) -> timing.Row:
@@ -96,17 +98,50 @@ def test_what_cannot_be_timed_is_refused(setting: dict[str, object], said: str) 
 
 def test_a_missing_compiler_is_said_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "find_compiler", lambda: None)
-    runtimes, (sentence,) = timing.runtimes_here()
-    assert runtimes == ("eager",)
-    assert "C++ compiler" in sentence
-    assert sentence.count(". ") == 0
     with pytest.raises(MeasureError, match="needs a C\\+\\+ compiler"):
         measured(runtime="compile")
 
 
-def test_both_runtimes_are_named_where_a_compiler_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "find_compiler", lambda: "/usr/bin/g++")
-    assert timing.runtimes_here() == (("eager", "compile"), ())
+def crowd(other_load: float | None, threads: int = 1, device: str = "cpu") -> str | None:
+    return timing.busy([{"other_load": other_load, "threads": threads, "cores": 2, "device": device}])
+
+
+def test_timings_of_a_busy_machine_come_with_a_verdict() -> None:
+    assert {row["cores"] for row in measured(batch_sizes=(1,))} == {timing.load_here()["cores"]}
+    assert crowd(1.0) is None  # a core for each
+    assert crowd(0.4, threads=2) is None
+    assert crowd(None) is None
+    assert crowd(9.0, device="cuda") is None
+    assert "a load of 1.7 on 2 cores beside 1 thread" in str(crowd(1.7))
+    assert "beside 2 thread" in str(crowd(1.0, threads=2))
+
+
+def test_the_load_of_others_leaves_out_our_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing.os, "getloadavg", lambda: (3.0, 0.0, 0.0))
+    monkeypatch.setattr(timing.torch, "get_num_threads", lambda: 2)
+    for spent, others in ((0.0, 3.0), (60.0, 2.0), (6000.0, 1.0)):
+        monkeypatch.setattr(timing.time, "process_time", lambda spent=spent: spent)
+        assert timing.load_here()["other_load"] == others
+
+
+def test_torch_says_nothing_on_its_own_while_timing() -> None:
+    seen: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: seen.append(record.getMessage())  # type: ignore[method-assign]
+    logger, level = logging.getLogger("torch.utils.cpp_extension"), logging.getLogger("torch").level
+
+    class Talks(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            logger.warning("No CUDA runtime is found")
+            return x
+
+    logger.addHandler(handler)
+    try:
+        timing.measure({"a": Talks()}, batch_sizes=(1,), runs=1, image_shape=(1, 2, 2))
+    finally:
+        logger.removeHandler(handler)
+    assert not seen
+    assert logging.getLogger("torch").level == level
 
 
 def test_a_compiler_that_fails_is_said_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ caller's is changed: thread count, training mode, device and dtype of the models
 
 import contextlib
 import copy
+import logging
 import os
 import platform
 import shutil
@@ -26,6 +27,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 LEAST_SAMPLE_S = 0.004
 """A sample shorter than this repeats the call: the clock and the scheduler are too coarse for less."""
 
+CROWDED = 0.5
+"""Processes beyond the cores at which timings suffer; background work of a desktop stays below."""
+
 Row = dict[str, Any]
 
 
@@ -35,11 +39,12 @@ def find_compiler() -> str | None:
     return next((found for name in names if name and (found := shutil.which(name.split()[0]))), None)
 
 
-def runtimes_here() -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The runtimes that can be timed on this machine, and one sentence for each that cannot."""
-    if find_compiler():
-        return RUNTIMES, ()
-    return ("eager",), ("Compiled PyTorch was not timed: torch.compile needs a C++ compiler and none was found.",)
+def require_compiler() -> None:
+    """Raises MeasureError where the runtime `compile` has no compiler."""
+    if not find_compiler():
+        raise MeasureError(
+            "runtime 'compile' needs a C++ compiler and none was found. Install g++, or measure with runtime 'eager'."
+        )
 
 
 def device_name(device: str | torch.device) -> str:
@@ -76,17 +81,19 @@ def measure(
 
     Gives a row for each batch size and model: "median_ms" of one call, quartiles "low_ms" and "high_ms", "cpu_ms"
     (median process CPU time over all threads; None off the CPU), "images_per_s", "samples_ms" in the order taken, "calls"
-    per sample, and "model", "runtime", "batch", "threads", "dtype", "device", "device_name", "runs", "load" (of the
-    machine, before; None if unknown).
+    per sample, and "model", "runtime", "batch", "threads", "dtype", "device", "device_name", "runs", "cores", and "load" (mean number
+    of running processes in the minute before) with "other_load", the part of it that was not this process; None if unknown.
     """
     where = _checked(models, batch_sizes, threads, runs, warmup, runtime, device, dtype)
     shape = image_shape or _shape_of(next(iter(models.values())))
     total, done = len(batch_sizes) * len(models) * runs, 0
     rows: list[Row] = []
-    with _threads(threads), contextlib.ExitStack() as stack, torch.inference_mode():
+    with _threads(threads), _quiet_torch(), contextlib.ExitStack() as stack, torch.inference_mode():
         ready = {name: stack.enter_context(_ready(model, where, DTYPES[dtype])) for name, model in models.items()}
         for batch in batch_sizes:
-            load = _load()
+            load = load_here()
+            if progress:
+                progress("measure", done, total, batch=batch, runtime=runtime)  # compiling may take a minute
             images = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0))
             images = images.to(where, DTYPES[dtype])  # B C h w
             calls = {name: _call(model, runtime) for name, model in ready.items()}
@@ -122,7 +129,7 @@ def measure(
                         "dtype": dtype,
                         "device": where.type,
                         "device_name": device_name(where),
-                        "load": load,
+                        **load,
                     }
                 )
     return rows
@@ -154,6 +161,20 @@ def speedups(rows: Sequence[Row], reference: str, macs: Mapping[str, int]) -> li
     return gains
 
 
+def busy(rows: Sequence[Row]) -> str | None:
+    """The sentence to read beside timings of a machine that had other work than fits beside them; None where it was quiet enough,
+    or nobody can say.
+    """
+    crowded = [row for row in rows if (row.get("other_load") or 0) + row["threads"] > row.get("cores", 0) + CROWDED]
+    if not crowded or crowded[0]["device"] != "cpu":
+        return None
+    row = max(crowded, key=lambda row: float(row["other_load"]))
+    return (
+        f"The machine was busy: other programs were a load of {row['other_load']:.1f} on {row['cores']} cores beside {row['threads']} "
+        "thread(s) here. The times are longer than on a quiet machine and the speed-ups less sure; measure again when it is quiet."
+    )
+
+
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     """First quartile, median and third quartile; one value is all three."""
     if len(values) == 1:
@@ -183,10 +204,8 @@ def _checked(
         raise MeasureError(f"threads={threads!r}; expected at least 1, or None for as many as torch has now.")
     if runtime not in RUNTIMES:
         raise MeasureError(f"unknown runtime {runtime!r}; expected one of {RUNTIMES}{did_you_mean(runtime, RUNTIMES)}.")
-    if runtime == "compile" and not find_compiler():
-        raise MeasureError(
-            "runtime 'compile' needs a C++ compiler and none was found. Install g++, or measure with runtime 'eager'."
-        )
+    if runtime == "compile":
+        require_compiler()
     if dtype not in DTYPES:
         raise MeasureError(f"unknown dtype {dtype!r}; expected one of {tuple(DTYPES)}{did_you_mean(dtype, DTYPES)}.")
     try:
@@ -281,7 +300,23 @@ def _synchronise(where: torch.device) -> None:
         torch.mps.synchronize()
 
 
-def _load() -> float | None:
+def load_here() -> Row:
+    """The machine's load, what of it was not ours, and its cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with contextlib.suppress(OSError, AttributeError):
-        return round(os.getloadavg()[0], 2)
-    return None
+        load = os.getloadavg()[0]
+        ours = min(load, time.process_time() / 60, torch.get_num_threads())  # of one minute, at most all of ours so far
+        return {"load": round(load, 2), "other_load": round(load - ours, 2), "cores": cores}
+    return {"load": None, "other_load": None, "cores": cores}
+
+
+@contextlib.contextmanager
+def _quiet_torch() -> Iterator[None]:
+    """Without torch's warnings on the log, such as the compiler's that there is no CUDA: they are no part of a timing."""
+    logger = logging.getLogger("torch")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

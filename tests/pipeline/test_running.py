@@ -495,7 +495,7 @@ def test_what_a_method_shows_of_its_choice_is_on_the_page(tmp_path: Path, config
 
 def test_few_photos_are_recovered_on_in_smaller_batches_and_it_is_said(tmp_path: Path) -> None:
     made = job(tmp_path / "a", recover=RecoverConfig(steps=2), data=pictures(50, labelled=False), measure=None)
-    assert "The recovery takes batches of 40, since there are 45 training images." in made.summary["warnings"]
+    assert "Recovery: There are 45 training images, so one step takes 40 of them." in made.summary["warnings"]
     assert made.summary["recovery"]["steps"] == 2
 
 

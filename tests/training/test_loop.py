@@ -25,6 +25,7 @@ from vitrim.data import Augment
 from vitrim.errors import ConfigError, DataError, TrainingError
 from vitrim.model import Block, Vit
 from vitrim.training import Batch, FitResult, Step, TrainConfig, fit, loop, schedule
+from vitrim.training.config import filled
 from vitrim.training.objectives import Supervised
 
 
@@ -314,6 +315,24 @@ def test_other_errors_of_an_objective_pass_as_they_are() -> None:
         trained(objective=Broken())
 
 
+@pytest.mark.parametrize(
+    ("config", "images", "batch"),
+    [
+        (TrainConfig(), 128, 128),
+        (TrainConfig(), 108, 104),
+        (TrainConfig(), 7, 7),
+        (TrainConfig(accumulate=2), 7, 6),
+        (TrainConfig(mixup=0.2, accumulate=2), 23, 16),
+        (TrainConfig(accumulate=4), 3, 128),  # not one image a part: refused by `ready`
+    ],
+)
+def test_the_largest_batch_that_few_images_fill_is_taken(config: TrainConfig, images: int, batch: int) -> None:
+    chosen, said = filled(config, images)
+    assert chosen.batch_size == batch
+    assert said == ([] if batch == 128 else [f"There are {images} training images, so one step takes {batch} of them."])
+    assert filled(settings(batch_size=64), images) == (settings(batch_size=64), [])  # somebody chose it
+
+
 def test_too_few_images_are_refused_and_nothing_is_written(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="40 training images for batch_size=64"):
         fit(tiny(), Supervised(), pictures(), settings(batch_size=64), out=tmp_path / "run")
@@ -419,8 +438,9 @@ def test_progress_counts_to_the_end_and_says_the_time_left() -> None:
         validate=lambda model: {"top1": 1.0},
         progress=lambda stage, done, total, **facts: told.append((stage, done, total, facts)),
     )
-    assert [t[1] for t in told if t[0] == "train"] == [1, 2, 3, 4, 5, 6]
-    assert all({"loss", "lr", "seconds_left", "images_per_s"} <= set(t[3]) for t in told if t[0] == "train")
+    assert told[0] == ("train", 0, 6, {})  # before the first step, which may take long
+    assert [t[1] for t in told if t[0] == "train"] == [0, 1, 2, 3, 4, 5, 6]
+    assert all({"loss", "lr", "seconds_left", "images_per_s"} <= set(t[3]) for t in told[1:] if t[0] == "train")
     assert told[-1] == ("validate", 6, 6, {"top1": 1.0})
 
 

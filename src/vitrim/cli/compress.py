@@ -42,6 +42,12 @@ RECORDED = ("schema", "vitrim", "weights", "data")
 @options.OUT
 @click.option("--recover-epochs", type=options.POSITIVE, help="Length of the recovery; 10 by default.")
 @click.option("--recover-steps", type=options.COUNT_OR_NONE, help="The same in optimiser steps; 0: no recovery.")
+@click.option(
+    "--measure",
+    "measured",
+    type=options.Named("eager", "compile"),
+    help="What is timed: eager (default), or compile: compiled too, which takes minutes.",
+)
 @click.option("--no-measure", is_flag=True, help="Measure no latency.")
 @click.option(
     "--config", type=click.Path(path_type=Path), metavar="FILE", help="JSON, as OUT/stages/config.json of a run."
@@ -62,6 +68,7 @@ def compress(
     out: Path,
     recover_epochs: float | None,
     recover_steps: int | None,
+    measured: str | None,
     no_measure: bool,
     config: Path | None,
     resume: bool,
@@ -77,6 +84,8 @@ def compress(
     """
     if recover_epochs is not None and recover_steps is not None:
         raise click.UsageError("--recover-epochs and --recover-steps contradict each other; pass one of them.")
+    if measured is not None and no_measure:
+        raise click.UsageError("--measure and --no-measure contradict each other; pass one of them.")
     if resume and force:
         raise click.UsageError("--resume and --force contradict each other: go on with the run, or replace it.")
     values = options.read_json(config)
@@ -108,7 +117,8 @@ def compress(
         if recover_epochs is not None:
             recovery.pop("steps", None)
     if not no_measure and values.get("measure", {}) is not None:
-        timed = options.section(values, "measure")
+        kinds = {None: None, "eager": ("eager",), "compile": ("eager", "compile")}[measured]
+        timed = {**options.section(values, "measure"), **options.given({"runtimes": kinds})}
     result = run_with(
         name if weights == options.Weights() else weights.load(name),
         how,

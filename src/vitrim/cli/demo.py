@@ -22,9 +22,9 @@ DEMO_CALIBRATION = 64
 @click.option("--threads", type=options.COUNT, help="CPU threads; all by default.")
 @options.OUTPUT
 def demo(out: Path, force: bool, threads: int | None, output: options.Output) -> None:
-    """Show the main job on built-in images, in about two minutes.
+    """Show the main job on built-in images, in about three minutes.
 
-    Compress to half the operations, recover for a minute, compare, time, save, and report.
+    Compress to half the operations, recover for a minute or two, compare, time, save, and report.
     """
     options.check_out(out, force=force)
     options.use_threads(threads)

@@ -70,6 +70,8 @@ def for_timing(name: str) -> Vit:
 
 def show_times(rows: Sequence[dict[str, Any]], gains: Sequence[dict[str, Any]]) -> None:
     """Times, the speed-up beside the ideal one, and the setting they hold for."""
+    from vitrim.timing import busy
+
     gained = {(gain["model"], gain["batch"]): gain for gain in gains}
     body = []
     for row in rows:
@@ -82,5 +84,7 @@ def show_times(rows: Sequence[dict[str, Any]], gains: Sequence[dict[str, Any]]) 
     first = rows[0]
     tables.say(
         f"{first['runtime']}, {first['dtype']}, {first['device_name']}, {first['threads']} threads, "
-        f"{first['runs']} samples each, load {first['load']}"
+        f"{first['runs']} samples each, load {first['load']} on {first['cores']} cores"
     )
+    if crowded := busy(rows):
+        tables.say(crowded)

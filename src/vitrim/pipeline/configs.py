@@ -64,7 +64,7 @@ class MeasureConfig:
     batch_sizes: tuple[int, ...] = (1, 8)
     runs: int = Field(default=20, ge=1)
     runtimes: tuple[Literal["eager", "compile"], ...] | None = None
-    """None: eager, and compiled where a C++ compiler is found."""
+    """What runs the networks; None: eager alone. Compiling takes a minute or two for each batch size, and a C++ compiler."""
     threads: int | None = Field(default=None, ge=1)
     device: str = "cpu"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -76,3 +76,8 @@ class MeasureConfig:
             raise ConfigError(
                 "runtimes=(); expected at least one of 'eager', 'compile'. To skip it, pass measure=None."
             )
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The runtimes, settled."""
+        return self.runtimes or ("eager",)

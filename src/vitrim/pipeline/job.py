@@ -29,8 +29,10 @@ from vitrim.pipeline.reference import gets_tail, limited, reference_of
 from vitrim.progress import Progress
 from vitrim.result import Compressed
 from vitrim.tasks.classification import task_of
-from vitrim.tasks.task import Task
+from vitrim.tasks.task import Task, named
+from vitrim.timing import require_compiler
 from vitrim.training import plain, ready
+from vitrim.training.config import filled
 
 log = logging.getLogger("vitrim.pipeline")
 
@@ -73,12 +75,15 @@ class Job:
         self.planned = plan_of(self.method.name, self.given.spec, self.config)
         self.first = None if asked.init is None else self._first_config(asked.init)
         self.train, self.held = self._images()
+        if asked.target is not None and "compile" in asked.target.kinds:
+            require_compiler()
         if self.method.check is not None:
             self.method.check(self.given.spec, self.config, self.train)
         self.recovery = None if asked.recovery is None else self._recovery(asked.recovery)
         self.dense_top1: float | None = None
         if judging.check_dense and not folder.resume:
-            self.dense_top1 = self.task.refuse_untrained(self.dense, self.held, seed=judging.seed, **judging.how)
+            how = {**judging.how, "seed": judging.seed, "progress": named(progress, "dense, a few images")}
+            self.dense_top1 = self.task.refuse_untrained(self.dense, self.held, **how)
 
     @property
     def task(self) -> Task:
@@ -130,11 +135,9 @@ class Job:
         freeze = tuple(dict.fromkeys((*wanted.freeze, *self.config.freeze)))
         frozen(self.dense.spec, freeze)
         wanted = dataclasses.replace(wanted, freeze=freeze)
-        count = len(self.train)
-        if count < wanted.batch_size == RecoverConfig().batch_size:  # nobody chose it
-            few = max(1, count // 8 * 8 or count)
-            self._warn(f"The recovery takes batches of {few}, since there are {count} training images.")
-            wanted = dataclasses.replace(wanted, batch_size=few)
+        wanted, said = filled(wanted, len(self.train))
+        for text in said:
+            self._warn(f"Recovery: {text}")
         objective_named(wanted, self.dense, labelled=self.train.labelled)
         ready(wanted, self.train)
         return wanted

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 import os
 import statistics
 from collections.abc import Callable, Mapping
@@ -23,7 +24,10 @@ from vitrim.result import Compressed
 from vitrim.tasks.classification import class_index, evaluate
 from vitrim.tasks.task import METRICS
 from vitrim.training import FitResult, Objective, fit
+from vitrim.training.config import filled
 from vitrim.training.objectives import Distilled, LabelFree, Supervised
+
+log = logging.getLogger("vitrim.pipeline")
 
 
 def recover(
@@ -46,6 +50,9 @@ def recover(
     labelled = False if config.objective == "label_free" else None
     images, held = (opened.open(data, split=split, labelled=labelled) for split in ("train", "validation"))
     model = small.model if isinstance(small, Compressed) else small
+    config, said = filled(config, len(images))
+    for text in said:
+        log.warning(text)
     place = None if out is None else Path(out)
     with locked(place):
         fitted, objective = train_again(

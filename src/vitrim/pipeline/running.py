@@ -16,6 +16,7 @@ from vitrim.methods.method import MethodConfig
 from vitrim.model import Vit
 from vitrim.pipeline.configs import EvaluateConfig, MeasureConfig, RecoverConfig
 from vitrim.pipeline.folder import Folder, check_place, written_or_said
+from vitrim.pipeline.forecast import forecast, later
 from vitrim.pipeline.job import Asked, Job, name_of
 from vitrim.pipeline.stages import STAGES, final
 from vitrim.pipeline.summary import summary
@@ -105,10 +106,11 @@ def _through_all_stages(job: Job) -> RunResult:
     """Each stage whose result is not there yet, in order."""
     folder, redone = job.folder, []
     found: dict[str, dict[str, Any]] = {}
+    foretold = {} if job.progress is None else forecast(job)  # first: a broken image leaves nothing behind
     folder.begin(job.record())
     for index, (name, stage) in enumerate(STAGES.items()):
         if job.progress is not None:
-            job.progress("stages", index, len(STAGES), now=name)
+            job.progress("stages", index, len(STAGES), now=name, **later(foretold, name))
         found[name], done = folder.stage(name, lambda stage=stage: stage(job, found))  # type: ignore[misc]
         redone += [name] if done else []
     told = summary(job, found, final(job).spec)

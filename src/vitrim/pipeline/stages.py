@@ -161,18 +161,19 @@ def measure(job: Job, found: Found) -> dict[str, Any]:
     target = job.asked.target
     if target is None:
         return {"skipped": True}
-    here, notes = timing.runtimes_here()
     rows: list[dict[str, Any]] = []
-    said = list(notes) if target.runtimes is None else []
+    said: list[str] = []
     both = {"dense": job.dense, "compressed": final(job)}
-    for runtime in target.runtimes or here:
+    for runtime in target.kinds:
         try:
             how = {"batch_sizes": target.batch_sizes, "runs": target.runs, "runtime": runtime, **_on(target)}
             rows += timing.measure(both, progress=job.progress, **how)
         except MeasureError as error:
-            if target.runtimes is not None or runtime == "eager":
+            if runtime == "eager":
                 raise
-            said.append(f"Compiled PyTorch was not timed: {error}")
+            said += _said(f"Compiled PyTorch was not timed: {error}")  # hours of recovery are not lost to that
+    if crowded := timing.busy(rows):
+        said += _said(crowded)
     speedups = timing.speedups(rows, "dense", _macs(job.reference, cost(both["compressed"])))
     return {"rows": rows, "speedups": speedups, "notes": said}
 

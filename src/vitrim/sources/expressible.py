@@ -89,9 +89,12 @@ def any_half(spec: ModelSpec, *names: str) -> bool:
 
 
 def refusal(name: str, fault: str) -> SourceError:
-    """The error that says what a family cannot say."""
+    """The error that says what a family cannot say, and which cut it could."""
+    inside = " Blocks cut whole (`vitrim compress ... --set axes=block`) leave what it can say." * fault.startswith(
+        "block "
+    )
     return SourceError(
-        f"{name} cannot say this model: {fault}. Save it as a folder of vitrim (vitrim.save), which keeps every shape."
+        f"{name} cannot say this model: {fault}. Save it as a folder of vitrim (vitrim.save), which keeps every shape.{inside}"
     )
 
 

@@ -82,6 +82,8 @@ def evaluate(
     outputs: list[list[Tensor]] = [[] for _ in passes]
     targets: list[Tensor] = []
     done = 0
+    if progress is not None:
+        progress("evaluate", 0, len(chosen))
     with _ready(passes, at), torch.no_grad(), _autocast(at, amp):
         for x, y in data.batches(chosen, view, batch_size, workers=workers, device=at):
             for kept, each in zip(outputs, passes, strict=True):
@@ -132,7 +134,7 @@ def class_index(
 def refuse_chance(model: Vit, images: Images, *, seed: int = 0, **how: Any) -> float | None:
     """Top-1 of a classifier on a few images. Raises DataError where it is no better than chance; None without labels.
 
-    how: batch_size, device, amp and workers, as `evaluate` takes them.
+    how: batch_size, device, amp, workers and progress, as `evaluate` takes them.
     """
     if not images.labelled or not model.spec.outputs:
         return None

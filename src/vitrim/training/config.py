@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+from dataclasses import replace
+from typing import Literal, TypeVar
 
 from pydantic import Field
 
-from vitrim.config import Augment, checked, read
+from vitrim.config import Augment, checked, default, read
 from vitrim.errors import ConfigError
 
 
@@ -95,6 +97,34 @@ class TrainConfig(Running):
     def total_steps(self, images: int) -> int:
         """Optimiser steps of the run on so many images."""
         return self.steps or max(1, round(self.epochs * (images // self.batch_size)))
+
+
+Training = TypeVar("Training", bound=TrainConfig)
+
+
+def batch_that_fits(config: TrainConfig, count: int) -> int:
+    """The largest batch, up to the config's own, that so many images fill; the config's own where not even one part is filled."""
+    if count >= config.batch_size:
+        return config.batch_size
+    even = config.accumulate * config.world_size * (2 if config.mixup or config.cutmix else 1)
+    eights = math.lcm(8, even)
+    return count // eights * eights or count // even * even or config.batch_size
+
+
+def filled(config: Training, images: int) -> tuple[Training, list[str]]:
+    """The same with a batch that the images fill where there are fewer than the default asks for, and the sentence that says so.
+
+    A batch that somebody chose stays, and `ready` refuses it.
+    """
+    few = batch_that_fits(config, images)
+    if few == config.batch_size or config.batch_size != default(type(config), "batch_size"):
+        return config, []
+    return replace(config, batch_size=few), [fewer(images, few)]
+
+
+def fewer(images: int, batch_size: int) -> str:
+    """The sentence for a batch that was made smaller."""
+    return f"There are {images} training images, so one step takes {batch_size} of them."
 
 
 read_config = read  # its name here until 0.2

@@ -181,6 +181,8 @@ class _Run:
         """Steps to the end, with logs, validations and checkpoints between them."""
         config = self.config
         began = time.monotonic()
+        if self.progress is not None and self.main and self.state.done < self.total:
+            self.progress("train", self.state.done, self.total)  # the first step may take a minute
         while self.state.done < self.total:
             for micros in self._steps_of_epoch():
                 facts = self._step(micros)
@@ -436,7 +438,7 @@ def ready(config: TrainConfig, images: Images) -> None:
     if len(images) < config.batch_size:
         raise DataError(
             f"{images.name}: {len(images)} training images for batch_size={config.batch_size}; "
-            "expected at least one full batch. Lower batch_size or give more images."
+            f"expected at least one full batch. Lower batch_size (--batch-size {len(images)}) or give more images."
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from vitrim.files import locked, names_in
 from vitrim.model import Vit, build
 from vitrim.progress import Progress
 from vitrim.spec import Config, ModelSpec, Output, Preprocess
-from vitrim.training.config import TrainConfig
+from vitrim.training.config import TrainConfig, filled
 from vitrim.training.loop import AMP_DTYPES, FitResult, fit, mapped
 from vitrim.training.objective import Batch, Objective, Step
 
@@ -31,6 +32,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 """(logits B classes, labels) -> a scalar, a mean over the images."""
 
 _INITIAL = 0x696E_6974  # keeps these draws apart from others with the same seed
+log = logging.getLogger("vitrim.training")
 NO_DECAY = ("prefix", "position", "latent")
 
 
@@ -299,6 +301,9 @@ def _train(
     progress: Progress | None,
 ) -> FitResult:
     images, held = (data_module.open(data, split=split, labelled=True) for split in ("train", "validation"))
+    config, said = filled(config, len(images))
+    for text in said:
+        log.warning(text)
     with seeded(_INITIAL, config.seed):  # the same start on every process, and after every restart
         model = _starting_model(source, images.classes, _classes(images), new_head=new_head)
     mapping = None

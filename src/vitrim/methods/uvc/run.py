@@ -39,6 +39,7 @@ from vitrim.space import outlook
 from vitrim.spec import ModelSpec, spec_hash
 from vitrim.tasks.classification import class_index
 from vitrim.training import Objective, fit, ready
+from vitrim.training.config import batch_that_fits, fewer
 from vitrim.training.objectives import Distilled, LabelFree, Supervised
 
 ANY = Budget(keep_macs=1.0)
@@ -112,6 +113,7 @@ def compress(
     _refuse_untaught(model.spec, config)
     labelled = None if model.spec.outputs else False  # an encoder looks at none
     images = opened.open(data, split="train", labelled=needs_labels(model.spec, config) or labelled)
+    config, said = _filled(config, len(images))
     inner = _inner(teacher or model, config, images)
     objective = Search(decisions, inner, config, limits)
     label_map = None
@@ -136,6 +138,7 @@ def compress(
         "images_per_s": fitted.images_per_s,
         "objective": NAMES[type(inner)],
     }
+    report["warnings"] = [*said, *report["warnings"]]
     history = [_row(line) for line in fitted.history if line["kind"] == "train"]
     return Compressed(model=small, method="uvc", variant=config.preset, history=history, report=report)
 
@@ -155,7 +158,15 @@ def check(spec: ModelSpec, config: UvcConfig, images: Images) -> None:
     _refuse_untaught(spec, config)
     if needs_labels(spec, config):
         opened.open(images, labelled=True)
-    ready(config.training, images)
+    ready(_filled(config, len(images))[0].training, images)
+
+
+def _filled(config: UvcConfig, count: int) -> tuple[UvcConfig, list[str]]:
+    """With a batch that so many images fill, where nobody chose one, and what is to be said of it."""
+    few = batch_that_fits(config.training, count)
+    if config.batch_size is not None or few == config.rules.batch_size:
+        return config, []
+    return replace(config, batch_size=few), [fewer(count, few)]
 
 
 NAMES: dict[type, str] = {LabelFree: "label_free", Supervised: "supervised", Distilled: "distilled"}
