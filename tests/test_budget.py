@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.specs import vit
-from vitrim.budget import Budget, exceeded
+from vitrim.budget import Budget, exceeded, least_share
 from vitrim.counting import cost
 from vitrim.errors import BudgetError
 
@@ -49,6 +52,23 @@ def test_an_unreachable_budget_is_refused_with_the_range() -> None:
         Budget(keep_macs=0.01).refuse_unreachable(floor=floor, reference=reference, method="test")
     assert f"reaches {floor.macs:,} to {reference.macs:,}" in str(refusal.value)
     Budget(keep_macs=1.0).refuse_unreachable(floor=floor, reference=reference, method="test")
+
+
+def test_shares_are_of_the_named_network_whatever_a_method_is_given() -> None:
+    """As where an exact tail makes what a method is given cheaper than the model that was passed in."""
+    whole, given = cost(vit()), cost(replace(vit(), blocks=vit().blocks[:1]))
+    budget = Budget(keep_macs=0.5, max_file_mb=0.01).of(whole)
+    assert budget.limits(given) == {"macs": int(0.5 * whole.macs), "file_bytes": 10_000}
+    assert budget.to_dict() == {"keep_macs": 0.5, "max_file_mb": 0.01}
+    assert replace(budget, keep_macs=0.25).limits(given)["macs"] == int(0.25 * whole.macs)
+
+
+@given(part=st.integers(1, 10**9), whole=st.integers(10**9, 10**12))
+def test_the_share_that_a_refusal_names_is_met_and_is_near_the_least(part: int, whole: int) -> None:
+    share = least_share(part, whole)
+    assert math.floor(share * whole) >= part
+    assert share <= 1.011 * part / whole
+    assert float(f"{share:g}") == share
 
 
 def test_met_by_compares_every_limited_resource() -> None:

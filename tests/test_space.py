@@ -12,7 +12,7 @@ from vitrim.budget import Budget
 from vitrim.counting import ADDITIVE, RESOURCES, cost
 from vitrim.errors import BudgetError
 from vitrim.space import BlockLevels, Choice, Form, Space, frozen_parts, jumps, outlook, sizes
-from vitrim.spec import BlockSpec, ModelSpec
+from vitrim.spec import BlockSpec, ModelSpec, Pool
 
 
 @st.composite
@@ -84,11 +84,28 @@ def test_a_price_is_what_the_halves_of_the_block_cost(space: Space) -> None:
 
 @given(space=spaces())
 def test_the_lowest_network_is_below_every_choice_and_whole_ones_come_first(space: Space) -> None:
+    above = 0
     for i, levels in enumerate(space.levels):
         least = space.price(i, space.lowest[i])[0]
-        assert all(least <= space.price(i, choice)[0] for choice in levels.choices())
+        above += any(least > space.price(i, choice)[0] for choice in levels.choices())
         assert levels.choices()[0] == space.whole[i]
     assert space.floor == cost(space.spec(space.lowest))
+    assert space.sees(space.lowest)
+    # at most one block is not at its cheapest: the one that keeps an attention where all could go
+    assert above <= (space.needs_attention and sum(choice.attention for choice in space.lowest) == 1)
+
+
+def test_the_lowest_network_keeps_the_attention_that_costs_least_where_prefix_tokens_alone_are_read() -> None:
+    """Two blocks, the second with fewer heads: its attention stays. A network that averages its patches needs none."""
+    spec = vit()
+    first, second = spec.blocks
+    assert second.attention is not None
+    spec = replace(spec, blocks=(first, replace(second, attention=replace(second.attention, heads=1))))
+    levels = tuple(replace(BlockLevels.whole_of(block), off=True, bare=True, empty=True) for block in spec.blocks)
+    space = Space(given=spec, base=spec, fixed=frozenset(), levels=levels, dense={})
+    assert space.lowest == (Choice(), Choice(heads=1, qk=8, v=8))
+    averaging = replace(spec, pool=Pool(kind="mean"))
+    assert replace(space, given=averaging, base=averaging).lowest == (Choice(), Choice())
 
 
 @given(space=spaces(forms=("kept", "factored")))

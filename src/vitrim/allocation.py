@@ -330,7 +330,33 @@ class Allocator:
     def solve(
         self, limits: Mapping[str, int], allow: Callable[[int, Choice], bool] | None = None
     ) -> tuple[Choice, ...] | None:
-        """The choices of the least total loss, or None where none are found.  allow: which of them count; None: all."""
+        """The choices of the least total loss, or None where none are found.  allow: which of them count; None: all.
+
+        One attention stays where the network needs one: what is added up block by block does not know that a class token
+        behind none sees no image.
+        """
+        return min(self.solutions(limits, allow), key=self.total, default=None)
+
+    def solutions(
+        self, limits: Mapping[str, int], allow: Callable[[int, Choice], bool] | None = None
+    ) -> list[tuple[Choice, ...]]:
+        """The choices of the least total loss; where they leave no attention to a network that needs one, those with each
+        block's kept. As `solve` otherwise.
+        """
+        best = self._solved(limits, allow)
+        if best is None or self.space.sees(best):
+            return [] if best is None else [best]
+
+        def seeing(block: int) -> Callable[[int, Choice], bool]:
+            return lambda i, choice: (i != block or choice.attention) and (allow is None or allow(i, choice))
+
+        holds = [i for i, choice in enumerate(self.space.whole) if choice.attention]
+        found = [self._solved(limits, seeing(i)) for i in holds]
+        return [one for one in found if one is not None]
+
+    def _solved(
+        self, limits: Mapping[str, int], allow: Callable[[int, Choice], bool] | None
+    ) -> tuple[Choice, ...] | None:
         constraints = Constraints.of(limits)
         tables = self.tables if constraints.memory_bytes is None else self.peaked
         masks = None

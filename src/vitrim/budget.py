@@ -58,7 +58,7 @@ class Budget:
     table: str | None = None
 
     def __post_init__(self) -> None:
-        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        given = {field.name: getattr(self, field.name) for field in fields(Budget)}
         if all(value is None for value in given.values()):
             raise BudgetError("budget: no limit given. To halve the operations, pass keep_macs=0.5.")
         for name, value in given.items():
@@ -76,9 +76,18 @@ class Budget:
                     "max_macs, max_params, max_memory_mb or max_file_mb."
                 )
 
+    def whole(self, given: Cost) -> Cost:
+        """What shares refer to, where a method is given a network of this cost: that one, unless `of` named another."""
+        return given
+
+    def of(self, reference: Cost) -> Budget:
+        """The same budget with its shares of `reference`, whatever a method is given: an exact tail, say, comes before it."""
+        return _BudgetOf(**self.to_dict(), reference=reference)
+
     def limits(self, reference: Cost) -> dict[str, int]:
-        """The bound on each limited resource, in its own unit. reference: the model that shares refer to."""
+        """The bound on each limited resource, in its own unit. reference: what a method is given; shares are of its `whole`."""
         found: dict[str, int] = {}
+        reference = self.whole(reference)
 
         def bound(resource: str, value: float | None) -> None:
             if value is not None:
@@ -97,29 +106,32 @@ class Budget:
         return not exceeded(cost, self.limits(reference))
 
     def refuse_unreachable(self, *, floor: Cost, reference: Cost, method: str) -> None:
-        """Raise BudgetError, with the range that can be reached, unless the cheapest network (`floor`) is within."""
-        limits = self.limits(reference)
+        """Raise BudgetError, with the range that can be reached, unless the cheapest network (`floor`) is within.
+
+        reference: what the method is given. The shares of the message are those that `keep_*` take.
+        """
+        limits, whole = self.limits(reference), self.whole(reference)
         if over := exceeded(floor, limits):
             said = "; ".join(
                 f"{name} at most {limits[name]:,} asked, {method} reaches {getattr(floor, name):,} to "
-                f"{getattr(reference, name):,} (shares {_round_up(getattr(floor, name) / getattr(reference, name))} to 1)"
+                f"{getattr(whole, name):,} (shares {least_share(getattr(floor, name), getattr(whole, name)):g} to 1)"
                 for name in over
             )
             raise BudgetError(f"budget out of reach: {said}. Choose a limit in that range, or another method.")
 
-    def absolute(self, reference: Cost) -> Budget:
-        """The same bounds without shares, of which `reference` was the whole."""
-        limits = self.limits(reference)
-        return Budget(
-            max_macs=limits.get("macs"),
-            max_params=limits.get("params"),
-            max_memory_mb=limits["memory_bytes"] / 1e6 if "memory_bytes" in limits else None,
-            max_file_mb=limits["file_bytes"] / 1e6 if "file_bytes" in limits else None,
-        )
-
     def to_dict(self) -> dict[str, Any]:
         """The limits that are set."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+        return {f.name: getattr(self, f.name) for f in fields(Budget) if getattr(self, f.name) is not None}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _BudgetOf(Budget):
+    """A budget whose shares are of one network while a method is given another."""
+
+    reference: Cost
+
+    def whole(self, given: Cost) -> Cost:
+        return self.reference
 
 
 def exceeded(cost: Cost, limits: Mapping[str, int]) -> list[str]:
@@ -127,5 +139,10 @@ def exceeded(cost: Cost, limits: Mapping[str, int]) -> list[str]:
     return [name for name, limit in limits.items() if getattr(cost, name) > limit]
 
 
-def _round_up(share: float) -> float:
-    return math.ceil(share * 1000) / 1000
+def least_share(part: int, whole: int) -> float:
+    """The least share of three digits that allows `part` of `whole`."""
+    unit = 10.0 ** (math.floor(math.log10(max(part, 1) / whole)) - 2)
+    count = math.ceil(part / whole / unit)
+    while math.floor(float(f"{count * unit:.3g}") * whole) < part:
+        count += 1
+    return float(f"{count * unit:.3g}")

@@ -57,11 +57,14 @@ class Axes:
         return {half: g for g, halves in enumerate(self.gates) for half in halves}
 
     @cached_property
-    def always(self) -> bool:
-        """Whether some half stays whatever the gates do."""
+    def needed(self) -> tuple[int, ...]:
+        """Gates of which one has to stay open, for the network to compute something and, where it needs attention, to see."""
+        parts = ("attention",) if self.space.needs_attention else HALVES
         blocks = enumerate(self.space.base.blocks)
-        halves = [(i, half) for i, block in blocks for half in HALVES if getattr(block, half) is not None]
-        return any(half not in self.gate_of for half in halves)
+        halves: list[Half] = [(i, half) for i, block in blocks for half in parts if getattr(block, half) is not None]
+        if any(half not in self.gate_of for half in halves):
+            return ()
+        return tuple(dict.fromkeys(self.gate_of[half] for half in halves))
 
     def levels(self, place: Place, align: int) -> list[int]:
         """Counts that one of `parts` may have, rising: multiples of align where two of them fit in, and its own size."""
@@ -95,12 +98,13 @@ class Axes:
         return found
 
     def cheapest(self, sizes: Sequence[Choice], resource: str = "macs") -> list[bool]:
-        """Gates that leave the cheapest network which still computes something."""
-        if not self.gates or self.always:
-            return [False] * len(self.gates)
+        """Gates that leave the cheapest network which still computes something, and sees."""
         column = ADDITIVE.index(resource)
-        prices = [sum(self.space.price(i, half_of(sizes[i], h))[column] for i, h in halves) for halves in self.gates]
-        return [g == int(np.argmin(prices)) for g in range(len(prices))]
+        prices = {
+            g: sum(self.space.price(i, half_of(sizes[i], h))[column] for i, h in self.gates[g]) for g in self.needed
+        }
+        stays = min(prices, key=lambda g: prices[g], default=None)
+        return [g == stays for g in range(len(self.gates))]
 
     def floor(self, resource: str = "macs") -> Cost:
         """Of the cheapest network within reach: every count at one unit, every gate closed but the cheapest."""
@@ -376,8 +380,8 @@ class _Settling:
         self.logits: list[float] = logits.tolist()
         self.sizes = list(self.space.whole)
         self.is_open = [logit > 0 for logit in self.logits]
-        if self.is_open and not any(self.is_open) and not axes.always:
-            self.is_open[int(np.argmax(logits))] = True
+        if axes.needed and not any(self.is_open[g] for g in axes.needed):
+            self.is_open[max(axes.needed, key=lambda g: self.logits[g])] = True
         self.cheapest = axes.cheapest(axes.least(align), "macs" if "macs" in limits else "params")
         while align > 1 and self.over(axes.gated(axes.least(align), self.cheapest)):
             align //= 2
@@ -440,9 +444,10 @@ class _Settling:
             self.walk(names, self.align, up=False)
             if self.sizes != before:
                 continue
-            opened = [g for g, is_open in enumerate(self.is_open) if is_open]
-            if len(opened) > 1 or (opened and self.axes.always):
-                self.is_open[min(opened, key=lambda g: self.logits[g])] = False
+            held = [g for g in self.axes.needed if self.is_open[g]]
+            closable = [g for g, is_open in enumerate(self.is_open) if is_open and held != [g]]
+            if closable:
+                self.is_open[min(closable, key=lambda g: self.logits[g])] = False
             elif self.is_open != self.cheapest:
                 self.is_open = list(self.cheapest)
             else:

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 from .budget import Budget
 from .counting import ADDITIVE, FLOAT_BYTES, RESOURCES, Cost, attention_price, block_peak, cost, mlp_price, stem_peak
 from .freezing import Half
-from .spec import AttentionSpec, BlockSpec, BlockTokens, MlpSpec, ModelSpec, token_walk
+from .spec import AttentionSpec, BlockSpec, BlockTokens, MlpSpec, ModelSpec, blind, reads_prefix_alone, token_walk
 
 Sizes = tuple[int, ...]
 Ranks = tuple[int | None, ...]
@@ -239,15 +239,33 @@ class Space:
     # ----------------------------------------------------------------------------------------------------- range, tolerance
 
     @cached_property
+    def needs_attention(self) -> bool:
+        """Whether one attention has to stay: without any, what is read would be the same for every image."""
+        return reads_prefix_alone(self.base) and not blind(self.base)
+
+    def sees(self, choices: Sequence[Choice]) -> bool:
+        """Whether what the network of these choices gives can depend on the image."""
+        return not self.needs_attention or any(choice.attention for choice in choices)
+
+    @cached_property
     def lowest(self) -> tuple[Choice, ...]:
-        """The cheapest network: each part at its smallest, or halves gone where they may go."""
+        """The cheapest network that sees: each part at its smallest, or halves gone where they may go."""
         found = []
         for i, levels in enumerate(self.levels):
             least = levels.least
             trials = [least, *([least.without("mlp")] if levels.bare else [])]
             trials += [least.without("attention")] if levels.off else []
             found.append(Choice() if levels.empty else min(trials, key=lambda c, i=i: self.price(i, c)))  # type: ignore[misc]
-        return tuple(found)
+        if self.sees(found):
+            return tuple(found)
+        sighted = []
+        for i, levels in enumerate(self.levels):
+            if (least := levels.least).attention:
+                one = least.without("mlp") if levels.bare or not least.mlp else least
+                extra = [a - b for a, b in zip(self.price(i, one), self.price(i, found[i]), strict=True)]
+                sighted.append((extra, i, one))
+        _, i, one = min(sighted)
+        return (*found[:i], one, *found[i + 1 :])
 
     @property
     def floor(self) -> Cost:

@@ -611,6 +611,17 @@ def from_json(text: str) -> ModelSpec:
     return ModelSpec.from_dict(parse_json(text, named="spec:", error=SpecError, mend="Expected what `to_json` writes."))
 
 
+def reads_prefix_alone(spec: ModelSpec) -> bool:
+    """Whether what the network gives is read from prefix tokens only, which see the image through attention alone."""
+    reads = [read for output in spec.outputs for read in output.reads] or ["pool"]
+    return all(spec.pool.kind == "cls" if read == "pool" else read != "mean" for read in reads)
+
+
+def blind(spec: ModelSpec) -> bool:
+    """Whether what the network gives can depend on no image: prefix tokens alone are read, and no attention is there."""
+    return reads_prefix_alone(spec) and all(block.attention is None for block in spec.blocks)
+
+
 def spec_hash(spec: ModelSpec) -> str:
     """First 16 hex digits of the SHA-256 of the canonical JSON."""
     return hashlib.sha256(to_json(spec).encode()).hexdigest()[:16]

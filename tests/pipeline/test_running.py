@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from vitrim.methods.uvc import run as uvc
 from vitrim.model import Vit, build
 from vitrim.pipeline import EvaluateConfig, MeasureConfig, RecoverConfig, comparison
 from vitrim.pipeline.folder import STAGES
+from vitrim.result import Compressed
 from vitrim.spec import AttentionSpec, BlockSpec, Config, MlpSpec, ModelSpec, Output, Position, Prefix, Preprocess
 from vitrim.tasks.classification import Classification
 
@@ -537,13 +539,39 @@ def test_a_tail_that_is_not_wanted_is_not_added_by_the_method_either(tmp_path: P
         assert counting.cost(made.spec).macs <= 0.7 * counting.cost(tiny().spec).macs
 
 
-def test_a_network_that_sees_no_image_any_more_is_said(tmp_path: Path) -> None:
-    model = tiny()
-    blocks = tuple(replace(block, attention=None) for block in model.spec.blocks)
-    assert pipeline.reference.blind(replace(model.spec, blocks=blocks))
-    assert not pipeline.reference.blind(model.spec)
-    for keep, sees in ((0.5, True), (0.2, False)):
-        config = DcvitConfig(budget=Budget(keep_macs=keep), images=16, probe_images=4, batch_size=4, align=1)
-        made = job(tmp_path / str(keep), config=config, recover=None, measure=None, data=pictures(80))
-        assert any(block.attention is not None for block in made.spec.blocks) == sees
-        assert any("No attention is left" in text for text in made.summary["warnings"]) != sees
+def test_a_budget_that_leaves_no_attention_is_refused_with_the_least_that_does(tmp_path: Path) -> None:
+    def dcvit(keep: float) -> DcvitConfig:
+        return DcvitConfig(budget=Budget(keep_macs=keep), images=16, probe_images=4, batch_size=4, align=1)
+
+    how: dict[str, Any] = {"recover": None, "measure": None, "data": pictures(80)}
+    with pytest.raises(BudgetError, match="out of reach") as refused:
+        job(tmp_path / "none", config=dcvit(0.1), **how)
+    assert not (tmp_path / "none").exists()
+    found = re.search(r"shares (\S+) to 1", str(refused.value))
+    assert found is not None
+    least = float(found[1])
+    made = job(tmp_path / "least", config=dcvit(least), **how)
+    assert sum(block.attention is not None for block in made.spec.blocks) == 1
+    whole = counting.cost(tiny().spec).macs
+    assert least * whole * 0.99 <= counting.cost(made.spec).macs <= least * whole
+
+
+def test_a_network_with_one_answer_for_every_image_is_refused_before_it_is_recovered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a method that leaves the attention there and takes what it hands on."""
+    blind = tiny()
+    for block in blind.blocks:
+        torch.nn.init.zeros_(block.attention.out.weight)
+
+    def emptied(model: Vit, config: Any, **how: Any) -> Compressed:
+        return Compressed(model=blind, method="comcat", variant="svd")
+
+    monkeypatch.setattr("vitrim.methods.comcat.run.compress", emptied)
+    with pytest.raises(BudgetError, match=r"same for every image.*such as keep_macs=1"):
+        job(tmp_path / "a")
+    assert not (tmp_path / "a" / "stages" / "recover").exists()
+    with pytest.raises(BudgetError, match="same for every image"):
+        vitrim.compress(tiny(), COMCAT, data=pictures())
+    with pytest.raises(ConfigError, match="same for every image"):
+        pipeline.recover(blind, teacher=tiny(), data=pictures(80))

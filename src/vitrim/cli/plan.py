@@ -166,7 +166,7 @@ def planned(name: str, spec: ModelSpec, budget: Budget, given: dict[str, Any]) -
     row: dict[str, Any] = {"method": name, "budget": budget.to_dict(), "limits": budget.limits(whole), "refused": None}
     loose = methods.configure(name, {"budget": Budget(keep_macs=1.0), **given})
     # as `compress` does; shares refer to the model as it is
-    budget, spec = budget.absolute(whole), given_spec(spec, loose, wanted=True)
+    budget, spec = budget.of(whole), given_spec(spec, loose, wanted=True)
     try:
         return row | methods.plan(name, spec, methods.configure(name, {"budget": budget, **given}))
     except BudgetError as error:

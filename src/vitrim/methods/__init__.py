@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vitrim.errors import ConfigError, VitrimError, did_you_mean
+from vitrim.errors import BudgetError, ConfigError, VitrimError, did_you_mean
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -138,7 +138,9 @@ def compress(
     data: whatever `vitrim.data.open` takes; None where the method needs none. seed: instead of the config's own.
     progress: called as progress(stage, done, total, **facts).  folder: where a long method leaves what a killed run goes on
     from, with `resume`; None: nowhere. teacher: whose answers a method that distils learns, such as the network that `model` was
-    cut from; None: `model`. Raises ConfigError for a config of no method, and for a teacher where the method has none.
+    cut from; None: `model`. Raises ConfigError for a config of no method, and for a teacher where the method has none;
+    BudgetError for a budget out of reach, or a network that is left with the same answer for every image. Shares of the budget
+    are of `model`; the exact tail, which `vitrim.run` adds first, is not added here, so that some methods reach less far.
     """
     from vitrim.model import Vit
 
@@ -154,7 +156,8 @@ def compress(
         raise ConfigError(f"{method.name} learns from no teacher; leave teacher out. Those that do: {others}.")
     taught = {} if teacher is None else {"teacher": teacher}
     place = None if folder is None else Path(folder)
-    return _said(method.compress(model, config, data=data, progress=progress, folder=place, resume=resume, **taught))
+    made = method.compress(model, config, data=data, progress=progress, folder=place, resume=resume, **taught)
+    return _finished(made, model, config.budget)
 
 
 def compress_family(
@@ -171,7 +174,7 @@ def compress_family(
     method, place = METHODS[method_of(config)], None if folder is None else Path(folder)
     if method.family is not None:
         made = method.family(model, config, budgets, data=data, progress=progress, folder=place, resume=resume)
-        return [_said(one) for one in made]
+        return [_finished(one, model, budget) for one, budget in zip(made, budgets, strict=True)]
     found = []
     for index, budget in enumerate(budgets):
         own = None if place is None else place / str(index)
@@ -180,8 +183,18 @@ def compress_family(
     return found
 
 
-def _said(made: Compressed) -> Compressed:
-    """The same, its warnings logged."""
+def _finished(made: Compressed, given: Vit, budget: Budget | None) -> Compressed:
+    """The same, its warnings logged. Raises BudgetError where no training could make use of it."""
+    from vitrim.tasks.classification import same_for_all
+
+    if same_for_all(made.model) and not same_for_all(given):
+        limits = {} if budget is None else budget.to_dict()
+        doubled = ((key, min(1.0, 2 * n) if key.startswith("keep_") else 2 * n) for key, n in limits.items())
+        larger = ", ".join(f"{key}={n:g}" for key, n in doubled)
+        raise BudgetError(
+            f"{made.method}: the network that is left gives the same for every image, which no recovery mends; expected "
+            f"one that sees. Keep more{f', such as {larger}' if larger else ''}, or choose another method."
+        )
     for text in made.report.get("warnings", ()):
         log.warning("%s: %s", made.method, text)
     return made

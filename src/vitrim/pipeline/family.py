@@ -92,7 +92,7 @@ def _run_family(
     refuse_foreign(scoring, ours=checkpoints.are_in(scoring), taken=names_in(scoring))
     dense = load(model) if isinstance(model, str | Path) else model
     reference = reference_of(dense, settings.get("relative_to", "given"))
-    asked = [budget.absolute(reference) for budget in budgets]
+    asked = [budget.of(reference) for budget in budgets]
     method = methods.method_of(method_config)
     wanted = settings.get("exact_tail", True)
     method_config = method_config if wanted else method_config.without_tail()

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from vitrim import __version__, surgery
 from vitrim import data as opened
-from vitrim.budget import Budget, exceeded
+from vitrim.budget import exceeded
 from vitrim.config import keys
 from vitrim.counting import Cost, cost
 from vitrim.data import Images
@@ -148,7 +148,8 @@ class Job:
         if init == self.method.name or budget is None:
             raise ConfigError(f"init={init!r}: expected another method than {self.method.name!r}, and a budget.")
         twice = {key: 2 * value for key, value in budget.to_dict().items()}
-        loose = Budget(**{key: min(1.0, value) if key.startswith("keep_") else value for key, value in twice.items()})
+        capped = {key: min(1.0, value) if key.startswith("keep_") else value for key, value in twice.items()}
+        loose = dataclasses.replace(budget, **capped)
         both = {"seed", "freeze", "device", "images"} & {*keys(type(config))} & {*keys(method_named(init).config)}
         shared = {key: value for key in both if (value := getattr(config, key)) not in (None, "auto")}
         first: MethodConfig = configure(init, {"budget": loose, **shared})

@@ -21,7 +21,7 @@ from vitrim.model import Vit
 from vitrim.pipeline.configs import RecoverConfig
 from vitrim.progress import Progress
 from vitrim.result import Compressed
-from vitrim.tasks.classification import class_index, evaluate
+from vitrim.tasks.classification import class_index, evaluate, same_for_all
 from vitrim.tasks.task import METRICS
 from vitrim.training import FitResult, Objective, fit
 from vitrim.training.config import filled
@@ -53,6 +53,11 @@ def recover(
     config, said = filled(config, len(images))
     for text in said:
         log.warning(text)
+    if same_for_all(model):
+        raise ConfigError(
+            "recover: the model gives the same for every image, which no recovery mends; expected one that sees. Cut it anew, "
+            "to a larger budget."
+        )
     place = None if out is None else Path(out)
     with locked(place):
         fitted, objective = train_again(

@@ -27,10 +27,8 @@ def reference_of(dense: Vit, relative_to: str) -> Cost:
 
 
 def limited(config: MethodConfig, reference: Cost) -> MethodConfig:
-    """A method's config with its shares turned into absolute limits: an exact tail comes before the method and changes
-    what a share would mean.
-    """
-    return config if config.budget is None else dataclasses.replace(config, budget=config.budget.absolute(reference))
+    """A method's config whose shares are of this network: an exact tail comes before the method."""
+    return config if config.budget is None else dataclasses.replace(config, budget=config.budget.of(reference))
 
 
 def gets_tail(spec: ModelSpec, config: MethodConfig, *, wanted: bool) -> bool:
@@ -43,8 +41,3 @@ def gets_tail(spec: ModelSpec, config: MethodConfig, *, wanted: bool) -> bool:
 def given_spec(spec: ModelSpec, config: MethodConfig, *, wanted: bool) -> ModelSpec:
     """The spec that the method is given."""
     return surgery.with_exact_tail(spec) if gets_tail(spec, config, wanted=wanted) else spec
-
-
-def blind(spec: ModelSpec) -> bool:
-    """Whether what is read can depend on no patch: only prefix tokens are, and no attention is left."""
-    return spec.pool.kind == "cls" and all(block.attention is None for block in spec.blocks)

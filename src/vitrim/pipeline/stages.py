@@ -22,7 +22,6 @@ from vitrim.pipeline.comparison import compare
 from vitrim.pipeline.configs import MeasureConfig
 from vitrim.pipeline.job import Job
 from vitrim.pipeline.recovery import train_again, training_speeds
-from vitrim.pipeline.reference import blind
 from vitrim.pipeline.summary import summary
 from vitrim.spec import spec_hash
 from vitrim.tasks.task import METRICS, quality
@@ -67,11 +66,6 @@ def compress(job: Job, found: Found) -> dict[str, Any]:
         taught = {"teacher": job.dense} if job.method.takes_teacher else {}
     made = job.asked.compressor(start, job.config, **how(search), **taught)
     warnings = list(made.report.get("warnings", ()))  # logged by `vitrim.compress`
-    if blind(made.spec) and not blind(job.dense.spec):
-        warnings += _said(
-            "No attention is left, and the classifier reads prefix tokens alone: they see no image, and every answer is the "
-            "same. Keep more, or choose another method."
-        )
     warnings += _doubts(job, made.model)
     made.save(job.folder.stages / "compressed", provenance=job.origin, force=True)
     shutil.rmtree(job.folder.stages / "search", ignore_errors=True)  # what a killed search would have gone on from

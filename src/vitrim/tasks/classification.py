@@ -158,6 +158,21 @@ def refuse_chance(model: Vit, images: Images, *, seed: int = 0, **how: Any) -> f
     return float(top1)
 
 
+@torch.no_grad()
+def same_for_all(model: Vit) -> bool:
+    """Whether the network gives the same whatever the image is, seen on four images of noise; the last linears do not count.
+
+    One that reads what no image changes cannot be mended by training; one with an empty classifier can.
+    """
+    spec, first = model.spec, next(model.parameters())
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, spec.channels, *spec.image_px, generator=generator).to(first)
+    with _ready([model], first.device):
+        found = list(model(x, want=("reads",))["reads"].values()) if spec.outputs else [model(x)]
+    # as the last bits of sums may have it
+    return all(bool((y - y[:1]).abs().max() <= 1e-6 * y.abs().max()) for y in found)
+
+
 def scores(logits: Tensor, targets: Tensor | None) -> Metrics:
     """Figures of a classifier.  logits: n C; targets: int64 n, float n C of 0 and 1, or None."""
     predictions = logits.argmax(dim=1)

@@ -23,34 +23,22 @@ from vitrim.spec import ModelSpec
 from vitrim.surgery import Keep
 
 
-def allocate(
-    space: Space, losses: Sequence[Mapping[Choice, float]], budget: Budget, *, sighted: bool = False
-) -> tuple[Choice, ...]:
+def allocate(space: Space, losses: Sequence[Mapping[Choice, float]], budget: Budget) -> tuple[Choice, ...]:
     """The choices of least total predicted loss within the budget; what whole steps leave of it is filled.
 
-    losses: by block, of each of its choices. sighted: keep an attention if the budget allows it, whatever the sum of losses
-    says: what is added up block by block does not know that a class token behind none sees no image.
-    Raises BudgetError when even the cheapest choices are above.
+    losses: by block, of each of its choices. Raises BudgetError when even the cheapest choices are above.
     """
     budget.refuse_unreachable(floor=space.floor, reference=space.reference, method="dcvit")
     limits = budget.limits(space.reference)
     allocator = Allocator(space, lambda i, choice: losses[i][choice])
     if allocator.fits(space.whole, limits):
         return space.whole
-    starts = [allocator.solve(limits) or space.lowest]
-    if sighted and not any(choice.attention for choice in starts[0]):
-        seeing = [i for i, choice in enumerate(space.whole) if choice.attention]
-        found = [allocator.solve(limits, partial(_sees, seeing=i)) for i in seeing]
-        starts = [one for one in found if one is not None] or starts
+    starts = allocator.solutions(limits) or [space.lowest]
     currency = next((name for name in ADDITIVE if name in limits), "params")
     plans = [
         allocator.filled(one, limits, currency, lambda i, _: space.levels[i].hidden[-1], regain=True) for one in starts
     ]
     return min(plans, key=allocator.total)
-
-
-def _sees(i: int, choice: Choice, *, seeing: int) -> bool:
-    return i != seeing or choice.attention
 
 
 def keeps_of(space: Space, chosen: Sequence[Choice], scores: Sequence[Score]) -> list[Keep | None]:

@@ -110,7 +110,7 @@ def _closed(
 ) -> Compressed:
     model, config = job.model, job.config
     losses = [one.losses(levels.choices()) for one, levels in zip(scores, job.space.levels, strict=True)]
-    chosen = allocate(job.space, losses, budget, sighted=model.spec.pool.kind == "cls")
+    chosen = allocate(job.space, losses, budget)
     keeps = keeps_of(job.space, chosen, scores)
     small = reconstruct(job, keeps, sites)
     if config.finetune_steps:

@@ -69,6 +69,13 @@ def candidates(space: Space) -> list[int]:
     return [i for i, levels in enumerate(space.levels) if levels.off]
 
 
+def most(space: Space) -> int:
+    """How many of the candidates may lose their attention together: all but one where the network would see nothing then."""
+    found = candidates(space)
+    others = any(choice.attention and i not in found for i, choice in enumerate(space.whole))
+    return len(found) - bool(found and space.needs_attention and not others)
+
+
 def narrowed(space: Space, hidden: Mapping[int, int]) -> tuple[Choice, ...]:
     """All blocks whole but these, which lose their attention and keep so many units."""
     return tuple(
@@ -90,7 +97,7 @@ def floor(spec: ModelSpec, config: DcvitConfig | None = None) -> Cost:
 def _floor(space: Space, config: DcvitConfig) -> Cost:
     if config.variant == "closed":
         return space.floor
-    found = candidates(space)[: config.k]
+    found = candidates(space)[: most(space)][: config.k]
     return _narrowed_cost(space, dict.fromkeys(found, 1)) if found else space.reference
 
 
@@ -211,9 +218,9 @@ def structure(space: Space, config: DcvitConfig, budget: Budget) -> Structure:
             return Structure(k=k, hidden=dict.fromkeys(found, m), counted="as the authors count")
     main = next(iter(limits))
     cheapest = sorted(found, key=lambda i: getattr(reference, main) - getattr(_narrowed_cost(space, {i: 1}), main))
-    for k in range(1, len(found) + 1) if config.k is None else (config.k,):
-        if k > len(found):
-            raise BudgetError(f"dcvit: k={k} blocks; only {len(found)} can be compressed. Lower k.")
+    for k in range(1, most(space) + 1) if config.k is None else (config.k,):
+        if k > most(space):
+            raise BudgetError(f"dcvit: k={k} blocks; only {most(space)} can be compressed. Lower k.")
         hidden = widest(space, cheapest[:k], limits)
         if hidden is None:
             continue
@@ -222,7 +229,7 @@ def structure(space: Space, config: DcvitConfig, budget: Budget) -> Structure:
         share = min(hidden[i] / space.whole[i].hidden for i in hidden)
         every = {i: max(1, math.floor(share * space.whole[i].hidden + 1e-6)) for i in found}
         return Structure(k=k, hidden=every | hidden)
-    least = _narrowed_cost(space, dict.fromkeys(found, 1))
+    least = _narrowed_cost(space, dict.fromkeys(found[: most(space)], 1))
     budget.refuse_unreachable(floor=least, reference=reference, method="dcvit")
     raise BudgetError(f"dcvit: k={config.k} blocks cannot meet the budget; raise k, or leave it out.")
 
@@ -280,7 +287,7 @@ def chosen_blocks(
     The best k by their trials if they can meet the limits; else the set of the least sum that does, of more blocks if need be.
     Raises BudgetError where none does.
     """
-    for k in range(shape.k, len(ranked_) + 1):
+    for k in range(shape.k, min(most(space), len(ranked_)) + 1):
         sets = sorted(combinations(ranked_, k), key=lambda blocks: sum(scores[i] for i in blocks))
         for order in sets:
             first, *rest = order
