@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -75,6 +76,18 @@ def test_a_saved_model_comes_back_the_same(tmp_path: Path) -> None:
     assert {p.dtype for p in second.parameters()} == {torch.float32}
     assert sorted(p.name for p in folder.iterdir()) == sorted(artifact.FILES)
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["b"]
+
+
+def test_several_labels_an_image_are_said_in_the_config_and_one_is_not(tmp_path: Path) -> None:
+    one, several = model(), model()
+    several.config = dataclasses.replace(several.config, problem_type="multi_label_classification")
+    said = [
+        json.loads((artifact.save(m, tmp_path / str(i)) / "config.json").read_text())
+        for i, m in enumerate((one, several))
+    ]
+    assert "problem_type" not in said[0]  # as older folders have it
+    assert said[1]["problem_type"] == "multi_label_classification"
+    assert [artifact.load(tmp_path / name).config.multi_label for name in "01"] == [False, True]
 
 
 @settings(max_examples=15)

@@ -265,11 +265,15 @@ class Preprocess:
             raise SpecError(f"preprocess: crop={self.crop!r}; expected a share in (0, 1].")
 
 
+ProblemType = Literal["single_label_classification", "multi_label_classification"]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Config(Written):
     """What a saved model says of itself: the artifact's `config.json`.
 
     labels: class names in the order of the logits; None when the source did not say.
+    problem_type: as transformers has it: one class an image (softmax), or several labels, each of which applies or not (sigmoid).
     gate_policy: default grouping of gate decisions at inference.
     """
 
@@ -277,6 +281,7 @@ class Config(Written):
     task: Literal["classification", "features"] = "classification"
     preprocess: Preprocess | None = None
     labels: tuple[str, ...] | None = None
+    problem_type: ProblemType = "single_label_classification"
     gate_policy: Literal["image", "group", "batch", "open"] = "image"
 
     def __post_init__(self) -> None:
@@ -285,6 +290,11 @@ class Config(Written):
             raise SpecError(
                 f"config: {len(self.labels)} labels for {self.spec.classes} classes; expected one name for each class."
             )
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether an image has several labels."""
+        return self.problem_type == "multi_label_classification"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -597,7 +607,11 @@ _JSON = Codec(
         Similarity: "similarity",
         Prefix: "prefix",
     },
-    later={Pool: {"act": "gelu"}, Preprocess: {"crop_rounding": "even"}},
+    later={
+        Pool: {"act": "gelu"},
+        Preprocess: {"crop_rounding": "even"},
+        Config: {"problem_type": "single_label_classification"},
+    },
 )
 
 

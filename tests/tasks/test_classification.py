@@ -13,7 +13,8 @@ from vitrim import data
 from vitrim.errors import DataError
 from vitrim.model import Vit, build
 from vitrim.spec import AttentionSpec, BlockSpec, Config, ConvStem, MlpSpec, ModelSpec, Output, Pool, Position
-from vitrim.tasks.classification import evaluate, likeness, mean_average_precision, nearest, scores
+from vitrim.tasks.classification import Kind, evaluate, likeness, mean_average_precision, nearest, scores
+from vitrim.tasks.samples import answers
 
 CIFAR = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
@@ -187,12 +188,39 @@ def test_several_labels_give_mean_average_precision():
     logits = torch.tensor([[3.0, 1.0], [2.0, 2.0], [1.0, 3.0]])
     targets = torch.tensor([[1.0, 0.0], [0.0, 0.0], [1.0, 1.0]])
     assert mean_average_precision(logits, targets) == pytest.approx(((1 + 2 / 3) / 2 + 1) / 2)
-    facts = scores(logits, targets)
+    facts = scores(logits, targets, Kind(several=True))
     assert set(facts) == {"map", "loss", "predictions"}
     pixels = torch.rand(20, 3, 32, 32)
     whole = evaluate(tiny(), (pixels, (torch.rand(20, 10) > 0.5).float()), split="all", metric=_share)
     assert 0 < whole["map"] <= 1
     assert 0 <= whole["share"] <= 1
+
+
+def test_a_multi_label_model_predicts_all_labels_above_one_half_and_agrees_where_all_are_the_same() -> None:
+    images = data.open("sample", split="validation", limit=20)
+    model, other = tiny(), tiny()
+    for each in (model, other):
+        each.config = replace(each.config, problem_type="multi_label_classification")
+    with torch.no_grad():
+        other.heads["classifier"].bias.add_(0.3)  # the likeliest class stays what it was
+        x = torch.stack([data.evaluation(SMALL)(images[i][0]) for i in range(20)])
+        said, theirs = model(x) > 0, other(x) > 0
+        chances = model(x).sigmoid()
+    facts = evaluate(model, images, reference=other)
+    assert facts["predictions"] == [row.nonzero()[:, 0].tolist() for row in said]
+    assert facts["agreement"] == (said == theirs).all(1).double().mean().item() < 1
+    assert facts["map"] == pytest.approx(mean_average_precision(chances, nn.functional.one_hot(images.labels, 10)))
+    assert "top1" not in facts
+    assert evaluate(model, images, reference=evaluate(other, images))["agreement"] == facts["agreement"]
+    for one, row in zip(answers(model, x, top=3), chances, strict=True):
+        assert [each["probability"] for each in one] == pytest.approx(row.topk(3).values.tolist())
+
+
+def test_shares_are_scored_by_their_likeliest_class() -> None:
+    logits, soft = torch.randn(6, 3), torch.eye(3).repeat(2, 1) * 0.75 + 0.25 / 3
+    facts = scores(logits, soft)
+    assert facts["top1"] == (logits.argmax(1) == soft.argmax(1)).double().mean().item()
+    assert facts["loss"] == pytest.approx(nn.functional.cross_entropy(logits, soft).item())
 
 
 def _share(logits: torch.Tensor, targets: torch.Tensor) -> dict[str, float]:

@@ -256,7 +256,53 @@ def test_several_labels_train_with_mixing_and_score_each_label() -> None:
     several[:, 0] = 1
     result = train(config_of(), (images, several), settings(mixup=0.5))
     last = [line for line in result.history if line["kind"] == "validate"][-1]
-    assert 0 <= last["label_accuracy"] <= 1
+    assert 0 < last["map"] <= 1
+    assert result.model.config.multi_label
+
+
+def test_a_multi_label_model_stays_one_on_class_numbers_and_its_loss_is_that_of_each_label() -> None:
+    images, labels = pair()
+    config = dataclasses.replace(config_of(), problem_type="multi_label_classification")
+    last = [line for line in train(config, (images, labels), settings(steps=1)).history if line["kind"] == "validate"][
+        -1
+    ]
+    assert "top1" not in last
+    logits = torch.randn(4, CLASSES)
+    wanted = F.one_hot(torch.tensor([0, 2, 1, 0]), CLASSES).float()
+    score = Supervised(multi_label=True).score
+    assert score(logits, torch.tensor([0, 2, 1, 0])) == F.binary_cross_entropy_with_logits(logits, wanted)
+
+
+def test_shares_train_by_cross_entropy_and_score_the_likeliest() -> None:
+    images, labels = pair()
+    soft = F.one_hot(labels, CLASSES) * 0.75 + 0.25 / CLASSES
+    result = train(config_of(), (images, soft), settings(steps=1))
+    assert not result.model.config.multi_label
+    assert "top1" in [line for line in result.history if line["kind"] == "validate"][-1]
+
+
+def test_class_numbers_with_gaps_are_refused_for_a_new_head() -> None:
+    images, labels = pair()
+    with pytest.raises(
+        DataError, match=r"class numbers run from 0 to \d+, and \d+ of them are no image's \(the first is 1\)"
+    ):
+        train(tiny(SPEC), (images, labels * 2), settings(steps=1), new_head=True)
+
+
+def test_without_labels_a_multi_label_teacher_is_followed_label_by_label() -> None:
+    teacher, student = tiny(SPEC), tiny(SPEC)
+    teacher.config = dataclasses.replace(teacher.config, problem_type="multi_label_classification")
+    with torch.no_grad():
+        next(iter(student.heads.values())).bias.add_(3.0)  # type: ignore[operator] # a softmax would not see it
+    batch = Batch(images=pair()[0][:4].float() / 255, labels=None)
+    objective = LabelFree(teacher, taps=())
+    objective.param_groups(student)
+    with torch.no_grad():
+        p, q = teacher(batch.images).sigmoid().double(), student(batch.images).sigmoid().double()
+        expected = (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).sum(1).mean()
+        assert float(objective.loss(student, batch, Step(index=0, total=1, epoch=0))) == pytest.approx(
+            float(expected), rel=1e-4
+        )
 
 
 def test_loss_and_metric_of_the_callers_are_used() -> None:

@@ -128,8 +128,7 @@ def objective_named(config: RecoverConfig, model: Vit, *, labelled: bool) -> str
 
 
 def _objective(name: str, config: RecoverConfig, model: Vit, teacher: Vit | None, images: Images) -> Objective:
-    labels = images.labels
-    several = labels is not None and labels.dim() > 1
+    several = images.several or model.config.multi_label
     if name == "supervised":
         return Supervised(smoothing=config.smoothing, multi_label=several)
     if teacher is None:

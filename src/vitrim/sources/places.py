@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
 from ..model import Vit
-from ..spec import BlockSpec, Config, ModelSpec, Preprocess
+from ..spec import BlockSpec, Config, ModelSpec, Preprocess, ProblemType
 
 QKV = ("q_bias", "k_bias", "v_bias")
 
@@ -131,12 +131,13 @@ def _whole(numbers: Mapping[str, Tensor], name: str, count: int) -> Tensor:
 class Told(TypedDict, total=False):
     """What comes along with a module: None and what is not there are taken from the module itself, if it says so.
 
-    labels: class names in the order of the logits.
+    labels: class names in the order of the logits.  problem_type: one class an image (None), or several labels.
     """
 
     preprocess: Preprocess | None
     labels: tuple[str, ...] | None
     provenance: dict[str, Any] | None
+    problem_type: ProblemType | None
 
 
 def filled(
@@ -149,6 +150,8 @@ def filled(
     """Our model with these numbers, in eval mode; the random state stays as it is. task: None is told by the classifiers."""
     task = task or ("classification" if spec.outputs else "features")
     config = Config(spec=spec, task=task, preprocess=told.get("preprocess"), labels=told.get("labels"))
+    if (problem := told.get("problem_type")) is not None:
+        config = replace(config, problem_type=problem)
     with torch.device("meta"):  # no memory and no random numbers for values that are replaced at once
         model = Vit(config, provenance=told.get("provenance"))
     model.load_state_dict(weights, strict=True, assign=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -55,8 +56,9 @@ def evaluate(
     metric: further figures from all logits [n, classes] and targets, merged into the result.
 
     A classifier gives top1 and top5 (shares; None without labels), loss, count, skipped (broken images), predictions (model
-    indices), correct (by image; None without labels), and agreement where a reference is given. Targets of several labels
-    each give map (mean average precision) and loss in their place. An encoder gives cosine and knn_agreement with the
+    indices), correct (by image; None without labels), and agreement where a reference is given. Where images have several labels,
+    map (mean average precision) and loss stand in their place; a model that was trained so (`config.problem_type`) predicts the
+    labels above one half, and agrees with another on an image where all of these are the same. An encoder gives cosine and knn_agreement with the
     reference, which must then be a model: the mean share of an image's 5 nearest neighbours that both agree on.
     DataError for classes that do not match, a missing preprocessing, or a reference of other images.
     """
@@ -71,6 +73,7 @@ def evaluate(
     encoder = own is not None and not own.spec.outputs
     names = labels if labels is not None else (own.labels if own else None)
     classes = own.spec.classes if own is not None and not encoder else None
+    kind = Kind(multi_label=own is not None and own.multi_label, several=chosen.several)
     other = reference if isinstance(reference, nn.Module) else None
     if encoder and reference is not None and other is None:
         raise DataError("an encoder without a classifier is compared with a model; pass the dense model as reference=.")
@@ -101,11 +104,11 @@ def evaluate(
     if encoder:
         return facts | ({} if theirs is None else likeness(ours, theirs))
     wanted = torch.cat(targets) if targets else None
-    facts |= scores(ours, wanted)
+    facts |= scores(ours, wanted, kind)
     if metric is not None and wanted is not None:
         facts |= dict(metric(ours, wanted))
     if reference is not None:
-        facts["agreement"] = _agreement(facts["predictions"], theirs if theirs is not None else reference)
+        facts["agreement"] = _agreement(facts["predictions"], theirs if theirs is not None else reference, kind)
     return facts
 
 
@@ -173,29 +176,53 @@ def same_for_all(model: Vit) -> bool:
     return all(bool((y - y[:1]).abs().max() <= 1e-6 * y.abs().max()) for y in found)
 
 
-def scores(logits: Tensor, targets: Tensor | None) -> Metrics:
-    """Figures of a classifier.  logits: n C; targets: int64 n, float n C of 0 and 1, or None."""
-    predictions = logits.argmax(dim=1)
-    facts: Metrics = {"predictions": predictions.tolist()}
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """How answers are read.  multi_label: the model says of each label whether it applies.  several: so do the images' labels."""
+
+    multi_label: bool = False
+    several: bool = False
+
+
+def scores(logits: Tensor, targets: Tensor | None, kind: Kind = Kind()) -> Metrics:
+    """Figures of a classifier.  logits: n C; targets: int64 n, float n C of shares or of several labels, or None."""
+    facts: Metrics = {"predictions": decided(logits, kind)}
+    if kind.multi_label or kind.several:
+        if targets is None:
+            return facts | {"map": None, "loss": None}
+        wanted = hot(targets, logits.shape[1]).double()
+        loss = F.binary_cross_entropy_with_logits(logits.double(), wanted)
+        return facts | {"map": mean_average_precision(logits, wanted), "loss": loss.item()}
     if targets is None:
         return facts | {"top1": None, "top5": None, "loss": None, "correct": None}
-    if targets.ndim == 2:
-        loss = F.binary_cross_entropy_with_logits(logits.double(), targets.double())
-        return facts | {"map": mean_average_precision(logits, targets), "loss": loss.item()}
-    correct = predictions == targets
-    among = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
+    best = targets if targets.ndim == 1 else targets.argmax(dim=1)
+    correct = logits.argmax(dim=1) == best
+    among = logits.topk(min(5, logits.shape[1]), dim=1).indices == best[:, None]
+    wanted = targets if targets.ndim == 1 else targets.double()
     return facts | {
         "top1": correct.double().mean().item(),
         "top5": among.any(dim=1).double().mean().item(),
-        "loss": F.cross_entropy(logits.double(), targets).item(),
+        "loss": F.cross_entropy(logits.double(), wanted).item(),
         "correct": correct.tolist(),
     }
+
+
+def decided(logits: Tensor, kind: Kind) -> list[Any]:
+    """What a classifier says of each image: the likeliest class, or all labels above one half.  logits: n C"""
+    if not kind.multi_label:
+        return logits.argmax(dim=1).tolist()
+    return [row.nonzero()[:, 0].tolist() for row in logits > 0]
+
+
+def hot(targets: Tensor, classes: int) -> Tensor:
+    """n C: of each label whether it applies.  targets: int64 n, or n C as they are."""
+    return F.one_hot(targets, classes) if targets.ndim == 1 else targets
 
 
 def mean_average_precision(logits: Tensor, targets: Tensor) -> float:
     """Mean over the classes that occur of the average precision.  logits, targets: n C."""
     order = logits.argsort(dim=0, descending=True, stable=True)
-    hits = targets.double().gather(0, order)
+    hits = (targets > 0.5).double().gather(0, order)
     places = torch.arange(1, len(hits) + 1, dtype=torch.float64)[:, None]
     precision = hits.cumsum(dim=0) / places
     present = hits.sum(dim=0) > 0
@@ -226,9 +253,9 @@ def nearest(features: Tensor, k: int = NEIGHBOURS) -> Tensor:
     return torch.cat(found)
 
 
-def _agreement(predictions: list[int], reference: Any) -> float:
+def _agreement(predictions: list[Any], reference: Any, kind: Kind) -> float:
     if isinstance(reference, Tensor) and reference.ndim == 2:
-        reference = reference.argmax(dim=1)
+        reference = decided(reference, kind)
     values = reference["predictions"] if isinstance(reference, Mapping) else reference
     listed = values.tolist() if isinstance(values, Tensor) else list(values)
     if len(listed) != len(predictions):

@@ -69,10 +69,14 @@ def data_uri(picture: Image.Image) -> str:
 
 
 def answers(model: Vit, batch: Tensor, *, top: int = 1) -> list[list[dict[str, Any]]]:
-    """The likeliest classes of each image: label (its number where the model has no names) and probability.  batch: B C h w."""
+    """The likeliest classes of each image: label (its number where the model has no names) and probability.  batch: B C h w.
+
+    Probabilities sum to 1, unless an image has several labels: then each stands for itself.
+    """
     first = next(model.parameters())
     with torch.inference_mode():
-        chances = model(batch.to(first.device, first.dtype)).float().softmax(-1).cpu()  # B classes
+        logits = model(batch.to(first.device, first.dtype)).float()  # B classes
+        chances = (logits.sigmoid() if model.config.multi_label else logits.softmax(-1)).cpu()
     values, indices = chances.topk(min(top, chances.shape[-1]))
     labels = readable(model.config.labels or ())
     return [

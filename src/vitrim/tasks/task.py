@@ -63,7 +63,7 @@ METRICS: dict[str, Metric] = {
 }
 """Every task's figures, in the order in which they are shown."""
 
-QUALITY = ("top1", "agreement", "cosine")
+QUALITY = ("top1", "map", "agreement", "cosine")
 """Which figure stands for quality: the first that is there."""
 
 

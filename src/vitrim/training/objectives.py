@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -19,11 +20,13 @@ from vitrim import data as data_module
 from vitrim.codec import plain
 from vitrim.data import Images
 from vitrim.data.draws import seeded
+from vitrim.data.labels import are_numbers
 from vitrim.errors import ConfigError, DataError, TrainingError
 from vitrim.files import locked, names_in
 from vitrim.model import Vit, build
 from vitrim.progress import Progress
 from vitrim.spec import Config, ModelSpec, Output, Preprocess
+from vitrim.tasks.classification import Kind, hot, scores
 from vitrim.training.config import TrainConfig, filled
 from vitrim.training.loop import AMP_DTYPES, FitResult, fit, mapped
 from vitrim.training.objective import Batch, Objective, Step
@@ -72,7 +75,7 @@ class Supervised(Plain):
         return self.score(model(batch.images), batch.labels)
 
     def score(self, logits: Tensor, labels: Tensor | None) -> Tensor:
-        """Loss of logits [B, classes] against the labels of their batch: int64 [B], or [B, classes]."""
+        """Loss of logits [B, classes] against the labels of their batch: int64 [B], or [B, classes] of shares or several labels."""
         if labels is None:
             raise DataError(
                 "the images have no labels, which this training needs; give labelled ones or train label-free."
@@ -81,7 +84,7 @@ class Supervised(Plain):
         if self.custom is not None:
             return self.custom(logits, labels)
         if self.multi_label:
-            targets = labels.to(logits.dtype) * (1 - self.smoothing) + 0.5 * self.smoothing
+            targets = hot(labels, logits.shape[-1]).to(logits.dtype) * (1 - self.smoothing) + 0.5 * self.smoothing
             return F.binary_cross_entropy_with_logits(logits, targets)
         return F.cross_entropy(logits, labels, label_smoothing=self.smoothing)
 
@@ -234,7 +237,8 @@ class LabelFree(_Taught):
     def loss(self, model: nn.Module, batch: Batch, step: Step) -> Tensor:
         found, theirs = model(batch.images, want=("logits", *self.taps)), self.ask(batch.images)
         if self.teacher.spec.outputs:
-            total = _divergence(_wide(found["logits"]), _wide(theirs["logits"]), 1.0)
+            differ = _label_divergence if self.teacher.config.multi_label else _divergence
+            total = differ(_wide(found["logits"]), _wide(theirs["logits"]), 1.0)
         else:
             goal = _wide(theirs["logits"])
             total = (_wide(found["logits"]) - goal).square().mean() / goal.square().mean()
@@ -249,8 +253,22 @@ def _wide(x: Tensor) -> Tensor:
 
 def _divergence(ours: Tensor, theirs: Tensor, tau: float) -> Tensor:
     """tau^2 * KL(teacher || model) at temperature tau, a mean over the images.  Both B classes."""
-    ours, theirs = F.log_softmax(ours / tau, -1), F.log_softmax(theirs / tau, -1)
-    return F.kl_div(ours, theirs, reduction="batchmean", log_target=True) * tau**2
+    return _divergence_of(F.log_softmax(ours / tau, -1), F.log_softmax(theirs / tau, -1)) * tau**2
+
+
+def _divergence_of(ours: Tensor, theirs: Tensor) -> Tensor:
+    """KL of log-probabilities, a mean over the images."""
+    return F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
+
+
+def _label_divergence(ours: Tensor, theirs: Tensor, tau: float) -> Tensor:
+    """The same where each label stands for itself: tau^2 times the sum of the labels' two-way divergences."""
+    return _divergence_of(_ways(ours / tau), _ways(theirs / tau)) * tau**2
+
+
+def _ways(logits: Tensor) -> Tensor:  # B C -> B 2C
+    """Log-probabilities that each label applies, and that it does not."""
+    return torch.cat([F.logsigmoid(logits), F.logsigmoid(-logits)], dim=-1)
 
 
 # ------------------------------------------------------------------------------------------------- training on labels
@@ -305,12 +323,11 @@ def _train(
     for text in said:
         log.warning(text)
     with seeded(_INITIAL, config.seed):  # the same start on every process, and after every restart
-        model = _starting_model(source, images.classes, _classes(images), new_head=new_head)
+        model = _starting_model(source, images, new_head=new_head)
     mapping = None
     if model.config.labels is not None and images.classes is not None:
         mapping = data_module.match_labels(model.config.labels, images.classes)
-    multi_label = images.labels is not None and images.labels.dim() > 1
-    objective = Supervised(smoothing=config.smoothing, multi_label=multi_label, loss=loss)
+    objective = Supervised(smoothing=config.smoothing, multi_label=model.config.multi_label, loss=loss)
     result = fit(
         model,
         objective,
@@ -338,18 +355,12 @@ def _train(
     return result
 
 
-def _classes(images: Images) -> int:
-    if images.classes is not None:
-        return len(images.classes)
-    labels = images.labels
-    assert labels is not None
-    return labels.shape[1] if labels.dim() > 1 else int(labels.max()) + 1
-
-
-def _starting_model(
-    source: ModelSpec | Config | Vit, names: tuple[str, ...] | None, classes: int, *, new_head: bool
-) -> Vit:
-    """A new model; the caller's is only read."""
+def _starting_model(source: ModelSpec | Config | Vit, images: Images, *, new_head: bool) -> Vit:
+    """A new model, which answers as the images are labelled; the caller's is only read."""
+    names, classes = images.classes, images.class_count
+    assert classes is not None  # labels were demanded
+    if new_head:
+        _refuse_gaps(images, classes)
     if isinstance(source, Vit):
         model = with_new_head(source, classes, names) if new_head else copy.deepcopy(source)
     else:
@@ -359,6 +370,8 @@ def _starting_model(
         if config.labels is None and config.spec.classes == classes:
             config = dataclasses.replace(config, labels=names)
         model = build(config)
+    if images.several:
+        model.config = dataclasses.replace(model.config, problem_type="multi_label_classification")
     if model.config.preprocess is None:
         middle = (0.5,) * model.spec.channels
         preprocess = Preprocess(mean=middle, std=middle, size_px=model.spec.image_px, crop=1.0)
@@ -386,7 +399,22 @@ def _config_with_head(config: Config, classes: int, labels: tuple[str, ...] | No
     old = config.spec.outputs or (Output(classes=classes),)
     outputs = tuple(dataclasses.replace(output, classes=classes, rank=None) for output in old)
     spec = dataclasses.replace(config.spec, outputs=outputs)
-    return dataclasses.replace(config, spec=spec, labels=labels, task="classification")
+    return dataclasses.replace(
+        config, spec=spec, labels=labels, task="classification", problem_type="single_label_classification"
+    )
+
+
+def _refuse_gaps(images: Images, classes: int) -> None:
+    """Raise DataError where classes are numbered with gaps: a head for them would answer what no image shows."""
+    labels = images.source.labels
+    if labels is None or labels.ndim > 1 or not (images.classes is None or are_numbers(images.classes)):
+        return
+    lacking = np.setdiff1d(np.arange(classes), labels)
+    if len(lacking):
+        raise DataError(
+            f"{images.name}: class numbers run from 0 to {classes - 1}, and {len(lacking)} of them are no image's (the first is "
+            f"{lacking[0]}); expected every number, for a new head. Number the classes without gaps, or write their names."
+        )
 
 
 def _refuse_foreign_folder(out: Path | None, *, resume: bool) -> None:
@@ -429,7 +457,7 @@ def _scorer(
         found = {"loss": float(objective.score(logits, labels)), "count": float(len(labels))}
         if metric is not None:
             return found | dict(metric(logits, labels))
-        right = (logits > 0) == (labels > 0.5) if labels.dim() > 1 else logits.argmax(1) == labels
-        return found | {"label_accuracy" if labels.dim() > 1 else "top1": float(right.double().mean())}
+        shares = scores(logits, labels, Kind(multi_label=objective.multi_label))
+        return found | {key: float(shares[key]) for key in ("top1", "map") if key in shares}
 
     return score

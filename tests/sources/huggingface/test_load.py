@@ -44,6 +44,20 @@ def test_labels_and_image_settings_of_a_folder_come_along(tmp_path: Path) -> Non
     )
 
 
+def test_what_a_classifier_answers_is_read_saved_and_given_back(tmp_path: Path) -> None:
+    model = vitrim.load(f"hf:{saved(small('vit', problem_type='multi_label_classification'), tmp_path / 'm')}")
+    assert model.config.multi_label
+    assert vitrim.load(vitrim.save(model, tmp_path / "ours")).config.multi_label
+    assert vitrim.load(f"hf:{source.write(model, tmp_path / 'back')}").config.multi_label
+    for name, said in {"none": None, "one": "single_label_classification"}.items():
+        one = vitrim.load(f"hf:{saved(small('vit', problem_type=said), tmp_path / name)}")
+        assert not one.config.multi_label
+    values = f"hf:{saved(small('vit', problem_type='regression'), tmp_path / 'values')}"
+    with pytest.raises(SourceError, match="a head of problem_type 'regression'"):
+        vitrim.load(values)
+    assert vitrim.load(values, classes=0).config.task == "features"
+
+
 def test_half_precision_files_are_read(tmp_path: Path) -> None:
     module = small("vit").half()
     model = vitrim.load(f"hf:{saved(module, tmp_path / 'm')}")

@@ -177,8 +177,7 @@ def _inner(model: Vit, config: UvcConfig, images: Images) -> Objective:
     rules = config.rules
     if not model.spec.outputs:
         return LabelFree(model)
-    labels = images.labels
-    how: Any = {"smoothing": rules.smoothing, "multi_label": labels is not None and labels.dim() > 1}
+    how: Any = {"smoothing": rules.smoothing, "multi_label": images.several or model.config.multi_label}
     return Distilled(model, alpha=rules.alpha, tau=rules.tau, **how) if config.distill else Supervised(**how)
 
 

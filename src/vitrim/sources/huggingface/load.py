@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Literal, Unpack
+from typing import Any, Literal, Unpack, get_args
 
 import torch
 import transformers
@@ -30,7 +30,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from ...errors import SourceError
 from ...model import Vit
-from ...spec import ModelSpec, Preprocess
+from ...spec import ModelSpec, Preprocess, ProblemType
 from .. import files, parity
 from ..places import Told, filled
 from ..states import MERGE, WRAPPERS
@@ -50,7 +50,7 @@ def from_module(module: nn.Module, *, verify: bool = True, **told: Unpack[Told])
     """Our model with a copy of a transformers module's numbers; the module and the random state stay as they are.
 
     preprocess: a module carries none; where its family resizes positions unasked (DINOv2), its size is the spec's.
-    labels: None takes the configuration's `id2label`, unless that only counts (`LABEL_0`).
+    labels: None takes the configuration's `id2label`, unless that only counts (`LABEL_0`).  problem_type: None takes its own.
     """
     encoder, left = read.encoder_of(module)
     kind, known = read.class_name(encoder), told.get("provenance") or {}
@@ -67,6 +67,7 @@ def from_module(module: nn.Module, *, verify: bool = True, **told: Unpack[Told])
     classifies = any(output.name != "projection" for output in spec.outputs)
     told["labels"] = told.get("labels") or (_labels(encoder, spec) if classifies else None)
     told["provenance"] = {**known, "architecture": kind, **({"left_out": list(left)} if left else {})}
+    told["problem_type"] = told.get("problem_type") or (_problem_type(encoder) if classifies else None)
     task: Literal["classification", "features"] = "classification" if classifies else "features"
     model = filled(spec, read.weights_of(encoder, spec), task=task, **told)
     if verify:
@@ -338,6 +339,16 @@ def _labels(module: Any, spec: ModelSpec) -> tuple[str, ...] | None:
     if sorted(named) != list(range(count)) or all(named[i] == f"LABEL_{i}" for i in range(count)):
         return None
     return tuple(named[i] for i in range(count))
+
+
+def _problem_type(module: Any) -> ProblemType | None:
+    """What the configuration says that the classifier answers; None where it says nothing. Raises SourceError for a regression."""
+    said = getattr(module.config, "problem_type", None)
+    if said is None or said in get_args(ProblemType):
+        return said
+    raise read.refused(
+        f"a head of problem_type {said!r}, whose outputs are no classes (load it with classes=0 for its encoder alone)"
+    )
 
 
 def _preprocess(name: str, image_px: tuple[int, int] | None, channels: int) -> Preprocess | None:

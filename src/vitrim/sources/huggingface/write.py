@@ -61,6 +61,8 @@ def write(model: Vit, out: Path) -> Path:
         module.config.id2label = dict(enumerate(labels))
         module.config.label2id = {label: i for i, label in enumerate(labels)}
     module.config.update(MARK)
+    if model.config.multi_label:
+        module.config.problem_type = model.config.problem_type
     processor = None if model.config.preprocess is None else processor_of(model.config.preprocess)
 
     def put(staging: Path) -> None:
