@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import pytest
@@ -49,6 +50,10 @@ def test_members_carry_their_kind_and_later_fields_are_left_out_at_their_default
         ({"shapes": [{"kind": "circle"}]}, r"drawing.shapes\[0\]: missing 'radius'"),
         ({"shapes": [{"kind": "square", "side": True}]}, r"drawing.shapes\[0\].side: expected int, got True"),
         ({"shapes": 3}, "drawing.shapes: expected a list, got 3"),
+        ({"shapes": [{"kind": "circle", "radius": math.inf}]}, r"radius: expected a finite number, got inf"),
+        ({"shapes": [{"kind": "circle", "radius": 10**400}]}, r"radius: expected a finite number, got 1"),
+        ({"shapes": [{"kind": "square", "side": 2**64}]}, r"side: is a number beyond 64 bits"),
+        ({"title": "a\ud800"}, "is no text that UTF-8 can say"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_the_codecs_error(change: dict[str, object], says: str) -> None:

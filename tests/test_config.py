@@ -92,3 +92,25 @@ def test_a_subclass_has_its_parents_settings_and_words() -> None:
     assert "images: How many images." in str(More.__doc__)
     with pytest.raises(ConfigError, match=r"^More: images=2; expected 3 or more, such as 9\.$"):
         More(images=2)
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"images": 2**63}, "images is a number beyond 64 bits"),
+        ({"images": 10**400}, "images is a number beyond 64 bits"),
+        ({"augment": {"pad": 2**70}}, "augment.pad is a number beyond 64 bits"),
+        ({"share": float("nan")}, "share=nan"),
+        ({"augment": {"jitter": float("inf")}}, "augment.jitter=inf; expected a finite number"),
+        ({"budget": {"max_memory_mb": 1e308}}, "max_memory_mb=1e.308; expected a number above 0 and at most"),
+    ],
+    ids=str,
+)
+def test_numbers_that_no_computation_takes_are_refused(values: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        read(Base, values)
+
+
+def test_a_seed_beyond_64_bits_is_refused_from_python_too() -> None:
+    with pytest.raises(ConfigError, match="More: depth is a number beyond 64 bits"):
+        More(depth=2**64)

@@ -9,6 +9,7 @@ from typing import Any
 
 from .counting import ADDITIVE, FLOAT_BYTES, Cost
 from .errors import BudgetError
+from .foreign import MOST, is_finite
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,11 +65,12 @@ class Budget:
         for name, value in given.items():
             if value is None or name == "table":
                 continue
-            number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            number = is_finite(value)
             if name.startswith("keep_") and not (number and 0 < value <= 1):
                 raise BudgetError(f"{name}={value!r}; expected a share in (0, 1]. To keep half, pass 0.5.")
-            if name.startswith("max_") and not (number and value > 0):
-                raise BudgetError(f"{name}={value!r}; expected a number above 0.")
+            most = MOST // 10**6 if name.endswith("_mb") else MOST
+            if name.startswith("max_") and not (number and 0 < value <= most):
+                raise BudgetError(f"{name}={value!r}; expected a number above 0 and at most {most:.0e}.")
         for name in ("keep_expected_macs", "max_latency_ms", "table"):
             if given[name] is not None:
                 raise BudgetError(

@@ -6,7 +6,6 @@ A codec is told what it cannot see: the names of a union's members, the number o
 from __future__ import annotations
 
 import dataclasses
-import math
 import types
 import typing
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from .errors import VitrimError, did_you_mean
+from .foreign import is_finite
 
 T = TypeVar("T")
 Names = Mapping[type, str]
@@ -100,9 +100,9 @@ class Codec:
             return self._dataclass(kind, value, where)
         if origin is dict:
             return dict(self._object(value, where))
-        if kind is float and type(value) is int:
-            value = float(value)
         self._check(kind, value, where)
+        if kind is float:
+            value = float(value)
         return value
 
     def _object(self, value: Any, where: str) -> Mapping[str, Any]:
@@ -173,7 +173,11 @@ class Codec:
             if not hasattr(type(value), "__post_init__"):
                 self.check(value, where)
         elif kind is float:
-            if type(value) not in (float, int) or not math.isfinite(value):
+            if type(value) not in (float, int) or not is_finite(value):
                 raise self.error(f"{where}: expected a finite number, got {value!r}.")
         elif origin is None and type(value) is not kind:  # `type`, not isinstance: True is no number here
             raise self.error(f"{where}: expected {kind.__name__}, got {value!r}.")
+        elif kind is int and not is_finite(value):
+            raise self.error(f"{where}: is a number beyond 64 bits.")
+        elif kind is str and not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
+            raise self.error(f"{where}: {value!r} is no text that UTF-8 can say. Write the name anew.")

@@ -12,6 +12,7 @@ import pydantic
 from pydantic import ConfigDict, Field
 
 from .errors import ConfigError, VitrimError, did_you_mean
+from .foreign import MOST, is_finite
 
 C = TypeVar("C")
 
@@ -34,11 +35,12 @@ _SAID = {
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(Field,))
 def checked(kind: type[C]) -> type[C]:
     """A frozen dataclass whose values are checked: a wrong one is told as `read` tells it. The strings below fields are their docs."""
-    rules = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+    rules = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
     made = pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=rules)(kind)
     check = made.__init__
 
     def init(self: Any, **values: Any) -> None:
+        _check_size(values, type(self).__name__)
         try:
             check(self, **values)
         except pydantic.ValidationError as error:
@@ -55,6 +57,7 @@ def read(kind: type[C], values: Mapping[str, Any], *, where: str = "config") -> 
     Raises ConfigError that names the key with the near miss, or the value and what was expected.
     """
     _check_keys(kind, values, where)
+    _check_size(values, where)
     try:
         return pydantic.TypeAdapter(kind).validate_python(dict(values))
     except pydantic.ValidationError as error:
@@ -68,6 +71,15 @@ def _check_keys(kind: type, values: Mapping[str, Any], where: str, within: str =
         inner = nested(kind, key)
         if inner is not None and isinstance(value, Mapping):
             _check_keys(inner, value, where, f"{within}{key}.")
+
+
+def _check_size(values: Mapping[str, Any], where: str, within: str = "") -> None:
+    """Refuses whole numbers beyond 64 bits, which neither torch nor a counter of steps takes."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            _check_size(value, where, f"{within}{key}.")
+        elif type(value) is int and not is_finite(value):
+            raise ConfigError(f"{where}: {within}{key} is a number beyond 64 bits; expected at most {MOST}.")
 
 
 def keys(kind: type) -> list[str]:

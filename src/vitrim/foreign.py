@@ -81,9 +81,9 @@ def _escape(char: str) -> str:
 
 def is_finite(value: object) -> bool:
     """Whether a value is a number that arithmetic can take: no bool, NaN or infinity, no integer beyond 64 bits."""
-    if type(value) is int:
-        return -MOST <= value <= MOST
-    return type(value) is float and math.isfinite(value)
+    if isinstance(value, int):
+        return not isinstance(value, bool) and -MOST <= value <= MOST
+    return isinstance(value, float) and math.isfinite(value)
 
 
 def number(text: Any, kind: type[Real]) -> Real:

@@ -92,6 +92,7 @@ class Named(click.ParamType):  # type: ignore[type-arg]
 COUNT = Number(int, least=1)
 COUNT_OR_NONE = Number(int, least=0)
 POSITIVE = Number(float, above=0)
+MEGABYTES = Number(float, above=0, most=MOST // 10**6)
 SHARE = Listed(Number(float, above=0, most=1))
 COUNTS = Listed(COUNT)
 
@@ -231,8 +232,8 @@ BUDGET = bundle(
     click.option("--keep-params", type=SHARE, metavar="SHARE", help="Share of the parameters to keep, in (0, 1]."),
     click.option("--max-macs", type=COUNT, help="At most so many MACs, at batch 1."),
     click.option("--max-params", type=COUNT, help="At most so many parameters."),
-    click.option("--max-memory-mb", type=POSITIVE, help="At most so much resident weights plus activations."),
-    click.option("--max-file-mb", type=POSITIVE, help="At most such a file."),
+    click.option("--max-memory-mb", type=MEGABYTES, help="At most so much resident weights plus activations."),
+    click.option("--max-file-mb", type=MEGABYTES, help="At most such a file."),
 )
 TRAINING = stack(
     click.option("--epochs", type=POSITIVE, help="Passes over the training images."),
