@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -15,11 +16,14 @@ from safetensors.torch import load_file, save_file
 
 from tests.specs import make, vit
 from vitrim import artifact
+from vitrim.codec import plain
 from vitrim.errors import ArtifactError
 from vitrim.model import build
-from vitrim.spec import Config
+from vitrim.spec import Config, Preprocess
 
 SPEC = vit()
+GONE = {"attention": None, "mlp": None, "steps": []}
+VIEW = plain(Preprocess(mean=(0.5,) * 3, std=(0.5,) * 3, size_px=(16, 16)))
 
 
 @pytest.fixture
@@ -191,9 +195,36 @@ def test_a_hidden_width_beyond_the_file_is_refused(saved: Path, size: int) -> No
     assert f"blocks[1].mlp.hidden={size}" in refusal(saved)
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda value: value.update(preprocess=VIEW | {"size_px": [10**6, 10**6]}), "size_px=(1000000, 1000000)"),
+        (lambda value: value.update(preprocess=VIEW | {"crop": 1e-9}), "crop=1e-09"),
+        (lambda value: value.update(preprocess=VIEW | {"size_px": [0, 16]}), "size_px=(0, 16)"),
+        (lambda value: value.update(preprocess=VIEW | {"size_px": [16_000] * 2}), "images of 16000 x 16000 px"),
+        (lambda value: value["spec"].update(image_px=[16_000, 16_000]), "images of 16000 x 16000 px"),
+        (lambda value: value["spec"].update(image_px=[10**9, 16]), "image_px=(1000000000, 16)"),
+        (lambda value: value["spec"].update(image_px=[2048, 2048]), "tokens in an image of 2048 x 2048 px"),
+        (lambda value: value["spec"]["blocks"].extend([GONE] * 120_000), "120002 blocks; expected at most 1000"),
+        (
+            lambda value: value["spec"]["outputs"].extend(value["spec"]["outputs"] * 200),
+            "outputs; expected at most 100",
+        ),
+    ],
+    ids=range(9),
+)
+def test_what_a_spec_asks_is_in_proportion_to_its_weights(
+    saved: Path, change: Callable[[dict[str, Any]], object], says: str
+) -> None:
+    edit(saved / "config.json", change)
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert says in refusal(saved)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - used < 400_000  # kilobytes
+
+
 def test_a_spec_that_no_memory_can_hold_is_refused() -> None:
     with pytest.raises(ArtifactError, match="no memory can hold"):
-        artifact.expected_tensors(Config(spec=vit(width=10**20)))
+        artifact.expected_tensors(Config(spec=vit(width=2**62)))
 
 
 def test_expected_tensors_are_those_of_the_built_model() -> None:

@@ -51,6 +51,8 @@ NEEDED = (CONFIG, WEIGHTS, SELECTION, PROVENANCE)
 FILES = (*NEEDED, CARD)
 
 _DAMAGED = "It was edited or damaged, or is no file of vitrim's: copy or download the folder again."
+_ROOM = 1 << 24  # numbers that any network may ask for one image, however small its weights: 64 MB
+_ROOM_BY_NUMBER = 256  # and so many more for each of its weights: a DeiT-S may ask for images of 8192 px
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _NAME_OF_DTYPE = {torch.bool: "BOOL", torch.uint8: "U8", torch.int32: "I32", torch.int64: "I64"}
 
@@ -112,6 +114,8 @@ def save(
         )
     tensors = _tensors(model, half=half)
     _compare(_shapes_in_memory(tensors), expected_tensors(contents.config), "the model")
+    if (too_big := _out_of_proportion(contents.config, sum(t.numel() for t in tensors.values()))) is not None:
+        raise ArtifactError(f"{too_big}, too much for so few weights: such a folder would not load. Use smaller images.")
     known: dict[str, Any] = {**contents.provenance, **_facts_of(thing), **_plain(provenance or {}, "provenance")}
     known["versions"] = _versions()
 
@@ -359,7 +363,7 @@ def check_weights(path: Path, config: Config) -> None:
     """Compare the header of a safetensors file with what the spec says; reads nothing but the header."""
     header, data_bytes = read_header(path)
     numbers = data_bytes // min(DTYPE_BYTES[name] for name in _FLOATS)
-    if (too_big := _beyond(config, numbers)) is not None:
+    if (too_big := _beyond(config, numbers) or _out_of_proportion(config, numbers)) is not None:
         raise ArtifactError(
             f"{path}: {too_big}, but the file holds {data_bytes} bytes of numbers in all. The folder's files do not "
             "belong together: copy or download it again."
@@ -415,6 +419,20 @@ def _beyond(config: Config, numbers: int) -> str | None:
         for where, size in sizes(spec[part], part):
             if ".steps[" not in where and size > numbers:
                 return f"the spec says {where}={size}"
+    return None
+
+
+def _out_of_proportion(config: Config, numbers: int) -> str | None:
+    """What one image would take that the weights of the file do not warrant: pixels, tokens, scores. None where all do."""
+    spec, most = config.spec, _ROOM + _ROOM_BY_NUMBER * numbers
+    sides = [spec.image_px] + ([] if config.preprocess is None else [config.preprocess.size_px])
+    for height, width in sides:
+        if spec.channels * height * width > most:
+            return f"the spec says images of {height} x {width} px"
+        tokens = len(spec.prefix) + (height // spec.patch_px[0]) * (width // spec.patch_px[1])
+        heads = max((block.attention.heads for block in spec.blocks if block.attention is not None), default=0)
+        if tokens * spec.width > most or tokens * tokens * heads > most:
+            return f"the spec says {tokens} tokens in an image of {height} x {width} px"
     return None
 
 

@@ -24,6 +24,10 @@ SCHEMA = 1
 """Version of the JSON layout; files of a newer one are refused."""
 
 
+MOST_BLOCKS, MOST_OUTPUTS, MOST_SIDE_PX = 1000, 100, 16_384
+"""Bounds that no Vision Transformer comes near: what a file says beyond them is not built, counted or drawn."""
+
+
 class Written:
     """What is kept as JSON under a name of its own."""
 
@@ -263,6 +267,13 @@ class Preprocess:
             )
         if not 0 < self.crop <= 1:
             raise SpecError(f"preprocess: crop={self.crop!r}; expected a share in (0, 1].")
+        if not all(
+            0 < side <= MOST_SIDE_PX * self.crop for side in self.size_px
+        ):  # the image is resized to side / crop
+            raise SpecError(
+                f"preprocess: size_px={self.size_px!r} with crop={self.crop!r}; expected sides from 1 to {MOST_SIDE_PX} px, "
+                "before the crop too."
+            )
 
 
 ProblemType = Literal["single_label_classification", "multi_label_classification"]
@@ -495,6 +506,12 @@ def _check(spec: ModelSpec) -> None:
     places = {"image_px": spec.image_px, "patch_px": spec.patch_px, "position.grid": spec.position.grid}
     for name, sides in places.items():
         _positive("spec", **{f"{name}[{axis}]": side for axis, side in enumerate(sides)})
+    if max(*spec.image_px, *spec.position.grid) > MOST_SIDE_PX:
+        raise SpecError(
+            f"spec: image_px={spec.image_px!r}, position.grid={spec.position.grid!r}; expected sides of at most {MOST_SIDE_PX}."
+        )
+    if len(spec.blocks) > MOST_BLOCKS:
+        raise SpecError(f"spec: {len(spec.blocks)} blocks; expected at most {MOST_BLOCKS}.")
     if any(image < patch for image, patch in zip(spec.image_px, spec.patch_px, strict=True)):
         raise SpecError(
             f"spec: image_px={spec.image_px!r} is smaller than a patch, patch_px={spec.patch_px!r}; choose a larger image size."
@@ -570,6 +587,8 @@ def _check_outputs(spec: ModelSpec) -> None:
         assert spec.pool.heads is not None
         if spec.width % spec.pool.heads:
             raise SpecError(f"pool: heads={spec.pool.heads} does not divide width={spec.width}.")
+    if len(spec.outputs) > MOST_OUTPUTS:
+        raise SpecError(f"spec: {len(spec.outputs)} outputs; expected at most {MOST_OUTPUTS}.")
     names = [output.name for output in spec.outputs]
     if len(set(names)) != len(names):
         raise SpecError(f"spec: outputs named {names!r}; expected different names.")
