@@ -115,7 +115,9 @@ def save(
     tensors = _tensors(model, half=half)
     _compare(_shapes_in_memory(tensors), expected_tensors(contents.config), "the model")
     if (too_big := _out_of_proportion(contents.config, sum(t.numel() for t in tensors.values()))) is not None:
-        raise ArtifactError(f"{too_big}, too much for so few weights: such a folder would not load. Use smaller images.")
+        raise ArtifactError(
+            f"{too_big}, too much for so few weights: such a folder would not load. Use smaller images."
+        )
     known: dict[str, Any] = {**contents.provenance, **_facts_of(thing), **_plain(provenance or {}, "provenance")}
     known["versions"] = _versions()
 
