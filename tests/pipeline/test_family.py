@@ -49,7 +49,7 @@ def test_each_member_is_an_ordinary_run_within_its_budget(whole: pipeline.Family
 def test_the_page_links_and_plots_every_member(whole: pipeline.FamilyResult, tmp_path: Path) -> None:
     page = whole.report.read_text(encoding="utf-8")
     for row in whole.summary["members"]:
-        assert f'href="{row["name"]}/report.html"' in page
+        assert f'href="./{row["name"]}/report.html"' in page
         assert f"{row['name']}: " in page  # its point in the plot
     assert "against measured time" in page
     assert "cp -r all/keep_macs-0." in page

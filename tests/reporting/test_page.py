@@ -203,3 +203,58 @@ def test_a_folder_without_a_whole_run_is_refused(tmp_path: Path, content: str | 
     with pytest.raises(ArtifactError, match=said):
         reporting.write(tmp_path, tmp_path / "report.html")
     assert not (tmp_path / "report.html").exists()
+
+
+OUTSIDE = [
+    "http://x.invalid/a.png",
+    "//x.invalid/a",
+    "data:image/svg+xml;base64,AAAA",
+    'data:image/png;base64,AA" x=',
+    3,
+    None,
+]
+
+
+@pytest.mark.parametrize("uri", OUTSIDE, ids=str)
+def test_a_forged_picture_makes_the_page_load_nothing(result: dict[str, Any], tmp_path: Path, uri: object) -> None:
+    result["samples"][1]["image"] = uri
+    shown = {"samples": result.pop("samples")}
+    (tmp_path / "stages").mkdir()
+    (tmp_path / "summary.json").write_text(reporting.as_text(result), encoding="utf-8")
+    (tmp_path / "stages" / "samples.json").write_text(reporting.as_text(shown), encoding="utf-8")
+    with pytest.raises(ArtifactError, match="image 1 is no picture in the file itself"):
+        reporting.write(tmp_path, tmp_path / "report.html")
+
+
+def test_the_page_itself_forbids_scripts_and_whatever_is_not_in_it(result: dict[str, Any], tmp_path: Path) -> None:
+    page = Page(reporting.write(result, tmp_path / "a.html").read_text(encoding="utf-8"))
+    (policy,) = [at["content"] for at in page.of("meta") if at.get("http-equiv") == "Content-Security-Policy"]
+    rules = dict((part.strip() + " ").split(" ", 1) for part in str(policy).split(";"))
+    assert rules["default-src"].strip() == "'none'"
+    assert rules["img-src"].strip() == "data:"
+    assert not {"script-src", "connect-src", "font-src"} & set(rules)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"method": None},
+        {"method": []},
+        {"costs": {"dense": {"macs": 0}, "compressed": {"macs": 0}}},
+        {"sections": [{"kind": "no such"}]},
+        {"sections": {"a": 1}},
+        {"specs": {"dense": {"blocks": [1]}, "compressed": {"blocks": [None]}}},
+        {"timing": {"rows": [{}], "speedups": [{}]}},
+        {"commands": 7},
+        {"recovery": {"curve": [{"step": "x", "loss": "y"}]}},
+    ],
+    ids=str,
+)
+def test_a_forged_summary_is_refused_in_one_sentence(
+    result: dict[str, Any], tmp_path: Path, change: dict[str, Any]
+) -> None:
+    del result["samples"]
+    (tmp_path / "summary.json").write_text(reporting.as_text(result | change), encoding="utf-8")
+    with pytest.raises(ArtifactError, match=r"no summary that a run wrote"):
+        reporting.write(tmp_path, tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()

@@ -32,7 +32,8 @@ Every figure on the page is a `<data value= data-path=>` element: the value is t
 
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ SUMMARY = "summary.json"
 GENERATOR = b'<meta name="generator" content="vitrim">'
 """In the head of every page."""
 SAMPLES = "stages/samples.json"
+_PICTURE = re.compile(r"data:image/(?:png|jpeg);base64,[A-Za-z0-9+/]+={0,2}")
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -66,7 +68,18 @@ def read(folder: Path) -> dict[str, Any]:
 def read_samples(folder: Path) -> dict[str, Any]:
     """Samples and their note, which a run keeps apart since images are long; empty if there are none."""
     place = folder / SAMPLES
-    return read_object(place) if place.is_file() else {}
+    found = read_object(place) if place.is_file() else {}
+    cards = found.get("samples") or []
+    uris = (
+        [card.get("image") if isinstance(card, dict) else None for card in cards] if isinstance(cards, list) else [None]
+    )
+    for index, uri in enumerate(uris):
+        if not isinstance(uri, str) or not _PICTURE.fullmatch(uri):
+            raise ArtifactError(
+                f"{str(place)!r} is damaged: image {index} is no picture in the file itself, which the page would have to "
+                "load from elsewhere. Run `vitrim compress` again."
+            )
+    return found
 
 
 def as_text(value: Mapping[str, Any]) -> str:
@@ -84,9 +97,33 @@ def write(source: Mapping[str, Any] | str | Path, out: str | Path) -> Path:
 
     source: a result, or the folder of a run or of a family.
     """
-    if not isinstance(source, Mapping) and (Path(source) / family.SUMMARY).is_file():
-        return write_page(family.render(read_object(Path(source) / family.SUMMARY)), Path(out))
-    return write_page(render(source if isinstance(source, Mapping) else read(Path(source))), Path(out))
+    if isinstance(source, Mapping):
+        return write_page(render(source), Path(out))
+    place = Path(source) / family.SUMMARY
+    if place.is_file():
+        return write_page(_drawn(family.render, read_object(place), place), Path(out))
+    return write_page(_drawn(render, read(Path(source)), Path(source) / SUMMARY), Path(out))
+
+
+def _drawn(draw: Callable[[Mapping[str, Any]], str], found: Mapping[str, Any], place: Path) -> str:
+    """The page of what a file says. Only a run writes such a file, whole; what does not fit the page was changed since."""
+    from jinja2 import TemplateError
+
+    try:
+        return draw(found)
+    except (
+        TemplateError,
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
+        raise ArtifactError(
+            f"{str(place)!r} is damaged: it is no summary that a run wrote ({type(error).__name__}: {error}). "
+            "Run `vitrim compress` again."
+        ) from error
 
 
 def is_page(place: Path) -> bool:
@@ -102,7 +139,7 @@ def write_page(page: str, place: Path) -> Path:
     place.parent.mkdir(parents=True, exist_ok=True)
     passing = place.with_name(f".{place.name}.{os.getpid()}.tmp")
     try:
-        passing.write_text(page, encoding="utf-8")
+        passing.write_text(page, encoding="utf-8", errors="backslashreplace")  # names that are no UTF-8
         passing.replace(place)
     finally:
         passing.unlink(missing_ok=True)
