@@ -39,6 +39,7 @@ RECORDED = ("schema", "vitrim", "weights", "data")
     "--no-exact-tail", is_flag=True, help="Keep all tokens in the last block, though the classifier reads one."
 )
 @options.DATA
+@options.BROKEN
 @options.OUT
 @click.option("--recover-epochs", type=options.POSITIVE, help="Length of the recovery; 10 by default.")
 @click.option("--recover-steps", type=options.COUNT_OR_NONE, help="The same in optimiser steps; 0: no recovery.")
@@ -65,6 +66,7 @@ def compress(
     init: str | None,
     no_exact_tail: bool,
     data: str | None,
+    on_broken: str | None,
     out: Path,
     recover_epochs: float | None,
     recover_steps: int | None,
@@ -91,7 +93,7 @@ def compress(
     values = options.read_json(config)
     options.check_keys(
         values,
-        (*SECTIONS, "model", "method", "relative_to", "exact_tail", "init", *RECORDED),
+        (*SECTIONS, "model", "method", "relative_to", "exact_tail", "init", "on_broken", *RECORDED),
         place=f"--config {str(config)!r}",
     )
     name = model or values.get("model")
@@ -135,6 +137,7 @@ def compress(
         relative_to=relative_to or values.get("relative_to") or "given",
         exact_tail=not no_exact_tail and values.get("exact_tail", True) is True,
         init=init,
+        on_broken=on_broken or values.get("on_broken") or "raise",
         budgets=budgets,
     )
     if output.as_json:

@@ -20,7 +20,8 @@ SPLITS = ("train", "validation", "val", "test", "all")
 @click.option("--split", type=options.Named(*SPLITS), default="validation", show_default=True, help="Part of the data.")
 @click.option("--batch", "batch_size", type=options.COUNT, default=64, show_default=True, help="Images at a time.")
 @click.option("--limit", type=options.COUNT, help="Only so many images, balanced over the classes.")
-@click.option("--skip-broken", is_flag=True, help="Leave out images that cannot be read, and say which.")
+@options.BROKEN
+@click.option("--skip-broken", is_flag=True, help="Short for --on-broken skip.")
 @options.SOURCE
 @options.MACHINE
 @options.OUTPUT
@@ -30,6 +31,7 @@ def evaluate(
     data: str | None,
     split: str,
     limit: int | None,
+    on_broken: str | None,
     skip_broken: bool,
     weights: options.Weights,
     device: str | None,
@@ -56,17 +58,14 @@ def evaluate(
     from vitrim.tasks.task import METRICS
 
     # The seed draws `limit`; the validation tenth of the data is the same whatever the seed.
-    images = opened.open(
-        source, split=split, labelled=None if against else True, on_broken="skip" if skip_broken else "raise"
-    )
+    on_broken = "skip" if skip_broken else on_broken or "raise"
+    images = opened.open(source, split=split, labelled=None if against else True, on_broken=on_broken)
     if limit is not None:
         images = images.take(limit, seed or 0)
     with progress_on_stderr(output.quiet) as progress:
         how = options.given({**how, "device": where, "reference": reference})
         metrics = score(network, images, progress=progress, **how)
-    for key, reason in images.broken.items():
-        tables.note(f"skipped {key}: {reason}")
-    kept = {name: metrics[name] for name in (*METRICS, "count") if metrics.get(name) is not None}
+    kept = {name: metrics[name] for name in (*METRICS, "count", "skipped") if metrics.get(name) is not None}
     if output.as_json:
         tables.show_json({"model": model, "data": images.fingerprint(), "split": split, **kept})
     else:

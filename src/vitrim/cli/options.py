@@ -224,6 +224,11 @@ SOURCE = bundle(
     click.option("--no-verify", is_flag=True, help="Do not compare with the source's own network on a random image."),
 )
 FORCE = click.option("--force", is_flag=True, help="Replace what is already at --out.")
+BROKEN = click.option(
+    "--on-broken",
+    type=Named("raise", "skip"),
+    help="An image that cannot be read: raise (default) stops, skip leaves it out.",
+)
 DATA = click.option("--data", metavar="DATA", help="Images; the built-in sample for built-in models.")
 BUDGET = bundle(
     "limits",

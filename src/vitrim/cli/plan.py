@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 @options.BUDGET
 @settings.FREEZE
 @click.option("--data", metavar="DATA", help="Images: say what would be cut at each budget, and at what loss.")
+@options.BROKEN
 @settings.IMAGES
 @settings.PLANNED_BY
 @options.SOURCE
@@ -38,6 +39,7 @@ def plan(
     method: str | None,
     assigned: tuple[str, ...],
     data: str | None,
+    on_broken: str | None,
     device: str | None,
     limits: options.Limits,
     weights: options.Weights,
@@ -64,20 +66,25 @@ def plan(
     if data is not None:
         if len(own) > 1:
             raise click.UsageError(f"--data goes with one method; {method} are several.")
+        from vitrim import data as opened
+
         ((name, given),) = own.items()
         given = {"device": options.device_named(device), **given}
-        rows = predicted(weights.load(model), name, budgets, data, given, output.quiet)
+        rows = predicted(
+            weights.load(model), name, budgets, opened.skipping(data, on_broken or "raise"), given, output.quiet
+        )
         show_predictions(model, name, rows, output.as_json)
         return
     seen = [
         weights.checkpoint,
         weights.checkpoint_key,
         device,
+        on_broken,
         *(flags[key] for key in ("images", "axes", "score", "seed")),
     ]
     if weights.no_pretrained or any(value is not None for value in seen):
         raise click.UsageError(
-            "--checkpoint, --checkpoint-key, --no-pretrained, --images, --axes, --score, --device and --seed go with --data; without it only the shape counts."
+            "--checkpoint, --checkpoint-key, --no-pretrained, --images, --axes, --score, --device, --on-broken and --seed go with --data; without it only the shape counts."
         )
     spec = spec_named(model)
     rows = [planned(name, spec, budget, given) for budget in budgets for name, given in own.items()]
@@ -99,7 +106,7 @@ def note_refusals(rows: list[dict[str, Any]]) -> None:
 
 
 def predicted(
-    network: Vit, method: str, budgets: list[Budget], data: str, given: dict[str, Any], quiet: bool
+    network: Vit, method: str, budgets: list[Budget], data: Any, given: dict[str, Any], quiet: bool
 ) -> list[dict[str, Any]]:
     """What the method expects of each budget, from images."""
     predict = methods.METHODS[method].predict

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 @click.argument("model")
 @click.argument("files", nargs=-1, required=True, metavar="IMAGE...", type=click.Path(path_type=Path))
 @click.option("--top", type=options.COUNT, default=5, show_default=True, help="Names for each image.")
+@options.BROKEN
 @options.SOURCE
 @options.COMPUTE
 @options.OUTPUT
@@ -25,6 +26,7 @@ def predict(
     model: str,
     files: tuple[Path, ...],
     top: int,
+    on_broken: str | None,
     weights: options.Weights,
     device: str | None,
     threads: int | None,
@@ -34,14 +36,28 @@ def predict(
 
     vitrim predict small/ cat.jpg
     """
+    skips = on_broken == "skip"
     for file in files:
-        if not file.is_file():
+        if not skips and (file.is_dir() or not file.exists()):
             what = "is a folder" if file.is_dir() else "is not there"
             raise DataError(f"{str(file)!r} {what}; expected an image file, such as cat.jpg.")
     options.use_threads(threads)
     where = options.device_named(device)
     network = weights.load(model).to(where)
-    answers = {str(file): names_on(network, file, top) for file in files}
+    from vitrim.data.images import Broken
+
+    answers: dict[str, list[dict[str, Any]]] = {}
+    left_out = Broken()
+    for file in files:
+        try:
+            answers[str(file)] = names_on(network, file, top)
+        except DataError as error:
+            if not skips:
+                raise
+            left_out[str(file)] = str(error)
+    if not answers:
+        raise DataError(f"none of {len(files)} images could be read; the first: {next(iter(left_out.values()))}")
+    left_out.tell("predict")
     if output.as_json:
         tables.show_json({"model": model, "predictions": answers})
         return

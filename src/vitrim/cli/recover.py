@@ -17,6 +17,7 @@ from vitrim.files import locked
 @click.argument("model")
 @click.option("--teacher", metavar="MODEL", help="The dense model, whose answers it learns.")
 @options.DATA
+@options.BROKEN
 @options.OUT
 @click.option(
     "--objective",
@@ -32,6 +33,7 @@ def recover(
     model: str,
     teacher: str | None,
     data: str | None,
+    on_broken: str | None,
     out: Path,
     config: Path | None,
     resume: bool,
@@ -63,7 +65,14 @@ def recover(
         artifact.refuse_overwriting(out, force=True)
         with progress_on_stderr(output.quiet) as progress:
             result = train_again(
-                small, teacher=dense, data=source, config=how, out=out, resume=resume, progress=progress
+                small,
+                teacher=dense,
+                data=source,
+                config=how,
+                out=out,
+                resume=resume,
+                on_broken=on_broken or "raise",
+                progress=progress,
             )
         scores: dict[str, Any] = next((line for line in reversed(result.history) if line["kind"] == "validate"), {})
         last = {key: value for key, value in scores.items() if key not in ("kind", "step", "seconds")}

@@ -17,6 +17,7 @@ from vitrim.foreign import command
 @click.option("--recipe", metavar="NAME", help="A packaged training, such as cifar10-vit-micro.")
 @click.option("--new-head", is_flag=True, help="Fresh classifiers for the classes of the data.")
 @options.DATA
+@options.BROKEN
 @options.OUT
 @click.option("--resume", is_flag=True, help="Go on with the run at --out.")
 @options.TRAINING
@@ -29,6 +30,7 @@ def train(
     recipe: str | None,
     new_head: bool,
     data: str | None,
+    on_broken: str | None,
     out: Path,
     resume: bool,
     config: Path | None,
@@ -64,7 +66,15 @@ def train(
     told = {"source": model or f"recipe {recipe}", **({} if recipe is None else {"recipe": recipe})}
     with progress_on_stderr(output.quiet) as progress:
         result = fit(
-            start, source, training, out=out, resume=resume, new_head=new_head, provenance=told, progress=progress
+            start,
+            source,
+            training,
+            out=out,
+            resume=resume,
+            new_head=new_head,
+            on_broken=on_broken or "raise",
+            provenance=told,
+            progress=progress,
         )
     scores: dict[str, Any] = next((line for line in reversed(result.history) if line["kind"] == "validate"), {})
     key = quality(scores)

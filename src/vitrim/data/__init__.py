@@ -15,7 +15,7 @@ from vitrim.data.arrays import DatasetSource, TensorSource
 from vitrim.data.calibration import CalibrationImages
 from vitrim.data.folders import FolderSource
 from vitrim.data.hub import HubSource
-from vitrim.data.images import Images, Source
+from vitrim.data.images import Images, Skipping, Source, skipping
 from vitrim.data.labels import match_labels, readable
 from vitrim.data.loading import batch_count, batches, calibration
 from vitrim.data.parquet import ParquetSource
@@ -44,6 +44,7 @@ __all__ = [
     "match_labels",
     "open",
     "readable",
+    "skipping",
     "suggest_workers",
     "training",
     "transforms",
@@ -63,16 +64,20 @@ def open(
     """Images of one split.
 
     source: a folder of images or of Parquet shards, a Parquet file, "hf:NAME", "sample", a torch Dataset of (image, label),
-    a tensor [n,3,h,w] (uint8, or float in [0, 1]), a pair of it and labels, or Images, which come back as they are.
+    a tensor [n,3,h,w] (uint8, or float in [0, 1]), a pair of it and labels, or Images, which come back as they are. What
+    `skipping` makes of one of these has on_broken="skip" with it.
     split: train, validation (or val), test or all; a missing validation split is a tenth of train.
     seed: of that tenth, and of `limit`. It names a split, not a run: the built-in models never saw the tenth of seed 0.
     labelled: True demands labels, False does without (and takes photos from any nesting), None takes what there is.
     limit: at most so many images, drawn by seed, as many of each class as can be.
-    on_broken: "raise" refuses an image that cannot be read, "skip" leaves it out and notes it in `.broken`.
+    on_broken: "raise" refuses an image that cannot be read, "skip" leaves it out, notes it in `.broken` and says so in the log.
     DataError for whatever cannot be found, read or told apart.
     """
+    broken = None
+    if isinstance(source, Skipping):
+        source, broken, on_broken = source.source, source.broken, "skip"
     if isinstance(source, Images):
-        images = source
+        images = source if broken is None else source.skipping(broken)
     else:
         try:
             found = _source(source, labelled)
@@ -82,7 +87,7 @@ def open(
             ) from error
         rows = choose(found.splits, split, seed=seed, name=found.name)
         known = labelled is not False and found.labelled_rows(rows)
-        images = Images(found, rows, split=split, labelled=known, on_broken=on_broken)
+        images = Images(found, rows, split=split, labelled=known, on_broken=on_broken, broken=broken)
     if labelled and not images.labelled:
         _refuse_part_labelled(images)
         raise DataError(
@@ -115,6 +120,7 @@ def calibration_images(
     """
     if preprocess is not None:
         return CalibrationImages(preprocess, images=open(source, labelled=False).take(count, seed, balanced=False))
+    source = source.source if isinstance(source, Skipping) else source
     if not (isinstance(source, Tensor) and source.is_floating_point() and source.dim() == 4):
         raise DataError(
             f"{method}: the model does not say how images are normalised, and these are not the network's own input. "

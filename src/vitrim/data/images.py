@@ -7,7 +7,9 @@ are keyed by its row, so that a subset, another batch size or another worker see
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,11 @@ from vitrim.data.targets import Targets
 from vitrim.errors import DataError
 
 _TAKE = 0x5441_4B45  # keeps these draws apart from others with the same seed
-_BROKEN = ("raise", "skip")
+_SHOWN = 5  # keys in a message
+ON_BROKEN = ("raise", "skip")
+"""What may be done about a picture that cannot be read."""
+
+log = logging.getLogger("vitrim.data")
 
 Label = int | torch.Tensor | None
 
@@ -90,23 +96,69 @@ def part_of(starts: np.ndarray, row: int) -> tuple[int, int]:
     return part, row - int(starts[part])
 
 
+class Broken(dict[str, str]):
+    """Why pictures were left out, by their keys."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told = 0
+
+    def tell(self, name: str) -> None:
+        """Log those of the data `name` that were not told yet: how many, which, and why the first."""
+        new = list(self.items())[self.told :]
+        self.told = len(self)
+        if new:
+            keys = ", ".join(key for key, _ in new[:_SHOWN]) + (" ..." if len(new) > _SHOWN else "")
+            reason = new[0][1].partition(" Replace or remove it")[0]
+            log.warning("%s: left out %d that cannot be read: %s. The first: %s", name, len(new), keys, reason)
+
+
+@dataclass(frozen=True, eq=False)
+class Skipping:
+    """Data of which pictures that cannot be read are left out: a source for `vitrim.data.open`.
+
+    broken: what was left out so far, of all splits that were opened from it.
+    """
+
+    source: Any
+    broken: Broken = field(default_factory=Broken)
+
+
+def skipping(source: Any, on_broken: str) -> Any:
+    """The source for `vitrim.data.open` that treats pictures that cannot be read as `on_broken` says: "raise" or "skip"."""
+    check_on_broken(on_broken)
+    return Skipping(source) if on_broken == "skip" and not isinstance(source, Skipping) else source
+
+
+def check_on_broken(on_broken: str) -> None:
+    """Raise DataError for what is neither."""
+    if on_broken not in ON_BROKEN:
+        raise DataError(f"on_broken={on_broken!r}; expected 'raise' or 'skip'.")
+
+
 class Images(Dataset[tuple[Image.Image, Label]]):
     """Pictures of one split, with labels if they have them: `len`, `[i] -> (RGB image, label or None)`.
 
-    `broken` collects, by key, the reason for each picture that a loader skipped (`on_broken="skip"`).
+    `broken` collects, by key, the reason for each picture that a loader skipped (`on_broken="skip"`); subsets share it.
     """
 
     def __init__(
-        self, source: Source, rows: np.ndarray, *, split: str, labelled: bool, on_broken: str = "raise"
+        self,
+        source: Source,
+        rows: np.ndarray,
+        *,
+        split: str,
+        labelled: bool,
+        on_broken: str = "raise",
+        broken: Broken | None = None,
     ) -> None:
-        if on_broken not in _BROKEN:
-            raise DataError(f"on_broken={on_broken!r}; expected 'raise' or 'skip'.")
+        check_on_broken(on_broken)
         self.source = source
         self.rows = rows
         self.split = split
         self.labelled = labelled
         self.on_broken = on_broken
-        self.broken: dict[str, str] = {}
+        self.broken = Broken() if broken is None else broken
         self.decoded: dict[tuple[Any, ...], torch.Tensor] = {}
         """Decoded pixels by view, kept by `vitrim.data.pixels`."""
 
@@ -169,8 +221,17 @@ class Images(Dataset[tuple[Image.Image, Label]]):
     def subset(self, positions: np.ndarray) -> Images:
         """The pictures at these positions, in this order."""
         return Images(
-            self.source, self.rows[positions], split=self.split, labelled=self.labelled, on_broken=self.on_broken
+            self.source,
+            self.rows[positions],
+            split=self.split,
+            labelled=self.labelled,
+            on_broken=self.on_broken,
+            broken=self.broken,
         )
+
+    def skipping(self, broken: Broken) -> Images:
+        """The same pictures, of which those that cannot be read are left out and noted in `broken`."""
+        return Images(self.source, self.rows, split=self.split, labelled=self.labelled, on_broken="skip", broken=broken)
 
     def take(self, count: int, seed: int = 0, *, balanced: bool = True) -> Images:
         """`count` pictures drawn by seed (all of them if there are no more), in the order in which they stand.

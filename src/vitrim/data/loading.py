@@ -80,7 +80,6 @@ def calibration(images: Images, preprocess: Preprocess, count: int, seed: int = 
     """float32 [n,C,h,w]: up to `count` images drawn by seed, without a look at their labels."""
     chosen = images.take(count, seed, balanced=False)
     parts = [x for x, _ in batches(chosen, evaluation(preprocess), min(64, len(chosen)), workers=workers)]
-    images.broken.update(chosen.broken)
     if not parts:
         raise none_readable(chosen)
     return torch.cat(parts)
@@ -113,10 +112,13 @@ def _collated(
     images: Images, groups: Groups, made: Iterator[Made], full: bool, device: torch.device
 ) -> Iterator[Batch]:
     labels = images.labels
-    for group, (readable, batch) in zip(groups, made, strict=True):
-        positions = _filled(readable, len(group), full, images)
-        if len(positions):
-            yield batch(positions), None if labels is None else labels[torch.from_numpy(positions)].to(device)
+    try:
+        for group, (readable, batch) in zip(groups, made, strict=True):
+            positions = _filled(readable, len(group), full, images)
+            if len(positions):
+                yield batch(positions), None if labels is None else labels[torch.from_numpy(positions)].to(device)
+    finally:  # a pass that is left early has skipped some, too
+        images.broken.tell(images.name)
 
 
 def _in_memory(

@@ -31,6 +31,7 @@ def in_memory(
     base = preprocess or Preprocess(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), size_px=size_px)
     pixels, readable = decoded(images, View(replace(base, size_px=size_px)), workers=workers)
     labels = images.labels
+    images.broken.tell(images.name)
     if bool(readable.all()):
         return pixels, labels
     return pixels[readable], None if labels is None else labels[readable]

@@ -132,16 +132,19 @@ def compress(
     folder: str | Path | None = None,
     resume: bool = False,
     teacher: Vit | None = None,
+    on_broken: str = "raise",
 ) -> Compressed:
     """The method that the config belongs to, alone: no recovery. `model` is left as it was.
 
-    data: whatever `vitrim.data.open` takes; None where the method needs none. seed: instead of the config's own.
+    data: whatever `vitrim.data.open` takes; None where the method needs none. on_broken: "raise" stops at an image that cannot be
+    read, "skip" leaves it out and says so. seed: instead of the config's own.
     progress: called as progress(stage, done, total, **facts).  folder: where a long method leaves what a killed run goes on
     from, with `resume`; None: nowhere. teacher: whose answers a method that distils learns, such as the network that `model` was
     cut from; None: `model`. Raises ConfigError for a config of no method, and for a teacher where the method has none;
     BudgetError for a budget out of reach, or a network that is left with the same answer for every image. Shares of the budget
     are of `model`; the exact tail, which `vitrim.run` adds first, is not added here, so that some methods reach less far.
     """
+    from vitrim import data as opened
     from vitrim.model import Vit
 
     if not isinstance(model, Vit):
@@ -156,6 +159,7 @@ def compress(
         raise ConfigError(f"{method.name} learns from no teacher; leave teacher out. Those that do: {others}.")
     taught = {} if teacher is None else {"teacher": teacher}
     place = None if folder is None else Path(folder)
+    data = None if data is None else opened.skipping(data, on_broken)
     made = method.compress(model, config, data=data, progress=progress, folder=place, resume=resume, **taught)
     return _finished(made, model, config.budget)
 

@@ -118,6 +118,7 @@ class Job:
             "method": self.method.name,
             "settings": plain(asked.config),
             "data": {"train": self.train.fingerprint(), "validation": self.held.fingerprint()},
+            **({"on_broken": "skip"} if self.train.on_broken == "skip" else {}),
             "recover": None if self.recovery is None else plain(self.recovery),
             "evaluate": plain(asked.judging),
             "measure": None if asked.target is None else plain(asked.target),

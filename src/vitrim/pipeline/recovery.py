@@ -38,15 +38,18 @@ def recover(
     config: RecoverConfig | None = None,
     out: str | os.PathLike[str] | None = None,
     resume: bool = False,
+    on_broken: str = "raise",
     progress: Progress | None = None,
 ) -> Compressed:
     """Train a compressed network; gives a new one, `small` and `teacher` are left as they were.
 
     teacher: the dense model; only objective="supervised" does without.  data: whatever `vitrim.data.open` takes; its train
     split is learned and its validation split scored.  out: folder for metrics.jsonl and checkpoints; resume: go on from there.
+    on_broken: "raise" stops at an image that cannot be read, "skip" leaves it out and says so.
     The result's history holds the lines of metrics.jsonl. Raises ConfigError, DataError, and what `vitrim.training.fit` raises.
     """
     config = config or RecoverConfig()
+    data = opened.skipping(data, on_broken)
     labelled = False if config.objective == "label_free" else None
     images, held = (opened.open(data, split=split, labelled=labelled) for split in ("train", "validation"))
     model = small.model if isinstance(small, Compressed) else small

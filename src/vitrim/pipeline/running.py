@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vitrim import artifact, processes, reporting
+from vitrim import data as opened
 from vitrim.checkpoints import replace_text
 from vitrim.errors import ConfigError
 from vitrim.files import locked
@@ -58,6 +59,7 @@ def run(
     relative_to: Literal["given", "original"] = "given",
     exact_tail: bool = True,
     init: str | None = None,
+    on_broken: str = "raise",
     progress: Progress | None = None,
     compressor: Callable[..., Compressed] = compress_by,
 ) -> RunResult:
@@ -69,6 +71,7 @@ def run(
     one that it descends from.  exact_tail: let only the prefix tokens through the last block where the classifier reads no
     other: the same outputs for fewer operations, which the method may then spend elsewhere.
     init: a method of closed forms, such as auto, that first cuts to twice the budget; the other then starts from there.
+    on_broken: "raise" stops at an image that cannot be read, "skip" leaves it out and says so.
     resume: go on at the first stage that has no result.  force: replace the run in `out`.
     compressor: called as `vitrim.compress`; a family's has done the work for all members.
     A bad input, an unreachable budget or a dense model that guesses is refused before anything is written.
@@ -88,7 +91,7 @@ def run(
             name=name_of(model),
             dense=load(model) if isinstance(model, str | Path) else model,
             config=method_config,
-            data=data,
+            data=opened.skipping(data, on_broken),
             recovery=recover,
             target=measure,
             judging=evaluate,

@@ -45,12 +45,14 @@ def evaluate(
     labels: Sequence[str] | None = None,
     reference: nn.Module | Mapping[str, Any] | Sequence[int] | Tensor | None = None,
     metric: Metric | None = None,
+    on_broken: str = "raise",
     progress: Progress | None = None,
 ) -> Metrics:
     """Score a model on images, one pass, in evaluation mode; the model is left as it was found.
 
     images: Images, or whatever `vitrim.data.open` takes (then `split` is read).
     device: None means where the model is.  amp: "no", "bf16" or "fp16".  limit: as many images, drawn by seed.
+    on_broken: "raise" stops at an image that cannot be read, "skip" leaves it out and says so.
     preprocess, labels: None means the model's own (`model.config`).
     reference: another model, the metrics of one, or its predictions: what agreement is measured with.
     metric: further figures from all logits [n, classes] and targets, merged into the result.
@@ -62,7 +64,7 @@ def evaluate(
     reference, which must then be a model: the mean share of an image's 5 nearest neighbours that both agree on.
     DataError for classes that do not match, a missing preprocessing, or a reference of other images.
     """
-    chosen = data.open(images, split=split, limit=limit, seed=seed)
+    chosen = data.open(data.skipping(images, on_broken), split=split, limit=limit, seed=seed)
     config = getattr(model, "config", None)
     own = config if isinstance(config, Config) else None
     how = preprocess or (own.preprocess if own else None)
@@ -98,7 +100,7 @@ def evaluate(
                 progress("evaluate", done, len(chosen))
     if not done:
         raise DataError(f"{chosen.name}: none of {len(chosen)} images could be read.")
-    facts: Metrics = {"count": done, "skipped": len(chosen.broken)}
+    facts: Metrics = {"count": done, "skipped": len(chosen) - done}
     ours = torch.cat(outputs[0])
     theirs = torch.cat(outputs[1]) if other is not None else None
     if encoder:

@@ -287,6 +287,7 @@ def train(
     new_head: bool = False,
     loss: Loss | None = None,
     metric: Metric | None = None,
+    on_broken: str = "raise",
     provenance: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> FitResult:
@@ -295,10 +296,12 @@ def train(
     data: whatever `vitrim.data.open` takes; its train split is learned, its validation split scored.
     out: folder that becomes the artifact, beside metrics.jsonl and checkpoints. resume: go on where a run there stopped.
     new_head: fresh classifiers for the classes of the data. Without it, classes are matched by name.
+    on_broken: "raise" stops at an image that cannot be read, "skip" leaves it out and says so.
     loss, metric: in place of cross entropy (binary where an image has several labels) and of top-1.
     Raises DataError on classes that do not match, and what `fit` raises.
     """
     place = None if out is None else Path(out)
+    data = data_module.skipping(data, on_broken)
     with locked(place):
         _refuse_foreign_folder(place, resume=resume)
         return _train(
