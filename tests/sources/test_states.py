@@ -141,6 +141,25 @@ def test_averaged_weights_under_other_names_are_not_passed_over() -> None:
     assert same(chosen(found, "model"), RAW)
 
 
+def test_averaged_weights_without_the_classifier_are_not_taken_for_the_model() -> None:
+    part = {name: value for name, value in MEAN.items() if not name.startswith("head.")}
+    with pytest.raises(SourceError, match=r"averaged weights too \(ema\)"):
+        chosen({"model": RAW, "ema": part})
+    with pytest.raises(SourceError, match=r"averaged weights too \(teacher\).*--checkpoint-key student"):
+        chosen({"student": RAW, "teacher": part})
+    assert same(chosen({"student": RAW, "teacher": part}, "teacher"), part)
+
+
+def test_what_pretraining_puts_behind_the_encoder_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    behind = {"decoder_blocks.0.fc.weight": torch.ones(8, 4), "decoder_pred.bias": torch.ones(3)}
+    with caplog.at_level(logging.INFO, "vitrim.sources"):
+        assert same(chosen({"model": {**RAW, **behind}}), RAW)
+    assert (
+        "not read: decoder_blocks.0.fc.weight, decoder_pred.bias" in caplog.text
+        or "not read: model.decoder_blocks" in caplog.text
+    )
+
+
 def test_an_optimizer_is_named_and_no_set_of_weights(caplog: pytest.LogCaptureFixture) -> None:
     moments = {i: {"step": torch.tensor(1.0), "exp_avg": v, "exp_avg_sq": v} for i, v in enumerate(MEAN.values())}
     optimizer = {"state": moments, "param_groups": [{"lr": 0.1, "params": [*range(len(MEAN))]}]}

@@ -71,7 +71,7 @@ def load(
         )
     if colon and family in FOREIGN:
         inner = f"hf-hub:{rest}" if family in ("hf-hub", "hf_hub") else rest
-        return _source(FOREIGN[family]).load(
+        model: Vit = _source(FOREIGN[family]).load(
             inner,
             pretrained=pretrained,
             checkpoint=checkpoint,
@@ -79,6 +79,9 @@ def load(
             classes=classes,
             verify=verify,
         )
+        if checkpoint_key is not None:
+            model.provenance = {**model.provenance, "checkpoint_key": checkpoint_key}
+        return model
     if checkpoint is not None:
         raise SourceError(
             f"checkpoint={Path(checkpoint).name!r} with {text!r}: a checkpoint needs a name such as timm:NAME to say its shape."

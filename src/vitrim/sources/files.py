@@ -77,6 +77,10 @@ KINDS = (
         "These are quantised weights: give those that they were made from.",
     ),
     (
+        r"(^|[._])flat_param$",
+        "These are flattened shards of FSDP: save a full state dict (StateDictType.FULL_STATE_DICT, or get_model_state_dict with full_state_dict=True).",
+    ),
+    (
         r"layers\.\d+\.ffn\.layers\.",
         "These are names of MMPretrain: rename them to timm's (layers to blocks, ln1 to norm1, ln2 to norm2, ffn.layers.0.0 to mlp.fc1, ffn.layers.1 to mlp.fc2, projection to proj).",
     ),

@@ -35,8 +35,10 @@ WRAPPERS = (
 """Parts of names that wrappers add: data parallel, torch.compile, FSDP, activation checkpointing, FairScale, Fabric."""
 AVERAGED = {"ema", "swa", "averaged", "average", "avg", "polyak", "shadow", "momentum", "target"}
 """Words in the name of an averaged set; `teacher` is one beside a `student`."""
-TRAINING = re.compile(r"(.*_)?(criterion|loss|losses|loss_fn|metrics?|optimizers?|dino_loss|ibot_loss)(_.*)?")
-"""First parts of names that belong to the training and not to the model."""
+TRAINING = re.compile(
+    r"(.*_)?(criterion|loss|losses|loss_fn|metrics?|optimizers?|dino_loss|ibot_loss)(_.*)?|(decoder|predictor|projector)(_.*)?"
+)
+"""First parts of names that belong to the training, or to what pretraining puts behind the encoder, and not to the model."""
 TOWERS = ("visual", "vision_encoder")
 """What the image tower is called in files with a text tower, whose names a family translates with the tower's own."""
 OPTIMIZER = re.compile(r"(^|[._])optim(izer)?s?(_states?)?([._]|$)")
@@ -132,11 +134,11 @@ def _collect(found: Mapping[Any, Any], path: str, spelt: str, row: Row, before: 
                     f"{file} holds weights twice, with the prefix of a wrapper and without: {before[name]}, {full}. Save one of them "
                     "alone by torch.save(model.state_dict(), ...)."
                 )
-            row.tensors[name], row.home[name], before[name] = value, path, full
+            row.tensors[name], row.home[name], before[name] = value.detach(), path, full
         elif isinstance(value, Mapping):
             _collect(value, name, full, row, before, file)
         elif isinstance(value, (list, tuple)) and value and all(isinstance(one, Tensor) for one in value):
-            row.lists[name] = list(value)
+            row.lists[name] = [one.detach() for one in value]
     for key in (key for key in found if not isinstance(key, str)):  # an optimizer's state, by the parameter's number
         if isinstance(found[key], Mapping):
             _collect(found[key], _joined(path, str(key)), f"{spelt}.{key}", row, before, file)
@@ -232,7 +234,7 @@ def _complete(row: Row, expected: Mapping[str, Tensor]) -> dict[str, list[str]]:
         mine = matched[prefix]
         taken = {name for other in sets for name in matched[other].values()}
         same = [rest for rest, name in matched[best].items() if rest in mine and _like(row, name, mine[rest])]
-        if not taken & set(mine.values()) and set(anchors) <= set(same) and 2 * len(same) >= len(matched[best]):
+        if not taken & set(mine.values()) and len(same) == len(matched[best]):
             sets.append(prefix)
     members = {prefix: _members(row, prefix, sets, matched[prefix].values()) for prefix in sets}
     if (tower := next((word for word in best.split(".") if word in TOWERS), None)) and len(sets) == 1:
@@ -304,11 +306,13 @@ def _same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
 def _is_averaged(row: Row, prefix: str, sets: Iterable[str]) -> bool:
     words = _words(prefix)
     beside = set().union(*(_words(other) for other in sets if other != prefix))
-    return (
-        any(prefix == place or prefix.startswith(f"{place}.") for place in row.averaged)
-        or bool((words - beside) & AVERAGED)
-        or ("teacher" in words and "student" in beside)
+    return any(prefix == place or prefix.startswith(f"{place}.") for place in row.averaged) or _is_averaged_beside(
+        words, beside
     )
+
+
+def _is_averaged_beside(words: set[str], beside: set[str]) -> bool:
+    return bool((words - beside) & AVERAGED) or ("teacher" in words and "student" in beside)
 
 
 def _words(path: str) -> set[str]:
@@ -417,7 +421,7 @@ def _check_averaged(groups: Mapping[str, int], prefix: str, sets: Iterable[str],
     doubtful = [
         place
         for place, many in groups.items()
-        if _words(place) - _words(prefix) & AVERAGED
+        if _is_averaged_beside(_words(place), _words(prefix))
         and 2 * many >= count
         and not any(f"{of}.".startswith(f"{place}.") for of in sets)
     ]

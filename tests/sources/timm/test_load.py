@@ -129,6 +129,24 @@ def test_a_checkpoint_with_other_classes_than_asked_for_is_refused(tiny: Any, tm
     assert vitrim.load("timm:deit_tiny_patch16_224", checkpoint=tmp_path / "mine.pth", classes=0).spec.outputs == ()
 
 
+def test_a_classifier_around_the_backbone_of_a_name_without_one_is_used(tiny: Any, tmp_path: Path) -> None:
+    module = tiny(num_classes=3)
+    state = {key if key.startswith("head.") else f"backbone.{key}": value for key, value in module.state_dict().items()}
+    torch.save(state, tmp_path / "mine.pth")
+    real = timm.create_model
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timm, "create_model", lambda name, **options: real(name, **{"num_classes": 0, **options}))
+        assert_same(module, vitrim.load("timm:deit_tiny_patch16_224", checkpoint=tmp_path / "mine.pth"))
+        model = vitrim.load("timm:deit_tiny_patch16_224", checkpoint=tmp_path / "mine.pth", checkpoint_key="backbone")
+    assert model.spec.outputs == ()
+    assert model.provenance["checkpoint_key"] == "backbone"
+
+
+def test_a_key_without_a_file_is_refused() -> None:
+    with pytest.raises(SourceError, match=r"checkpoint_key='ema' without a checkpoint"):
+        vitrim.load("timm:deit_tiny_patch16_224", pretrained=False, checkpoint_key="ema")
+
+
 def test_a_checkpoint_without_classifier_gives_an_encoder(tiny: Any, tmp_path: Path) -> None:
     module = tiny(num_classes=0)
     torch.save(module.state_dict(), tmp_path / "encoder.pth")

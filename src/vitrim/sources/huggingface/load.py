@@ -294,7 +294,8 @@ def _check_loaded(module: Any, info: Mapping[str, Any], what: str, name: str, *,
     unexpected = () if extra else info["unexpected_keys"]
     faults = files.misfits(sorted(missing), sorted(unexpected), sorted(info["mismatched_keys"]))
     if faults:
-        raise SourceError(f"{what} do not fit {name}; {faults}. Name the model that they were saved from.")
+        hint = files.advice(unexpected)
+        raise SourceError(f"{what} do not fit {name}; {faults}. Name the model that they were saved from.{hint}")
 
 
 @contextmanager

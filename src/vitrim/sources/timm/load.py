@@ -137,7 +137,9 @@ def _with_checkpoint(
         module = _create(name)
     if not isinstance(module, VisionTransformer):
         spec_of(module)  # says what it has that a plain one has not
-    state = files.weights(path, module.state_dict(), key=key)
+    width, expected = module.embed_dim, module.state_dict()
+    head = {"head.weight": torch.empty(1, width, device="meta"), "head.bias": torch.empty(1, device="meta")}
+    state = files.weights(path, {**head, **expected}, key=key)  # of a name without classifier too
     if classes != 0 and any(key.startswith("pre_logits.") for key in state):
         raise SourceError(
             f"{path.name} has a layer between pooling and classifier (pre_logits), which vitrim cannot take in. Leave it out "
