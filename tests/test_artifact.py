@@ -28,7 +28,7 @@ from tests.specs import images, make, randomise, specs, vit
 from vitrim import artifact, files
 from vitrim.errors import ArtifactError
 from vitrim.model import Vit
-from vitrim.spec import Config, ModelSpec, Preprocess, Selection, SelectionStep, spec_hash
+from vitrim.spec import Config, ModelSpec, Position, Preprocess, Selection, SelectionStep, spec_hash
 
 SPEC = vit()
 STEP = SelectionStep(method="comcat", variant="whitened", parent=spec_hash(SPEC), blocks=(None, {"attention": "kept"}))
@@ -434,3 +434,15 @@ def test_loading_needs_torch_safetensors_and_no_code_of_a_method(saved: Path) ->
         check=False,
     )
     assert (run.returncode, run.stdout.split()) == (0, ["False"] * 3), run.stderr
+
+
+def test_positions_of_another_grid_are_resized_once_when_saved(tmp_path: Path) -> None:
+    network = model(spec=vit(position=Position(grid=(5, 5))))
+    expected = network(images(network.spec, dtype=torch.float32))
+    loaded = artifact.load(artifact.save(network, tmp_path / "m"))
+    assert loaded.spec == vit()
+    assert torch.equal(loaded(images(loaded.spec, dtype=torch.float32)), expected)
+    assert network.spec.position.grid == (5, 5)
+    network.position.data.mul_(2)  # trained further, by hand, from a folder of before
+    again = artifact.load(artifact.save(network, tmp_path / "again", like=tmp_path / "m", force=True))
+    assert again.spec == vit()

@@ -15,7 +15,7 @@ from tests.specs import close, images, keeps, make, specs, vit
 from vitrim.counting import cost, macs, params
 from vitrim.errors import SpecError
 from vitrim.model import Gates
-from vitrim.spec import Config, ModelSpec, Selection, from_json, spec_hash, to_json
+from vitrim.spec import Config, ModelSpec, Selection, from_json, has_own_positions, spec_hash, to_json
 from vitrim.surgery import (
     Factors,
     Keep,
@@ -25,7 +25,6 @@ from vitrim.surgery import (
     exact_tail,
     factorise,
     fold_layer_scale,
-    has_own_positions,
     masked_twin,
     resized,
     without_empty,

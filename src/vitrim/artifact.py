@@ -18,7 +18,7 @@ import os
 import re
 import stat
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path, PureWindowsPath
 from typing import Any, Protocol
 
@@ -43,7 +43,7 @@ from .files import (
 )
 from .foreign import read_json
 from .model import Vit
-from .spec import Config, ModelSpec, Selection
+from .spec import Config, ModelSpec, Selection, has_own_positions
 
 CONFIG, WEIGHTS, SELECTION = "config.json", "model.safetensors", "selection.json"
 PROVENANCE, CARD = "provenance.json", "README.md"
@@ -97,6 +97,7 @@ def save(
     force: replace the artifact that stands in the folder. Other files there are left as they are.
     like: the folder whose config, selection and provenance the model takes: for one that was trained further by hand.
     half: store half precision; it is read back as float32.
+    Positions that were made for another grid of patches than the model's own are written as they are used there, resized once.
 
     Figures measured on other weights are no longer the model's own: where the weights changed since, and no new
     `metrics` are given, the old ones are moved under "parent". Absolute paths in the provenance lose their folders.
@@ -107,6 +108,13 @@ def save(
     refuse_overwriting(folder, force=force)
     model = _network(thing)
     contents = _contents_of(model, like)
+    if isinstance(model, Vit) and not has_own_positions(model.spec):  # else every forward pass resizes them anew
+        from .surgery import resized
+
+        own = resized(model, model.spec.image_px)
+        if contents.config.spec == model.spec:
+            contents = replace(contents, config=replace(contents.config, spec=own.spec))
+        model = own
     if isinstance(model, Vit) and contents.config.spec != model.spec:
         raise ArtifactError(
             f"{os.fspath(like or '')}: its spec is not the model's ({_difference(contents.config.spec, model.spec)}). "

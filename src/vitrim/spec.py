@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
 from .codec import Codec
-from .errors import SpecError, did_you_mean
+from .errors import ConfigError, SpecError, did_you_mean
 from .foreign import parse_json
 
 SCHEMA = 1
@@ -26,6 +26,8 @@ SCHEMA = 1
 
 MOST_BLOCKS, MOST_OUTPUTS, MOST_SIDE_PX = 1000, 100, 16_384
 """Bounds that no Vision Transformer comes near: what a file says beyond them is not built, counted or drawn."""
+MOST_PATCHES = 1 << 16
+"""Of an image size that a network is resized to: its positions alone take gigabytes beyond that."""
 
 
 class Written:
@@ -414,8 +416,13 @@ def at_size(spec: ModelSpec, image_px: tuple[int, int]) -> ModelSpec:
     """The same network for images of another size: positions for its grid, and the same share of tokens merged.
 
     A merge that is left nothing to do goes. A spec whose positions are for its own grid is itself at its own size.
-    Raises SpecError for a size that the stem cannot take.
+    Raises SpecError for a size that the stem cannot take, or of more than `MOST_PATCHES`.
     """
+    rows, cols = (side // patch for side, patch in zip(image_px, spec.patch_px, strict=True))
+    if rows * cols > max(MOST_PATCHES, math.prod(spec.grid)):
+        raise SpecError(
+            f"image_px={image_px!r} makes {rows * cols} patches of {spec.patch_px!r}; expected at most {MOST_PATCHES}."
+        )
     bare = replace(spec, image_px=image_px, blocks=tuple(replace(block, steps=()) for block in spec.blocks))
     position = spec.position if spec.position.kind == "none" else replace(spec.position, grid=bare.grid)
     steps = steps_at(spec, bare.grid)
@@ -442,6 +449,19 @@ def steps_at(spec: ModelSpec, grid: tuple[int, int]) -> list[dict[int, Step]]:
                 steps[j], tokens = own, _after(own, tokens, "")
         found.append(dict(sorted(steps.items())))
     return found
+
+
+def has_own_positions(spec: ModelSpec) -> bool:
+    """Whether no position is resized in a forward pass at the spec's own image size."""
+    return spec.position.kind == "none" or spec.position.grid == spec.grid
+
+
+def sides(image_px: int | tuple[int, int]) -> tuple[int, int]:
+    """Height and width in pixels, from both or from one number for both. Raises ConfigError."""
+    both = (image_px, image_px) if isinstance(image_px, int) else tuple(image_px)
+    if len(both) != 2 or any(isinstance(side, bool) or not isinstance(side, int) or side < 1 for side in both):
+        raise ConfigError(f"image_px={image_px!r}; expected a number of pixels above 0, or (height, width).")
+    return both
 
 
 def mergeable(step: Step, patches: int, grid: tuple[int, int] | None) -> int:

@@ -273,11 +273,6 @@ def resized(model: Vit, image_px: tuple[int, int]) -> Vit:
     return new
 
 
-def has_own_positions(spec: ModelSpec) -> bool:
-    """Whether no position is resized in a forward pass at the spec's own image size."""
-    return spec.position.kind == "none" or spec.position.grid == spec.grid
-
-
 def exact_tail(model: Vit) -> Vit:
     """Let only the prefix tokens through the last block: the same outputs, fewer operations.
 

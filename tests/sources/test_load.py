@@ -11,7 +11,7 @@ import torch
 
 import vitrim
 from vitrim import artifact, hub
-from vitrim.errors import ArtifactError, SourceError
+from vitrim.errors import ArtifactError, SourceError, VitrimError
 from vitrim.model import Vit, build
 from vitrim.sources import builtin
 from vitrim.spec import AttentionSpec, BlockSpec, MlpSpec, ModelSpec, Output, Position
@@ -112,3 +112,15 @@ def test_hub_names_are_fetched_and_a_mistyped_folder_says_both(monkeypatch: pyte
 def test_loading_a_folder_does_not_import_timm(folder: Path) -> None:
     code = f"import sys, vitrim; vitrim.load({str(folder)!r}); assert 'timm' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_folder_is_resized_when_asked_and_a_size_that_is_none_is_refused(folder: Path) -> None:
+    model = vitrim.load(folder)
+    side = 2 * model.spec.image_px[0]
+    sized = vitrim.load(folder, image_px=side)
+    x = torch.randn(1, 3, side, side)
+    assert torch.equal(sized(x), model(x))
+    assert sized.spec.image_px == (side, side)
+    for wrong in (0, -8, (8,), (8, 0), True, 10**9):
+        with pytest.raises(VitrimError, match="image_px"):
+            vitrim.load(folder, image_px=wrong)  # type: ignore[arg-type]

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ArtifactError, SourceError, did_you_mean
 from ..files import is_marked, locked, names_in, refuse_foreign, replace_within
+from ..spec import has_own_positions, sides
 
 if TYPE_CHECKING:
     from torch import nn
@@ -53,6 +54,7 @@ def load(
     checkpoint: str | Path | None = None,
     checkpoint_key: str | None = None,
     classes: int | None = None,
+    image_px: int | tuple[int, int] | None = None,
     verify: bool = True,
 ) -> Vit:
     """A model in float32 on the CPU, in eval mode. Raises SourceError, or ArtifactError for a damaged folder.
@@ -61,8 +63,31 @@ def load(
     its size.  checkpoint_key: path of the weights in it, such as `teacher.backbone`, where it holds several sets (None takes
     the averaged one, or asks); `.` is the outermost set.  classes: None takes what the weights have; another number is refused unless the weights are random, but 0
     drops the classifier, which changes no other number.  verify: compare with the foreign module on a random image.
+    image_px: the size of the images it is to run at, height and width or one number for both; positions are resized to it
+    once, in float32, from the size that they were made for. A checkpoint may then be of another size than the name's, which
+    is refused without.
     """
-    text = str(name)
+    size = None if image_px is None else sides(image_px)
+    given: dict[str, Any] = {"pretrained": pretrained, "checkpoint": checkpoint, "checkpoint_key": checkpoint_key}
+    model = _loaded(str(name), **given, classes=classes, verify=verify, any_size=size is not None)
+    if size is None or (size == model.spec.image_px and has_own_positions(model.spec)):
+        return model
+    from ..surgery import resized
+
+    return resized(model, size)
+
+
+def _loaded(
+    text: str,
+    *,
+    pretrained: bool,
+    checkpoint: str | Path | None,
+    checkpoint_key: str | None,
+    classes: int | None,
+    verify: bool,
+    any_size: bool,
+) -> Vit:
+    """The model at the size that its weights were made for."""
     family, colon, rest = text.partition(":")
     if checkpoint_key is not None and checkpoint is None:
         raise SourceError(
@@ -78,6 +103,7 @@ def load(
             checkpoint_key=checkpoint_key,
             classes=classes,
             verify=verify,
+            any_size=any_size,
         )
         if checkpoint_key is not None:
             model.provenance = {**model.provenance, "checkpoint_key": checkpoint_key}
@@ -133,13 +159,15 @@ def write(model: Vit, format: str, out: str | Path, *, force: bool = False) -> P
     format: `timm` (a folder for `local-dir:`), `hf` (a folder for `from_pretrained`), `torchvision` or `t2t` (a state dict
     that loads strictly).  force: replace an export that is there.
     Of what is there `force` replaces an export of ours, file by file, and nothing else: ConfigError otherwise.
-    Blocks of which nothing is left are left out, which changes no output.
+    Blocks of which nothing is left are left out, and positions made for another grid are resized once; no output changes.
     Raises SourceError naming the block (counted without those) that the family cannot say.
     """
-    from ..surgery import without_empty
+    from ..surgery import resized, without_empty
 
     if format not in FORMATS:
         raise SourceError(f"format={format!r}{did_you_mean(format, FORMATS)}; expected one of {', '.join(FORMATS)}.")
+    if not has_own_positions(model.spec):
+        model = resized(model, model.spec.image_px)
     place = Path(out)
     if os.path.lexists(place) and not force:
         raise SourceError(f"{place.name!r} is there already; pass force (--force) to replace it, or another place.")

@@ -295,3 +295,40 @@ def test_the_settings_of_transformers_are_put_back(tmp_path: Path) -> None:
     level, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
     vitrim.load(f"hf:{saved(small('vit'), tmp_path / 'm')}")
     assert (theirs.get_verbosity(), theirs.is_progress_bar_enabled()) == (level, bars)
+
+
+@pytest.mark.parametrize("name", ["vit", "clip_classifier", "dinov2"])
+def test_a_checkpoint_of_another_size_asks_for_a_size_and_is_then_exact_at_its_own(name: str, tmp_path: Path) -> None:
+    other = (
+        {"vision_config": {**VARIANTS[name][1]["vision_config"], "image_size": 40}}
+        if "clip" in name
+        else {"image_size": 40}
+    )
+    module, folder = small(name, **other), saved(small(name), tmp_path / "m")
+    torch.save(module.state_dict(), tmp_path / "large.pth")
+    with pytest.raises(SourceError, match=r"made for images of 40 x 40 px.*for 24 x 24 px.*--image-px 40 "):
+        vitrim.load(f"hf:{folder}", checkpoint=tmp_path / "large.pth")
+    model = vitrim.load(f"hf:{folder}", checkpoint=tmp_path / "large.pth", image_px=40)
+    assert model.spec.position.grid == (5, 5)
+    assert_same(module, model, 1e-6)
+
+
+def test_a_folder_is_resized_from_its_table_once_with_the_settings_of_its_processor(tmp_path: Path) -> None:
+    module = small("dinov2", image_size=40)
+    model = vitrim.load(f"hf:{saved(module, tmp_path / 'm', resample=3)}", image_px=16)
+    assert model.spec.position.grid == model.spec.grid == (2, 2)
+    assert model.config.preprocess is not None
+    assert model.config.preprocess.size_px == (16, 16)
+    x = torch.randn(2, 3, 16, 16)
+    assert torch.allclose(model(x), module(x).logits, atol=1e-5)
+
+
+def test_what_a_larger_model_brings_beside_its_known_parts_is_refused(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = saved(small("clip_both"), tmp_path / "clip")
+    state = load_file(folder / "model.safetensors")
+    extra = {**state, "vision_model.adapter.weight": torch.ones(2)}
+    save_file(extra, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SourceError, match=r"unexpected: (vision_model\.)?adapter\.weight"):
+        vitrim.load(f"hf:{folder}")

@@ -14,6 +14,7 @@ provenance tell. ViT-MAE is taken with no patch masked and none moved. Of a pret
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -120,10 +121,12 @@ def load(
     checkpoint_key: str | None = None,
     classes: int | None = None,
     verify: bool = True,
+    any_size: bool = False,
 ) -> Vit:
     """A model by its folder or its name on the Hub (`google/vit-base-patch16-224`).
 
     pretrained: its own weights, through `from_pretrained`.
+    any_size: a checkpoint of another image size than the configuration's is taken at its own; else it is refused.
     """
     kind, config, left = _described(name)
     told: dict[str, Any] = {"source": f"hf:{name}", "transformers": transformers.__version__}
@@ -132,7 +135,8 @@ def load(
     design = read.DESIGNS[kind.__name__]
     if checkpoint is not None:
         path = Path(checkpoint)
-        module = _with_checkpoint(kind, config, path, classes, told, extra=bool(left), key=checkpoint_key)
+        how: dict[str, Any] = {"extra": bool(left), "any_size": any_size, "key": checkpoint_key}
+        module = _with_checkpoint(kind, config, path, classes, told, **how)
         told["weights"] = path.name
     elif pretrained:
         stays = files.stays(classes, _classes(kind, config), f"the weights of {name!r} have")
@@ -154,7 +158,11 @@ def load(
             module.pooler = None
         told["weights"] = "random"
     spec = read.spec_of(module)
-    preprocess = _preprocess(name, None if design.any_size else spec.image_px, spec.channels)
+    preprocess = _preprocess(name, None if design.any_size or any_size else spec.image_px, spec.channels)
+    if (
+        preprocess is not None and any_size and not design.any_size
+    ):  # the processor is for the name's size, not the file's
+        preprocess = replace(preprocess, size_px=spec.image_px)
     return from_module(module.eval(), preprocess=preprocess, verify=verify, provenance=told)
 
 
@@ -229,7 +237,15 @@ def _set_classes(kind: Any, config: Any, classes: int | None) -> None:
 
 
 def _with_checkpoint(
-    kind: Any, config: Any, path: Path, classes: int | None, told: dict[str, Any], *, extra: bool, key: str | None
+    kind: Any,
+    config: Any,
+    path: Path,
+    classes: int | None,
+    told: dict[str, Any],
+    *,
+    extra: bool,
+    any_size: bool,
+    key: str | None,
 ) -> Any:
     """A module filled from a local file. Raises SourceError listing keys that are missing, too many or misshapen.
 
@@ -243,7 +259,9 @@ def _with_checkpoint(
         matrix = next((name for name in state if f".{name}".endswith(f".{head}.weight")), None)
         found = 0 if matrix is None else state[matrix].shape[0]
         if not files.stays(classes, found, f"the classifier in {path.name} has"):
-            state = {key: value for key, value in state.items() if f".{head}." not in f".{key}"}
+            gone = [key for key in state if f".{head}." in f".{key}"]
+            LOG.info("%s: without its classifier: %s.", path.name, files.listed(gone))
+            state = {key: value for key, value in state.items() if key not in gone}
             found = 0
         if found != config.num_labels and classes != 0:
             said = f"{found} classes of {path.name}; the configuration says {config.num_labels}"
@@ -252,6 +270,13 @@ def _with_checkpoint(
         config.num_labels = found
     if not heads:
         _set_classes(kind, config, classes)
+    with torch.device("meta"):
+        made = kind(config)
+    if (size := _image_px(made, state)) is not None:
+        if not any_size:
+            raise files.another_size(path, size, kind.__name__, read.spec_of(made).image_px)
+        vision = getattr(config, "vision_config", config)
+        vision.image_size = size[0] if isinstance(vision.image_size, int) else list(size)
     module, info = _from_pretrained(kind, config, None, {key: value.float() for key, value in state.items()})
     _check_loaded(module, info, f"the weights in {path.name}", kind.__name__, extra=extra)
     return module
@@ -273,6 +298,21 @@ def _names(kind: Any, config: Any) -> dict[str, Tensor]:
     return {**{key.removeprefix(begin): value for key, value in expected.items()}, **expected}
 
 
+def _image_px(module: Any, state: Mapping[str, Tensor]) -> tuple[int, int] | None:
+    """The image size for which a file's position table was made, where that is another than the module's: a square."""
+    encoder, _ = read.encoder_of(module)
+    name = read.parts_of(encoder).position
+    rows, spec = encoder.get_parameter(name).shape[-2], read.spec_of(module)
+    tables = [v for k, v in state.items() if v.dim() in (2, 3) and k.endswith(".".join(name.split(".")[-2:]))]
+    if len(tables) != 1 or tables[0].shape[-2] == rows:
+        return None
+    patches = tables[0].shape[-2] - (rows - math.prod(spec.position.grid))
+    side = math.isqrt(max(patches, 0))
+    if not side or side * side != patches:
+        return None  # other prefix tokens, or no square: the comparison of shapes says so
+    return side * spec.patch_px[0], side * spec.patch_px[1]
+
+
 def _from_pretrained(
     kind: Any, config: Any, name: str | None, state: dict[str, Tensor] | None = None
 ) -> tuple[Any, Any]:
@@ -291,7 +331,7 @@ def _check_loaded(module: Any, info: Mapping[str, Any], what: str, name: str, *,
     if getattr(module, "pooler", None) is not None and any(key.startswith("pooler.") for key in missing):
         module.pooler = None
     missing = {key for key in missing if "mask_token" not in key and not key.startswith("pooler.")}
-    unexpected = () if extra else info["unexpected_keys"]
+    unexpected = [key for key in info["unexpected_keys"] if not (extra and read.OTHER_PARTS.match(key))]
     faults = files.misfits(sorted(missing), sorted(unexpected), sorted(info["mismatched_keys"]))
     if faults:
         hint = files.advice(unexpected)

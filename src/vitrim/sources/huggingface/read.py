@@ -7,6 +7,7 @@ what they are within the module, never by the keys of a file, which transformers
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import reduce
@@ -94,6 +95,11 @@ ENCODERS = {
     "SiglipModel": ("SiglipVisionModel", "vision_model", "text tower"),
 }
 """Classes taken for their encoder alone: its class, the attribute that holds it, what is left out."""
+
+OTHER_PARTS = re.compile(
+    r"(decoder|text_model|text_projection|visual_projection)\.|logit_(scale|bias)$|.*(position_ids|mask_token)$"
+)
+"""Names of what `ENCODERS` leave out; anything else that a file has too many is refused."""
 
 BASE_MODELS = {
     "vit": "ViTModel",
