@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tests.specs import images, make, randomise, specs, vit
@@ -446,3 +446,21 @@ def test_positions_of_another_grid_are_resized_once_when_saved(tmp_path: Path) -
     network.position.data.mul_(2)  # trained further, by hand, from a folder of before
     again = artifact.load(artifact.save(network, tmp_path / "again", like=tmp_path / "m", force=True))
     assert again.spec == vit()
+
+
+def test_weights_that_are_no_numbers_are_not_saved_and_not_loaded(saved: Path, tmp_path: Path) -> None:
+    astray = artifact.load(saved)
+    with torch.no_grad():
+        astray.blocks[1].mlp.fc1.weight[0, :2] = torch.tensor([float("nan"), float("inf")])
+    with pytest.raises(ArtifactError, match=r"not saved: 'blocks\.1\.mlp\.fc1\.weight' holds 2 of \d+ numbers"):
+        artifact.save(astray, tmp_path / "astray")
+    assert not (tmp_path / "astray").exists()
+    tensors = {name: tensor.clone() for name, tensor in astray.state_dict().items()}
+    files.replace_file(saved / artifact.WEIGHTS, lambda partial: save_file(tensors, partial))
+    told = json.loads((saved / artifact.PROVENANCE).read_text())
+    files.replace_file(
+        saved / artifact.PROVENANCE,
+        lambda partial: files.write_json(partial, {**told, "sha256": files.sha256(saved / artifact.WEIGHTS)}),
+    )
+    with pytest.raises(ArtifactError, match=r"model\.safetensors: 'blocks\.1\.mlp\.fc1\.weight' holds 2 of"):
+        artifact.load(saved)

@@ -42,7 +42,7 @@ from .files import (
     write_text,
 )
 from .foreign import read_json
-from .model import Vit
+from .model import Vit, not_finite
 from .spec import Config, ModelSpec, Selection, has_own_positions
 
 CONFIG, WEIGHTS, SELECTION = "config.json", "model.safetensors", "selection.json"
@@ -121,6 +121,11 @@ def save(
             "By like= name the folder that the model was loaded from, or leave `like` out."
         )
     tensors = _tensors(model, half=half)
+    if (bad := not_finite(tensors)) is not None:
+        raise ArtifactError(
+            f"the model is not saved: {bad}; expected finite weights. Go back to a checkpoint from before, and train with a "
+            "lower lr."
+        )
     _compare(_shapes_in_memory(tensors), expected_tensors(contents.config), "the model")
     if (too_big := _out_of_proportion(contents.config, sum(t.numel() for t in tensors.values()))) is not None:
         raise ArtifactError(
@@ -325,6 +330,10 @@ def load(folder: str | os.PathLike[str]) -> Vit:
         raise ArtifactError(
             f"{root / WEIGHTS}: cannot be read ({error}). Copy or download the folder again."
         ) from error
+    if (bad := not_finite(state)) is not None:
+        raise ArtifactError(
+            f"{root / WEIGHTS}: {bad}; expected finite weights. Copy or download it again, or train it anew with a lower lr."
+        )
     model.load_state_dict(state, strict=True, assign=True)
     assert not any(t.is_meta for t in (*model.parameters(), *model.buffers())), "a tensor outside the state dict"
     return model.eval()

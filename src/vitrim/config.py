@@ -21,6 +21,7 @@ _SAID = {
     "greater_than_equal": "expected {ge:g} or more",
     "less_than": "expected a number below {lt:g}",
     "less_than_equal": "expected {le:g} or less",
+    "finite_number": "expected a finite number",
     "literal_error": "expected {expected}",
     "dataclass_type": "expected a {class_name}",
     "tuple_type": "expected a list",

@@ -812,6 +812,15 @@ def initialise(model: Vit) -> None:
             nn.init.ones_(module.weight)
 
 
+def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The first tensor with a number that is NaN or infinite, and how many it has, in words; None where all are finite."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
+            wrong = int((~torch.isfinite(tensor)).sum())
+            return f"{name!r} holds {wrong} of {tensor.numel()} numbers that are NaN or infinite"
+    return None
+
+
 def build(spec: ModelSpec | Config) -> Vit:
     """A randomly initialised model in eval mode, float32 on the CPU. The global generator gives the weights."""
     config = spec if isinstance(spec, Config) else Config(spec=spec)

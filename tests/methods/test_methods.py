@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from tests.specs import make, vit
 from vitrim import methods
 from vitrim.config import checked, default
-from vitrim.errors import ConfigError
+from vitrim.errors import ConfigError, DataError
 from vitrim.methods import METHODS, PLANNED, comcat, method_named, method_of
 from vitrim.methods.method import MethodConfig
+from vitrim.result import Compressed
 
 BUILT_IN = ["auto", "comcat", "dcvit", "uvc"]
 
@@ -104,3 +107,23 @@ def test_what_belongs_to_no_method_is_refused() -> None:
         method_named("comkat")
     with pytest.raises(ConfigError, match="'cait' is planned and not there yet"):
         method_named("cait")
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_a_model_whose_weights_are_no_numbers_is_not_cut_and_the_tensor_is_named(name: str) -> None:
+    model = make(vit(classes=3), dtype=torch.float32)
+    with torch.no_grad():
+        model.blocks[0].attention.qkv[0, 0] = float("nan")
+    config = methods.configure(name, {"budget": {"keep_macs": 0.5}})
+    with pytest.raises(DataError, match=r"the model is not cut: 'blocks\.0\.attention\.qkv' holds 1 of"):
+        methods.compress(model, config, data=torch.rand(8, 3, 16, 16))
+
+
+def test_a_result_whose_weights_are_no_numbers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    astray = make(vit(classes=3), dtype=torch.float32)
+    with torch.no_grad():
+        next(astray.parameters()).fill_(float("inf"))
+    made = replace(METHODS["comcat"], compress=lambda *_, **__: Compressed(model=astray, method="comcat", variant=None))
+    monkeypatch.setattr(methods, "METHODS", {"comcat": made})
+    with pytest.raises(DataError, match="comcat: no result"):
+        methods.compress(make(vit(classes=3)), methods.configure("comcat", {"budget": {"keep_macs": 0.5}}))

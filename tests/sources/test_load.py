@@ -124,3 +124,13 @@ def test_a_folder_is_resized_when_asked_and_a_size_that_is_none_is_refused(folde
     for wrong in (0, -8, (8,), (8, 0), True, 10**9):
         with pytest.raises(VitrimError, match="image_px"):
             vitrim.load(folder, image_px=wrong)  # type: ignore[arg-type]
+
+
+def test_a_module_whose_weights_are_no_numbers_is_refused_with_the_tensor() -> None:
+    import timm
+
+    module = timm.create_model("test_vit")
+    with torch.no_grad():
+        module.blocks[0].norm1.bias[3] = float("nan")
+    with pytest.raises(SourceError, match=r"VisionTransformer: 'blocks\.0\.norm1\.bias' holds 1 of 64 numbers"):
+        vitrim.from_model(module, verify=False)

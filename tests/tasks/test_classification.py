@@ -248,3 +248,18 @@ def test_progress_is_told_after_each_batch_and_amp_is_checked():
 def test_another_input_size_is_the_preprocessings_business():
     small = replace(SMALL, size_px=(16, 16))
     assert data.evaluation(small)(data.open("sample", limit=1)[0][0]).shape == (3, 16, 16)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_answers_that_are_no_numbers_are_never_scored(bad: float) -> None:
+    images, labels = torch.zeros(8, 3, 32, 32, dtype=torch.uint8), torch.arange(8)
+    good, astray = tiny(labels=None), tiny(labels=None)
+    with torch.no_grad():
+        astray.heads["classifier"].bias[2] = bad  # type: ignore[union-attr]
+    for models in ({"model": astray}, {"model": good, "reference": astray}):
+        with pytest.raises(DataError, match="8 of 8 images with NaN or infinite numbers"):
+            evaluate(models["model"], (images, labels), split="all", reference=models.get("reference"))
+    with pytest.raises(DataError, match="NaN or infinite"):
+        answers(astray, torch.zeros(1, 3, 32, 32))
+    with pytest.raises(DataError, match="metric: 'mine' is "):
+        evaluate(good, (images, labels), split="all", metric=lambda *_: {"mine": bad})

@@ -512,3 +512,46 @@ class Quiet(Searching):
 
 
 assert BASE["steps"] == 6  # the tests above count on it
+
+
+class Exploding(Supervised):
+    """After the step `at` a weight is no number any more, as after one with too high a rate."""
+
+    def __init__(self, model: Vit, at: int) -> None:
+        super().__init__()
+        self.model, self.at = model, at
+
+    def after_step(self, step: Step) -> None:
+        if step.index + 1 == self.at:
+            with torch.no_grad():
+                self.model.blocks[0].mlp.fc1.weight[0, 0] = math.inf
+
+
+@pytest.mark.parametrize("at", [3, 6])
+def test_weights_that_are_no_numbers_are_neither_scored_nor_kept_nor_a_result(at: int, tmp_path: Path) -> None:
+    model, scored = tiny(), list[int]()
+    with pytest.raises(TrainingError, match=rf"after step {at} of 6, 'blocks\.0\.mlp\.fc1\.weight' holds 1 of") as told:
+        fit(
+            model,
+            Exploding(model, at),
+            pictures(),
+            settings(steps=6, checkpoint_seconds=0, eval_every=1),
+            out=tmp_path,
+            validate=lambda _: {"top1": float(not scored.append(1))},
+        )
+    assert len(scored) == at - 1
+    assert f"step-{at - 1:08d} is whole" in str(told.value)
+    tensors, _ = checkpoints.read(checkpoints.newest(tmp_path / "checkpoints") or tmp_path)
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values() if tensor.is_floating_point())
+
+
+def test_a_last_step_that_goes_astray_is_no_result_without_a_folder_either() -> None:
+    with pytest.raises(TrainingError, match="no checkpoint is there from before"):
+        trained(steps=1, lr=3e38, clip=None, optimizer="sgd", warmup=0.0, weight_decay=3e38)
+
+
+@pytest.mark.parametrize("name", ["lr", "epochs", "weight_decay"])
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_settings_are_finite(name: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=f"{name}={value!r}; expected a finite number"):
+        TrainConfig(**{name: value})  # type: ignore[arg-type]

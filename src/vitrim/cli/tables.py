@@ -39,7 +39,7 @@ def shown(text: str, stream: TextIO) -> str:
 
 def show_json(value: Any) -> None:
     """The whole result, keys sorted, on stdout; what a terminal would obey is escaped as JSON does it."""
-    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False)
+    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
     lines = text.split("\n")  # JSON has line ends only between its values
     narrow = [line if shown(line, sys.stdout) == line else "".join(map(_in_json, line)) for line in lines]
     click.echo("\n".join(narrow))

@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vitrim.errors import BudgetError, ConfigError, VitrimError, did_you_mean
+from vitrim.errors import BudgetError, ConfigError, DataError, VitrimError, did_you_mean
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -158,6 +158,8 @@ def compress(
         others = ", ".join(other.name for other in METHODS.values() if other.takes_teacher)
         raise ConfigError(f"{method.name} learns from no teacher; leave teacher out. Those that do: {others}.")
     taught = {} if teacher is None else {"teacher": teacher}
+    for network in (model, *taught.values()):
+        _finite(network, f"{method.name}: the model is not cut")
     place = None if folder is None else Path(folder)
     data = None if data is None else opened.skipping(data, on_broken)
     made = method.compress(model, config, data=data, progress=progress, folder=place, resume=resume, **taught)
@@ -176,6 +178,7 @@ def compress_family(
 ) -> list[Compressed]:
     """A smaller model for each budget, in their order; a method with `family` scores once for all. As `compress` otherwise."""
     method, place = METHODS[method_of(config)], None if folder is None else Path(folder)
+    _finite(model, f"{method.name}: the model is not cut")
     if method.family is not None:
         made = method.family(model, config, budgets, data=data, progress=progress, folder=place, resume=resume)
         return [_finished(one, model, budget) for one, budget in zip(made, budgets, strict=True)]
@@ -187,10 +190,20 @@ def compress_family(
     return found
 
 
+def _finite(model: Vit, where: str) -> None:
+    """Raise DataError that names a tensor with numbers that are none."""
+    from vitrim.model import not_finite
+
+    if (bad := not_finite(model.state_dict())) is not None:
+        raise DataError(f"{where}: {bad}; expected finite weights. Check the model and the images' normalisation.")
+
+
 def _finished(made: Compressed, given: Vit, budget: Budget | None) -> Compressed:
-    """The same, its warnings logged. Raises BudgetError where no training could make use of it."""
+    """The same, its warnings logged. Raises BudgetError where no training could make use of it, DataError where closed forms
+    went astray."""
     from vitrim.tasks.classification import same_for_all
 
+    _finite(made.model, f"{made.method}: no result")
     if same_for_all(made.model) and not same_for_all(given):
         limits = {} if budget is None else budget.to_dict()
         doubled = ((key, min(1.0, 2 * n) if key.startswith("keep_") else 2 * n) for key, n in limits.items())

@@ -107,7 +107,7 @@ def _loaded(
         )
         if checkpoint_key is not None:
             model.provenance = {**model.provenance, "checkpoint_key": checkpoint_key}
-        return model
+        return _finite(model, text if checkpoint is None else Path(checkpoint).name)
     if checkpoint is not None:
         raise SourceError(
             f"checkpoint={Path(checkpoint).name!r} with {text!r}: a checkpoint needs a name such as timm:NAME to say its shape."
@@ -144,7 +144,19 @@ def from_model(
 
     module, family = inside.found(module)
     told: dict[str, Any] = {"source": f"a {type(module).__name__} from memory", "weights": "own"}
-    return _source(family).from_module(module, preprocess=preprocess, labels=labels, verify=verify, provenance=told)
+    model = _source(family).from_module(module, preprocess=preprocess, labels=labels, verify=verify, provenance=told)
+    return _finite(model, type(module).__name__)
+
+
+def _finite(model: Vit, name: str) -> Vit:
+    """The same. Raises SourceError that names a tensor with numbers that are none."""
+    from ..model import not_finite
+
+    if (bad := not_finite(model.state_dict())) is not None:
+        raise SourceError(
+            f"{name}: {bad}; expected finite weights. Take a checkpoint from before, or download it again."
+        )
+    return model
 
 
 def describe(name: str) -> ModelSpec:

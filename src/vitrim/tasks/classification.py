@@ -103,15 +103,39 @@ def evaluate(
     facts: Metrics = {"count": done, "skipped": len(chosen) - done}
     ours = torch.cat(outputs[0])
     theirs = torch.cat(outputs[1]) if other is not None else None
+    for said, found in (("the model", ours), ("the reference", theirs)):
+        if found is not None:
+            finite_answers(found, said)
     if encoder:
         return facts | ({} if theirs is None else likeness(ours, theirs))
     wanted = torch.cat(targets) if targets else None
     facts |= scores(ours, wanted, kind)
     if metric is not None and wanted is not None:
-        facts |= dict(metric(ours, wanted))
+        facts |= finite_figures(metric(ours, wanted))
     if reference is not None:
         facts["agreement"] = _agreement(facts["predictions"], theirs if theirs is not None else reference, kind)
     return facts
+
+
+def finite_answers(found: Tensor, who: str = "the model") -> None:
+    """Raise DataError where an answer is no number: every figure made of it would be none, and some would look like one.
+
+    found: n of anything.
+    """
+    right = torch.isfinite(found).flatten(1).all(1)
+    if not right.all():
+        raise DataError(
+            f"{who} answers {int((~right).sum())} of {len(right)} images with NaN or infinite numbers, so nothing is scored. "
+            "Check its weights and the images' normalisation, or score with amp='no' (--amp no)."
+        )
+
+
+def finite_figures(figures: Mapping[str, float]) -> dict[str, float]:
+    """The figures of a metric that a caller brought. Raises DataError that names one that is no number."""
+    for name, value in figures.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise DataError(f"metric: {name!r} is {value!r}; expected a finite number.")
+    return dict(figures)
 
 
 def class_index(

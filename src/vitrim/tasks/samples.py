@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from vitrim.data import Images, evaluation, match_labels, readable
+from vitrim.errors import DataError
 from vitrim.model import Vit
 
 SHOWN_PX = 192
@@ -76,6 +77,10 @@ def answers(model: Vit, batch: Tensor, *, top: int = 1) -> list[list[dict[str, A
     first = next(model.parameters())
     with torch.inference_mode():
         logits = model(batch.to(first.device, first.dtype)).float()  # B classes
+        if not torch.isfinite(logits).all():
+            raise DataError(
+                "the model answers with NaN or infinite numbers; expected logits. Check its weights and its preprocessing."
+            )
         chances = (logits.sigmoid() if model.config.multi_label else logits.softmax(-1)).cpu()
     values, indices = chances.topk(min(top, chances.shape[-1]))
     labels = readable(model.config.labels or ())

@@ -28,13 +28,13 @@ from timm.data.mixup import Mixup
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from vitrim import processes
+from vitrim import checkpoints, processes
 from vitrim.codec import flat, plain
 from vitrim.data import Images, batches
 from vitrim.data.draws import mix, seeded
 from vitrim.data.transforms import training as training_transform
 from vitrim.errors import DataError, TrainingError
-from vitrim.model import Vit
+from vitrim.model import Vit, not_finite
 from vitrim.progress import Progress
 from vitrim.training.config import TrainConfig
 from vitrim.training.objective import Batch, Objective, Step
@@ -197,9 +197,17 @@ class _Run:
                     left = self.state.seconds / self.state.done * (self.total - self.state.done)
                     self.progress("train", self.state.done, self.total, seconds_left=left, **facts)
                 every = config.eval_every or self.epoch_steps * math.ceil(LEAST_BETWEEN / self.epoch_steps)
-                if validate is not None and (last or self.state.done % every == 0):
+                judged = validate is not None and (last or self.state.done % every == 0)
+                kept = self.out is not None and (
+                    last or time.monotonic() - self.last_saved >= config.checkpoint_seconds
+                )
+                if judged or kept or last:
+                    self._refuse_astray()
+                if judged:
+                    assert validate is not None
                     self._validate(validate)
-                if self.out is not None and (last or time.monotonic() - self.last_saved >= config.checkpoint_seconds):
+                if kept:
+                    assert self.out is not None
                     self.state.write(self.out)
                     self.last_saved = time.monotonic()
                 if last:
@@ -352,6 +360,9 @@ class _Run:
         if not self.main:
             return
         line = {"step": self.state.done, "seconds": round(self.state.seconds, 3), **line}
+        line = {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()
+        }  # as JSON has it
         self.history.append(line)
         if self.out is not None:
             with (self.out / "metrics.jsonl").open("a", encoding="utf-8") as file:
@@ -360,9 +371,21 @@ class _Run:
         if self.config.tracker is not None:
             self.accelerator.log(numbers, step=self.state.done)
 
+    def _refuse_astray(self) -> None:
+        """End a run whose weights are no numbers any more, before they are scored or kept."""
+        if (bad := not_finite(self.bare.state_dict())) is None:
+            return
+        before = None if self.out is None else checkpoints.newest(self.out / "checkpoints")
+        kept = "no checkpoint is there from before" if before is None else f"{before.name} is whole"
+        raise TrainingError(
+            f"after step {self.state.done} of {self.total}, {bad} (lr {self.optimizer.param_groups[0]['lr']:.3g}, amp "
+            f"{self.config.amp!r}); {kept}. Lower lr, set clip, or train with amp='no'."
+        )
+
     def _stop(self, why: str) -> None:
         """End a run that went astray. Weights and checkpoint are those of the last good step."""
         self.optimizer.zero_grad()
+        self._refuse_astray()
         kept = "the model holds the state before that step"
         if self.out is not None and self.state.done:
             self.state.write(self.out)

@@ -26,7 +26,7 @@ from vitrim.files import locked, names_in
 from vitrim.model import Vit, build
 from vitrim.progress import Progress
 from vitrim.spec import Config, ModelSpec, Output, Preprocess
-from vitrim.tasks.classification import Kind, hot, scores
+from vitrim.tasks.classification import Kind, finite_answers, finite_figures, hot, scores
 from vitrim.training.config import TrainConfig, filled
 from vitrim.training.loop import AMP_DTYPES, FitResult, fit, mapped
 from vitrim.training.objective import Batch, Objective, Step
@@ -457,9 +457,10 @@ def _scorer(
                 answers.append(model(x.to(parameter.dtype)).to(parameter.dtype).cpu())
             truths.append(y.cpu())
         logits, labels = torch.cat(answers), mapped(torch.cat(truths), label_map, model.spec.classes)
+        finite_answers(logits)
         found = {"loss": float(objective.score(logits, labels)), "count": float(len(labels))}
         if metric is not None:
-            return found | dict(metric(logits, labels))
+            return found | finite_figures(metric(logits, labels))
         shares = scores(logits, labels, Kind(multi_label=objective.multi_label))
         return found | {key: float(shares[key]) for key in ("top1", "map") if key in shares}
 
