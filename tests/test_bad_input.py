@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from tests.specs import make, vit
 from vitrim import artifact
 from vitrim.cli import main, options
+from vitrim.files import sha256
 from vitrim.spec import Config, ModelSpec, Prefix, Preprocess
 
 CLASSES = ("cat", "dog", "owl")
@@ -144,15 +145,11 @@ def read_only(root: Path) -> None:
 
 
 def not_finite(root: Path) -> None:
-    (root / "model" / "config.json").unlink()
-    for path in (root / "model").iterdir():
-        path.unlink()
-    (root / "model").rmdir()
-    model = make(SPEC, dtype=torch.float32)
-    model.config = Config(spec=SPEC, preprocess=VIEW, labels=CLASSES)
-    with torch.no_grad():
-        model.heads["head"].bias.fill_(float("nan"))
-    artifact.save(model, root / "model")
+    path, told = root / "model" / "model.safetensors", root / "model" / "provenance.json"
+    tensors = load_file(path)
+    tensors["heads.head.bias"].fill_(float("nan"))
+    save_file(tensors, path)
+    told.write_text(json.dumps({**json.loads(told.read_text()), "sha256": sha256(path)}))
 
 
 def broken_image(root: Path) -> None:
@@ -275,7 +272,8 @@ CASES = [
     Bad("neither model nor recipe", "train --data photos --out new", ("--model", "--recipe"), 2),
     Bad("recovery without teacher", "recover model --data photos --out new", ("--teacher is missing", "--objective supervised"), 2),
     Bad("batch above the data", "train --model model --data photos --out new --batch-size 64", ("64",)),
-    Bad("loss that is no number", "train --model model --data photos --out new --batch-size 4 --steps 2", ("step 1 of 2", "Lower lr"), before=not_finite, leaves=("new", "new/metrics.jsonl")),
+    Bad("weights that are no numbers", "evaluate model --data photos", ("heads.head.bias", "NaN"), before=not_finite),
+    Bad("loss that is no number", "train --model model --data photos --out new --batch-size 4 --steps 2 --lr 9e18", ("step 2 of 2", "Lower lr"), leaves=("new", "new/metrics.jsonl", *(f"new/checkpoints{x}" for x in ("", "/step-00000001", "/step-00000001/state.json", "/step-00000001/state.safetensors")))),
     # places
     Bad("out is not empty", "compress --model model --keep-macs 0.9 --data photos --out full", ("is not empty", "--force"), 2),
     Bad("out is a file", "compress --model model --keep-macs 0.9 --data photos --out one.txt", ("is a file", "expected a folder"), 2),
