@@ -91,3 +91,63 @@ def test_python_takes_the_same_word_as_the_command(photos: Path, tmp_path: Path)
     assert vitrim.compress(model, config, data=photos, on_broken="skip").spec != model.spec
     with pytest.raises(vitrim.errors.DataError, match="expected 'raise' or 'skip'"):
         vitrim.compress(model, config, data=photos, on_broken="ignore")
+
+
+PREPARED = {verb: words for verb, words in VERBS.items() if verb != "train"}
+
+
+@pytest.mark.parametrize("verb", PREPARED)
+def test_a_model_without_preprocessing_is_told_it_on_the_command_line_and_never_guessed(
+    verb: str, photos: Path, tmp_path: Path
+) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"evaluate": {"check_dense": False}}))
+    told = {"model": saved(tmp_path / "model", preprocess=None), "data": photos, "config": config}
+    words = [*PREPARED[verb].format(out=tmp_path / "out", **told).split(), "--on-broken", "skip"]
+    stopped = run(*words)
+    assert stopped.exit_code == 1, stopped.output
+    assert "--mean, --std and --size" in stopped.stderr
+    words = [*PREPARED[verb].format(out=tmp_path / "done", **told).split(), "--on-broken", "skip"]
+    done = run(*words, "--mean", "0.5", "--std", "0.25,0.25,0.25", "--size", "9")
+    assert done.exit_code == 0, done.output
+    assert "preprocessing as given: mean (0.5, 0.5, 0.5), std (0.25, 0.25, 0.25), 8 x 8 px" in done.stderr
+    if verb in ("compress", "recover"):
+        kept = vitrim.load(tmp_path / "done").config.preprocess
+        assert kept is not None
+        assert (kept.mean, kept.std, int(8 / kept.crop)) == ((0.5,) * 3, (0.25,) * 3, 9)
+
+
+def test_the_same_preprocessing_gives_the_same_scores_whether_it_is_told_or_kept(photos: Path, tmp_path: Path) -> None:
+    words = ("--data", photos, "--on-broken", "skip", "--json", "--split", "all")
+    kept = run("evaluate", saved(tmp_path / "kept"), *words)
+    bare = saved(tmp_path / "bare", preprocess=None)
+    told = run("evaluate", bare, *words, "--mean", "0.5,0.5,0.5", "--std", "0.25")
+    other = run("evaluate", bare, *words, "--mean", "0.1", "--std", "0.5")
+    scores = [{key: json.loads(done.stdout)[key] for key in ("loss", "top1")} for done in (kept, told, other)]
+    assert scores[0] == scores[1] != scores[2]
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("--mean 0.5", "without the other"),
+        ("--size 9", "does not say how its images are prepared"),
+        ("--mean 0.5,0.5 --std 0.5", "3 channels"),
+        ("--mean 0.5 --std 0.5 --size 7", "below the 8 px"),
+        ("--mean 123 --std 58", "--mean"),
+        ("--mean nan --std 0.5", "--mean"),
+        ("--mean 0.5 --std 0", "--std"),
+    ],
+)
+def test_preprocessing_that_does_not_fit_is_one_sentence(flags: str, says: str, photos: Path, tmp_path: Path) -> None:
+    done = run("evaluate", saved(tmp_path / "bare", preprocess=None), "--data", photos, *flags.split())
+    assert done.exit_code in (1, 2)
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_training_without_preprocessing_says_what_it_takes(photos: Path, tmp_path: Path) -> None:
+    words = ["--data", photos, "--steps", "1", "--batch-size", "4", "--on-broken", "skip"]
+    done = run("train", "--model", saved(tmp_path / "bare", preprocess=None), *words, "--out", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    assert "mean 0.5 and deviation 0.5" in done.stderr

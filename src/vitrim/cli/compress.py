@@ -56,6 +56,7 @@ RECORDED = ("schema", "vitrim", "weights", "data")
 @click.option("--resume", is_flag=True, help="Go on with the run at --out, at its first missing stage.")
 @options.FORCE
 @options.SOURCE
+@options.PREPARED
 @options.MACHINE
 @options.OUTPUT
 def compress(
@@ -77,6 +78,7 @@ def compress(
     force: bool,
     limits: options.Limits,
     weights: options.Weights,
+    prepared: options.Prepared,
     output: options.Output,
     **flags: Any,
 ) -> None:
@@ -122,7 +124,7 @@ def compress(
         kinds = {None: None, "eager": ("eager",), "compile": ("eager", "compile")}[measured]
         timed = {**options.section(values, "measure"), **options.given({"runtimes": kinds})}
     result = run_with(
-        name if weights == options.Weights() else weights.load(name),
+        name if weights == options.Weights() and not prepared.asked else prepared.on(weights.load(name)),
         how,
         fixed=own,
         data=source,

@@ -23,6 +23,7 @@ SPLITS = ("train", "validation", "val", "test", "all")
 @options.BROKEN
 @click.option("--skip-broken", is_flag=True, help="Short for --on-broken skip.")
 @options.SOURCE
+@options.PREPARED
 @options.MACHINE
 @options.OUTPUT
 def evaluate(
@@ -34,6 +35,7 @@ def evaluate(
     on_broken: str | None,
     skip_broken: bool,
     weights: options.Weights,
+    prepared: options.Prepared,
     device: str | None,
     threads: int | None,
     seed: int | None,
@@ -47,7 +49,7 @@ def evaluate(
     source = options.data_for(data, model)
     options.use_threads(threads)
     where = options.device_named(device)
-    network = weights.load(model)
+    network = prepared.on(weights.load(model))
     reference = None if against is None else options.Weights().load(against)
     if not network.spec.outputs and reference is None:
         raise ConfigError(

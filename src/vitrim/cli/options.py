@@ -169,6 +169,28 @@ class Weights:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """How the model's images are prepared, where that was said."""
+
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
+    size: int | None
+
+    @property
+    def asked(self) -> bool:
+        """Whether anything was said."""
+        return any(value is not None for value in (self.mean, self.std, self.size))
+
+    def on(self, model: Vit) -> Vit:
+        """The same model, told."""
+        if not self.asked:
+            return model
+        from vitrim.data import prepare
+
+        return prepare(model, mean=self.mean, std=self.std, size=self.size)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Limits:
     """The budget flags as given; keep_* may hold several values."""
 
@@ -222,6 +244,17 @@ SOURCE = bundle(
     ),
     click.option("--no-pretrained", is_flag=True, help="Random weights instead of the published ones."),
     click.option("--no-verify", is_flag=True, help="Do not compare with the source's own network on a random image."),
+)
+PREPARED = bundle(
+    "prepared",
+    Prepared,
+    click.option(
+        "--mean", type=Listed(Number(float, least=0, most=1)), metavar="R,G,B", help="Of the model's images, in [0, 1]."
+    ),
+    click.option(
+        "--std", type=Listed(Number(float, above=0, most=1)), metavar="R,G,B", help="Their standard deviation."
+    ),
+    click.option("--size", type=COUNT, help="Shorter side before the crop to the model's size; that size by default."),
 )
 FORCE = click.option("--force", is_flag=True, help="Replace what is already at --out.")
 BROKEN = click.option(

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 @settings.IMAGES
 @settings.PLANNED_BY
 @options.SOURCE
+@options.PREPARED
 @options.DEVICE
 @options.SEED
 @options.OUTPUT
@@ -43,6 +44,7 @@ def plan(
     device: str | None,
     limits: options.Limits,
     weights: options.Weights,
+    prepared: options.Prepared,
     output: options.Output,
     **flags: Any,
 ) -> None:
@@ -71,7 +73,12 @@ def plan(
         ((name, given),) = own.items()
         given = {"device": options.device_named(device), **given}
         rows = predicted(
-            weights.load(model), name, budgets, opened.skipping(data, on_broken or "raise"), given, output.quiet
+            prepared.on(weights.load(model)),
+            name,
+            budgets,
+            opened.skipping(data, on_broken or "raise"),
+            given,
+            output.quiet,
         )
         show_predictions(model, name, rows, output.as_json)
         return
@@ -82,9 +89,9 @@ def plan(
         on_broken,
         *(flags[key] for key in ("images", "axes", "score", "seed")),
     ]
-    if weights.no_pretrained or any(value is not None for value in seen):
+    if weights.no_pretrained or prepared.asked or any(value is not None for value in seen):
         raise click.UsageError(
-            "--checkpoint, --checkpoint-key, --no-pretrained, --images, --axes, --score, --device, --on-broken and --seed go with --data; without it only the shape counts."
+            "--checkpoint, --checkpoint-key, --no-pretrained, --images, --axes, --score, --device, --on-broken, --mean, --std, --size and --seed go with --data; without it only the shape counts."
         )
     spec = spec_named(model)
     rows = [planned(name, spec, budget, given) for budget in budgets for name, given in own.items()]

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 @click.option("--top", type=options.COUNT, default=5, show_default=True, help="Names for each image.")
 @options.BROKEN
 @options.SOURCE
+@options.PREPARED
 @options.COMPUTE
 @options.OUTPUT
 def predict(
@@ -28,6 +29,7 @@ def predict(
     top: int,
     on_broken: str | None,
     weights: options.Weights,
+    prepared: options.Prepared,
     device: str | None,
     threads: int | None,
     output: options.Output,
@@ -43,7 +45,7 @@ def predict(
             raise DataError(f"{str(file)!r} {what}; expected an image file, such as cat.jpg.")
     options.use_threads(threads)
     where = options.device_named(device)
-    network = weights.load(model).to(where)
+    network = prepared.on(weights.load(model)).to(where)
     from vitrim.data.images import Broken
 
     answers: dict[str, list[dict[str, Any]]] = {}
@@ -71,6 +73,7 @@ def names_on(network: Vit, file: Path, top: int) -> list[dict[str, Any]]:
     """The likeliest classes of one image file, as `answers` has them."""
     from vitrim.data import evaluation
     from vitrim.data.decoding import decode
+    from vitrim.data.transforms import UNPREPARED
     from vitrim.tasks.samples import answers
 
     if not network.spec.outputs:
@@ -78,6 +81,6 @@ def names_on(network: Vit, file: Path, top: int) -> list[dict[str, Any]]:
             "this model has no classifier, so it names nothing. Give it one with `vitrim train --new-head`."
         )
     if network.config.preprocess is None:
-        raise ConfigError("this model says no preprocessing (mean, std, size). Save it again from a source that does.")
+        raise DataError(UNPREPARED)
     image = evaluation(network.config.preprocess)(decode(file, key=str(file)))  # C h w
     return answers(network, image.unsqueeze(0), top=top)[0]

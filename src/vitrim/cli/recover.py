@@ -27,6 +27,7 @@ from vitrim.files import locked
 @options.TRAINING
 @click.option("--config", type=click.Path(path_type=Path), metavar="FILE", help="JSON with keys of RecoverConfig.")
 @click.option("--resume", is_flag=True, help="Go on with the run at --out.")
+@options.PREPARED
 @options.MACHINE
 @options.OUTPUT
 def recover(
@@ -37,6 +38,7 @@ def recover(
     out: Path,
     config: Path | None,
     resume: bool,
+    prepared: options.Prepared,
     threads: int | None,
     output: options.Output,
     **settings: Any,
@@ -59,8 +61,10 @@ def recover(
     from vitrim.pipeline import recover as train_again
 
     how = read(RecoverConfig, values, where="recover")
-    small = options.Weights().load(model)
+    small = prepared.on(options.Weights().load(model))
     dense = None if teacher is None else options.Weights().load(teacher)
+    if dense is not None and dense.config.preprocess is None:
+        dense = prepared.on(dense)
     with locked(out):
         artifact.refuse_overwriting(out, force=True)
         with progress_on_stderr(output.quiet) as progress:

@@ -23,6 +23,7 @@ from vitrim.foreign import command
 @options.TRAINING
 @click.option("--config", type=click.Path(path_type=Path), metavar="FILE", help="JSON with keys of TrainConfig.")
 @options.SOURCE
+@options.PREPARED
 @options.MACHINE
 @options.OUTPUT
 def train(
@@ -35,6 +36,7 @@ def train(
     resume: bool,
     config: Path | None,
     weights: options.Weights,
+    prepared: options.Prepared,
     threads: int | None,
     output: options.Output,
     **settings: Any,
@@ -49,12 +51,14 @@ def train(
         raise click.UsageError(
             "neither --model nor --recipe was given; pass one, such as --model timm:deit_tiny_patch16_224."
         )
+    if model is None and prepared.asked:
+        raise click.UsageError("--mean, --std and --size go with --model; a recipe says its own. Leave them out.")
     source = options.data_for(data, model or f"builtin:{recipe}")
     options.check_out(out, force=False, resume=resume)
     from vitrim import recipes
 
-    prepared = {} if recipe is None else recipes.read(recipe)
-    values = options.for_training(config, settings, threads, **prepared.get("train", {}))
+    packaged = {} if recipe is None else recipes.read(recipe)
+    values = options.for_training(config, settings, threads, **packaged.get("train", {}))
     from vitrim.config import read
     from vitrim.spec import Config
     from vitrim.tasks.task import METRICS, quality
@@ -62,7 +66,7 @@ def train(
     from vitrim.training.objectives import train as fit
 
     training = read(TrainConfig, values, where="train")
-    start = Config.from_dict(prepared["model"]) if model is None else weights.load(model)
+    start = Config.from_dict(packaged["model"]) if model is None else prepared.on(weights.load(model))
     told = {"source": model or f"recipe {recipe}", **({} if recipe is None else {"recipe": recipe})}
     with progress_on_stderr(output.quiet) as progress:
         result = fit(

@@ -23,7 +23,7 @@ from vitrim.data.pixels import crop_flip, in_memory
 from vitrim.data.reading import suggest_workers
 from vitrim.data.splits import choose, validation_rows
 from vitrim.data.targets import unlabelled_among
-from vitrim.data.transforms import evaluation, training
+from vitrim.data.transforms import UNPREPARED, evaluation, prepare, training
 from vitrim.errors import DataError
 from vitrim.foreign import printable
 from vitrim.spec import Preprocess
@@ -43,6 +43,7 @@ __all__ = [
     "in_memory",
     "match_labels",
     "open",
+    "prepare",
     "readable",
     "skipping",
     "suggest_workers",
@@ -122,10 +123,7 @@ def calibration_images(
         return CalibrationImages(preprocess, images=open(source, labelled=False).take(count, seed, balanced=False))
     source = source.source if isinstance(source, Skipping) else source
     if not (isinstance(source, Tensor) and source.is_floating_point() and source.dim() == 4):
-        raise DataError(
-            f"{method}: the model does not say how images are normalised, and these are not the network's own input. "
-            "Load it with preprocess=, or pass a float tensor [n, C, h, w] that is ready for it."
-        )
+        raise DataError(f"{method}: {UNPREPARED} Or pass a float tensor [n, C, h, w] that is ready for it.")
     order = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))
     return CalibrationImages(None, tensor=source[order[:count]])
 

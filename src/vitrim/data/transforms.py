@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,10 +15,65 @@ from torch import Tensor
 
 from vitrim.config import Augment
 from vitrim.errors import DataError
+from vitrim.model import Vit
 from vitrim.spec import Preprocess
 
 PAD_CROP_PX = 64
 """Up to this side, crop="auto" shifts within a padded image; above, it takes a random resized crop."""
+
+
+UNPREPARED = (
+    "the model does not say how its images are prepared; give what it was trained with: --mean, --std and --size "
+    "(vitrim.data.prepare in Python), such as --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225 for ImageNet's."
+)
+"""For whoever needs a model's preprocessing and finds none: it is never guessed."""
+log = logging.getLogger("vitrim.data")
+
+
+def prepare(
+    model: Vit, *, mean: Sequence[float] | None = None, std: Sequence[float] | None = None, size: int | None = None
+) -> Vit:
+    """Say how a model's images are prepared, in its config, in place of what that says; gives the model.
+
+    mean, std: of pixels in [0, 1], one for each channel or one for all; None keeps the model's own, if it has any.  size: the
+    shorter side in pixels before the middle is cropped to the model's own size; None keeps what was, or crops nothing.
+    DataError for one of mean and std without the other, numbers that do not fit, and a size below the model's.
+    """
+    own, spec = model.config.preprocess, model.spec
+    if (mean is None) != (std is None):
+        raise DataError("one of --mean and --std (mean=, std=) without the other; give both, or neither.")
+    if mean is None or std is None:
+        if own is None:
+            raise DataError(UNPREPARED)
+        if size is None:
+            return model
+        mean, std = own.mean, own.std
+    mean, std = (tuple(map(float, (*values,) * (spec.channels if len(values) == 1 else 1))) for values in (mean, std))
+    if len(mean) != spec.channels or len(std) != spec.channels:
+        raise DataError(
+            f"mean={mean!r} and std={std!r} for a model of {spec.channels} channels; expected one for each."
+        )
+    if not all(0 <= value <= 1 for value in mean) or not all(0 < value <= 1 for value in std):
+        raise DataError(
+            f"mean={mean!r} and std={std!r}; expected numbers of pixels in [0, 1], std above 0. Divide those of 0 to 255 by 255."
+        )
+    base = own or Preprocess(mean=mean, std=std, size_px=spec.image_px)
+    told = replace(base, mean=mean, std=std, size_px=spec.image_px)
+    if size is not None:
+        side = min(spec.image_px)
+        if size < side:
+            raise DataError(f"size={size} below the {side} px of the model; expected the shorter side before the crop.")
+        told = replace(told, crop=side / size if math.floor(side / (side / size)) == size else side / (size + 0.5))
+    if told != own:
+        log.info(
+            "preprocessing as given: mean %s, std %s, %s x %s px, crop %.3g.",
+            told.mean,
+            told.std,
+            *told.size_px,
+            told.crop,
+        )
+    model.config = replace(model.config, preprocess=told)
+    return model
 
 
 class View:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from vitrim import data
 from vitrim.data import Images
 from vitrim.data.labels import are_numbers
+from vitrim.data.transforms import UNPREPARED
 from vitrim.errors import DataError
 from vitrim.model import Vit
 from vitrim.progress import Progress
@@ -69,9 +70,7 @@ def evaluate(
     own = config if isinstance(config, Config) else None
     how = preprocess or (own.preprocess if own else None)
     if how is None:
-        raise DataError(
-            "the model carries no preprocessing; pass preprocess= (mean, std, size) that it was trained with."
-        )
+        raise DataError(UNPREPARED)
     encoder = own is not None and not own.spec.outputs
     names = labels if labels is not None else (own.labels if own else None)
     classes = own.spec.classes if own is not None and not encoder else None

@@ -32,6 +32,7 @@ from vitrim import checkpoints, processes
 from vitrim.codec import flat, plain
 from vitrim.data import Images, batches
 from vitrim.data.draws import mix, seeded
+from vitrim.data.transforms import UNPREPARED
 from vitrim.data.transforms import training as training_transform
 from vitrim.errors import DataError, TrainingError
 from vitrim.model import Vit, not_finite
@@ -113,7 +114,7 @@ class _Run:
         ready(config, self.images)
         self.epoch_steps, self.total = count // config.batch_size, config.total_steps(count)
         if self.bare.config.preprocess is None:
-            raise DataError("the model does not say how images are prepared; give its config a Preprocess.")
+            raise DataError(UNPREPARED)
         self.transform = training_transform(self.bare.config.preprocess, config.augment)
         self.accelerator = _accelerator(config, self.out)
         self.first = next(self.bare.parameters())

@@ -377,6 +377,10 @@ def _starting_model(source: ModelSpec | Config | Vit, images: Images, *, new_hea
         model.config = dataclasses.replace(model.config, problem_type="multi_label_classification")
     if model.config.preprocess is None:
         middle = (0.5,) * model.spec.channels
+        log.warning(
+            "the model says no preprocessing: trained with mean 0.5 and deviation 0.5 of each channel, which it says from now on "
+            "(others: --mean, --std)."
+        )
         preprocess = Preprocess(mean=middle, std=middle, size_px=model.spec.image_px, crop=1.0)
         model.config = dataclasses.replace(model.config, preprocess=preprocess)
     if not model.spec.outputs:

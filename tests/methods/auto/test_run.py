@@ -521,7 +521,7 @@ def test_images_that_say_nothing_are_refused():
         auto.compress(model, config(0.5), data=x[:1])
     with pytest.raises(DataError, match="none were given"):
         auto.compress(model, config(0.5))
-    with pytest.raises(DataError, match="does not say how images are normalised"):
+    with pytest.raises(DataError, match="does not say how its images are prepared"):
         auto.compress(model, config(0.5), data="sample")
 
 

@@ -27,6 +27,7 @@ from typing import Any, Unpack
 from vitrim import closed_form as cf
 from vitrim import surgery
 from vitrim.budget import Budget, exceeded
+from vitrim.data.transforms import UNPREPARED
 from vitrim.errors import ConfigError, DataError
 from vitrim.methods.dcvit.closed import allocate, keeps_of, reconstruct
 from vitrim.methods.dcvit.config import DcvitConfig
@@ -80,9 +81,7 @@ def compress_family(
     base = base.to(config.device or next(model.parameters()).device).eval()
     inputs = Inputs(model, data, config)
     if inputs.images is None and (config.variant == "finetune" or config.finetune_steps):
-        raise DataError(
-            "dcvit: fine-tuning varies the images, and needs to know how the model normalises them. Load it with preprocess=."
-        )
+        raise DataError(f"dcvit: fine-tuning varies the images; {UNPREPARED}")
     cuts = [bool(exceeded(space.reference, budget.limits(space.reference))) for budget in budgets]
     if any(cuts):
         inputs.refuse_alike()
