@@ -13,10 +13,12 @@ import logging
 import pickle
 import re
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -25,6 +27,7 @@ from torch import Tensor, nn
 from .. import __version__
 from ..errors import SourceError
 from ..files import make_whole, sync_file, write_json
+from . import flax
 from .states import MERGE, SAVE, chosen, row_of
 from .states import listed as listed
 
@@ -41,7 +44,6 @@ SPLIT = tuple(
 )
 """Names under which files hold queries, keys and values apart, beside where a family joins them."""
 CONVERT = "Only weights of PyTorch are read: load the model in its library, and save a state dict with the names of timm's or transformers' model by torch.save"
-JAX = "Load it into timm's model by model.load_pretrained(PATH), and save that by torch.save(model.state_dict(), ...)"
 BEGINNINGS = (
     (b"\x89HDF", f"an HDF5 file, as Keras and TensorFlow write. {CONVERT}"),
     (b"GGUF", f"a GGUF file, which holds quantised weights. {CONVERT}"),
@@ -308,6 +310,8 @@ def _opened(path: Path) -> Any:
         raise SourceError(f"checkpoint {str(path)!r} is not there; expected a .safetensors, .pth or .pt file.")
     if path.name.endswith(".index.json"):
         return _shards(path)
+    if (arrays := _arrays(path)) is not None:
+        return arrays
     if other := _foreign(path):
         raise SourceError(f"{path.name} is {other}.")
     if path.suffix != ".safetensors":
@@ -358,6 +362,33 @@ def _shards(path: Path) -> dict[str, Any]:
     return state
 
 
+def _arrays(path: Path) -> dict[str, Any] | None:
+    """The tensors of a `.npz` file of JAX's Vision Transformers under timm's names; None for other files."""
+    if not zipfile.is_zipfile(path):
+        return None
+    try:
+        with numpy.load(path, allow_pickle=False) as archive:
+            names = archive.files
+            if not names or (prefix := flax.prefix_of(dict.fromkeys(names))) is None:
+                return None
+            return flax.renamed(archive, prefix)
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        EOFError,
+        RuntimeError,
+        MemoryError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
+        if path.suffix == ".npz":
+            raise SourceError(
+                f"{path.name} is no whole .npz file ({next(iter(str(error).splitlines()), type(error).__name__)}). Copy or download it again."
+            ) from None
+        return None
+
+
 def _foreign(path: Path) -> str:
     """What a file is that torch.save and safetensors did not write, and what to do; "" where it looks like theirs."""
     with open(path, "rb") as file:
@@ -369,7 +400,7 @@ def _foreign(path: Path) -> str:
         except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
             return ""
         if inside and all(name.endswith(".npy") for name in inside):
-            return f"an archive of NumPy arrays (.npz), as JAX's Vision Transformers are published. {JAX}"
+            return f"an archive of NumPy arrays (.npz), but none of JAX's Vision Transformers. {CONVERT}"
         if any("/code/" in f"/{name}" or name.endswith("constants.pkl") for name in inside):
             return (
                 "a TorchScript archive (torch.jit.save), whose code is not run. In the program that wrote it, save the weights alone by "
