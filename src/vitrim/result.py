@@ -102,6 +102,36 @@ class Curve:
 
 Section = Table | Curve
 
+OWN = (
+    "license",
+    "method",
+    "variant",
+    "config",
+    "data",
+    "seed",
+    "metrics",
+    "steps",
+    "seconds",
+    "recipe",
+    "recovery",
+    "history",
+    "report",
+)
+"""Keys of a provenance that tell of one network's own weights, beside `sha256`, `versions` and `parent`: one cut from it has others."""
+
+
+def descended(told: Mapping[str, Any], spec: ModelSpec, name: str | None = None) -> dict[str, Any]:
+    """The provenance of a network that is made from another: where it comes from, and nothing that was another's own.
+
+    told, spec: the other's. name: what it was asked for as; None: as it says itself. `original` holds the first ancestor's source,
+    spec, licence and figures, handed down from cut to cut, so that shares can be of it.
+    """
+    inherited = {key: value for key, value in told.items() if key not in (*OWN, "sha256", "versions", "parent")}
+    source = name if name is not None and ":" in name else told.get("source")  # one that others can load says more
+    known = {key: told[key] for key in ("license", "metrics", "sha256") if key in told}
+    first = {"source": name or told.get("source") or "a model in memory", "spec": spec.to_dict(), **known}
+    return {**inherited, "source": source or first["source"], "original": told.get("original") or first}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Compressed:
@@ -122,7 +152,10 @@ class Compressed:
         return self.model.selection
 
     def save(self, folder: str | Path, *, provenance: Mapping[str, Any] | None = None, force: bool = False) -> Path:
-        """Write the artifact folder. Raises ArtifactError when it exists and `force` is not set."""
+        """Write the artifact folder, which says what the model was cut from, how, and with which figures of its own.
+
+        Raises ArtifactError when it exists and `force` is not set.
+        """
         from vitrim import artifact
 
         return artifact.save(self, folder, provenance=provenance, force=force)

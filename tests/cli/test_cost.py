@@ -5,7 +5,12 @@ from pathlib import Path
 
 import pytest
 
+import vitrim
 from tests.cli.kit import DEIT_S, RUN_AND_TELL, fresh, run
+from vitrim.budget import Budget
+from vitrim.counting import cost
+from vitrim.methods.comcat import ComcatConfig
+from vitrim.sources import load
 
 
 def test_cost_of_a_timm_name_takes_under_two_seconds_and_no_torch() -> None:
@@ -44,3 +49,11 @@ def test_a_built_in_model_is_a_name_and_no_path(tmp_path: Path) -> None:
         done = run("cost", f"builtin:{name}")
         assert done.exit_code == 1
         assert "no built-in model" in done.stderr
+
+
+def test_a_network_that_was_cut_is_compared_with_what_it_was_cut_from(tmp_path: Path) -> None:
+    dense = load("builtin:cifar10-vit-micro")
+    folder = vitrim.compress(dense, ComcatConfig(budget=Budget(keep_macs=0.5), variant="svd")).save(tmp_path / "small")
+    done = run("cost", folder)
+    assert "builtin:cifar10-vit-micro, which it was cut from: 50.0 % of its MACs" in done.stdout
+    assert json.loads(run("cost", folder, "--json").stdout)["against"]["macs"] == cost(dense.spec).macs

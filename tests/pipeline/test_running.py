@@ -347,13 +347,22 @@ def test_a_plan_that_cannot_pay_is_said_before_training(tmp_path: Path, caplog: 
     assert said_at[0] >= 1
 
 
-def test_a_recovery_that_did_harm_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING, logger="vitrim.pipeline"):
-        wild = replace(RECOVER, objective="label_free", lr=3.0, steps=12, warmup=0.0)
-        result = job(tmp_path / "small", recover=wild, measure=None, data=pictures(1500, labelled=False))
-    metrics = result.summary["metrics"]
-    assert metrics["recovered"]["agreement"] < metrics["compressed"]["agreement"]
-    assert any("recovery lowered the" in text for text in result.summary["warnings"])
+def test_a_recovery_that_did_harm_is_said_and_the_better_network_stays(tmp_path: Path) -> None:
+    wild = replace(RECOVER, objective="label_free", lr=3.0, steps=12, warmup=0.0)
+    made = job(tmp_path / "small", recover=wild, measure=None, data=pictures(300, labelled=False))
+    told, metrics = made.summary["recovery"], made.summary["metrics"]
+    assert told["kept"] == "cut"
+    assert told["validation"][-1]["agreement"] < told["before"]["agreement"] == metrics["compressed"]["agreement"]
+    assert metrics["recovered"]["agreement"] == told["before"]["agreement"]
+    (said,) = (text for text in made.summary["warnings"] if "recovery lowered the agreement" in text)
+    assert "on 30 validation images" in said
+    assert "the network from before it was kept" in said
+    cut = artifact.load(made.folder / "stages" / "compressed")
+    assert all(torch.equal(a, b) for a, b in zip(cut.parameters(), made.model.parameters(), strict=True))
+    assert made.model.provenance["recovery"]["kept"] == "cut"
+    again = pipeline.recover(cut, teacher=tiny(), data=pictures(300, labelled=False), config=wild)
+    assert again.report["recovery"]["warnings"] == [said]
+    assert all(torch.equal(a, b) for a, b in zip(cut.parameters(), again.model.parameters(), strict=True))
 
 
 # ------------------------------------------------------------------------------------------------------------- figures
@@ -575,3 +584,47 @@ def test_a_network_with_one_answer_for_every_image_is_refused_before_it_is_recov
         vitrim.compress(tiny(), COMCAT, data=pictures())
     with pytest.raises(ConfigError, match="same for every image"):
         pipeline.recover(blind, teacher=tiny(), data=pictures(80))
+
+
+# --------------------------------------------------------------------------------------------- what a network says of itself
+
+
+def described(model: Vit) -> Vit:
+    """A dense model as a published one is: with figures, a licence and a history of its own."""
+    model.provenance = {
+        "source": "timm:tiny",
+        "architecture": "tiny",
+        "license": "cc-by-nc-4.0",
+        "metrics": {"after": {"top1": 0.99}},
+        "steps": 7020,
+        "sha256": "0" * 64,
+        "method": "train",
+    }
+    return model
+
+
+def test_both_doors_say_what_a_network_was_cut_from_and_its_own_figures(tmp_path: Path) -> None:
+    dense = described(tiny())
+    small = vitrim.compress(dense, COMCAT, data=pictures())
+    cut = artifact.load(small.save(tmp_path / "cut")).provenance
+    fitted = pipeline.recover(small, teacher=dense, data=pictures(), config=RECOVER)
+    recovered = artifact.load(fitted.save(tmp_path / "recovered")).provenance
+    ran = artifact.load(job(tmp_path / "ran", model=dense, measure=None).folder).provenance
+    for told in (cut, recovered, ran):
+        first = told["original"]
+        assert (first["source"], first["spec"], first["license"]) == ("timm:tiny", dense.spec.to_dict(), "cc-by-nc-4.0")
+        assert first["metrics"] == dense.provenance["metrics"]
+        assert (told["source"], told["architecture"]) == ("timm:tiny", "tiny")
+        assert (told["method"], told["variant"], told["seed"]) == ("comcat", "whitened", 0)
+        assert told["config"]["budget"]["keep_macs"] == 0.6
+        assert not {"license", "steps", "parent"} & set(told)
+    assert "metrics" not in cut
+    assert set(recovered) == set(ran)
+    assert recovered["data"] == ran["data"]
+    spent = fitted.report["recovery"]
+    assert recovered["metrics"]["after"] == spent["before" if spent["kept"] == "cut" else "after"]
+    assert 0 <= recovered["metrics"]["before"]["top1"] < 0.99
+    assert dense.provenance["steps"] == 7020
+    # what it was cut from is found again
+    again = job(tmp_path / "again", model=small.model, relative_to="original", recover=None, measure=None)
+    assert counting.cost(again.spec).macs <= 0.6 * counting.cost(dense.spec).macs

@@ -21,7 +21,9 @@ BUILT_IN = Path(__file__).parents[1] / "assets" / "models"
 
 @click.command()
 @click.argument("model")
-@click.option("--against", metavar="MODEL", help="Give shares of this model's cost too.")
+@click.option(
+    "--against", metavar="MODEL", help="Give shares of this model's cost; by default of what MODEL was cut from."
+)
 @options.OUTPUT
 def cost(model: str, against: str | None, output: options.Output) -> None:
     """Count MODEL's operations and parameters, per block.
@@ -32,7 +34,8 @@ def cost(model: str, against: str | None, output: options.Output) -> None:
     from vitrim import counting
 
     counted = counting.cost(spec)
-    dense = None if against is None else (against, counting.cost(spec_named(against)))
+    origin = original_of(model) if against is None else (against, spec_named(against))
+    dense = None if origin is None else (origin[0], counting.cost(origin[1]))
     if output.as_json:
         values = {"model": model, **counted.to_dict()}
         if dense is not None:
@@ -62,6 +65,20 @@ def spec_named(name: str) -> ModelSpec:
     from vitrim.sources import load
 
     return load(name, pretrained=False).spec
+
+
+def original_of(name: str) -> tuple[str, ModelSpec] | None:
+    """What the model in a folder was first cut from, by its name; None where there is no such folder, or it was never cut."""
+    file = Path(name) / "provenance.json"
+    if not file.is_file():
+        return None
+    expected = "Expected that of a folder that vitrim saved."
+    original = read_json(file, error=ArtifactError, named=repr(str(file)), mend=expected).get("original")
+    if not isinstance(original, dict) or "spec" not in original:
+        return None
+    from vitrim.spec import ModelSpec
+
+    return f"{original.get('source', 'the original')}, which it was cut from", ModelSpec.from_dict(original["spec"])
 
 
 def spec_in(file: Path) -> ModelSpec:

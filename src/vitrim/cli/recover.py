@@ -55,7 +55,6 @@ def recover(
     options.check_out(out, force=False, resume=resume)
     values = options.for_training(config, settings, threads)
     from vitrim import artifact
-    from vitrim.codec import plain
     from vitrim.config import read
     from vitrim.pipeline import RecoverConfig
     from vitrim.pipeline import recover as train_again
@@ -78,12 +77,10 @@ def recover(
                 on_broken=on_broken or "raise",
                 progress=progress,
             )
-        scores: dict[str, Any] = next((line for line in reversed(result.history) if line["kind"] == "validate"), {})
-        last = {key: value for key, value in scores.items() if key not in ("kind", "step", "seconds")}
-        told = {"recovery": plain(how), "metrics": {**small.provenance.get("metrics", {}), "after": last}}
         if processes.is_first():
-            result.save(out, provenance=told, force=True)
+            result.save(out, force=True)
     spent = result.report["recovery"]
+    last = spent["before" if spent["kept"] == "cut" else "after"]
     output.tell(
         {"out": str(out), "validation": last, **spent},
         f"recovered in {spent['steps']} steps, {duration_text(spent['seconds'])} ({spent['objective']}); saved to {out}",

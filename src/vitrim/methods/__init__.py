@@ -163,7 +163,7 @@ def compress(
     place = None if folder is None else Path(folder)
     data = None if data is None else opened.skipping(data, on_broken)
     made = method.compress(model, config, data=data, progress=progress, folder=place, resume=resume, **taught)
-    return _finished(made, model, config.budget)
+    return _finished(made, model, config)
 
 
 def compress_family(
@@ -181,7 +181,7 @@ def compress_family(
     _finite(model, f"{method.name}: the model is not cut")
     if method.family is not None:
         made = method.family(model, config, budgets, data=data, progress=progress, folder=place, resume=resume)
-        return [_finished(one, model, budget) for one, budget in zip(made, budgets, strict=True)]
+        return [_finished(one, model, replace(config, budget=b)) for one, b in zip(made, budgets, strict=True)]
     found = []
     for index, budget in enumerate(budgets):
         own = None if place is None else place / str(index)
@@ -198,12 +198,20 @@ def _finite(model: Vit, where: str) -> None:
         raise DataError(f"{where}: {bad}; expected finite weights. Check the model and the images' normalisation.")
 
 
-def _finished(made: Compressed, given: Vit, budget: Budget | None) -> Compressed:
-    """The same, its warnings logged. Raises BudgetError where no training could make use of it, DataError where closed forms
-    went astray."""
+def _finished(made: Compressed, given: Vit, config: MethodConfig) -> Compressed:
+    """The same, told where it comes from, its warnings logged. Raises BudgetError where no training could make use of it,
+    DataError where closed forms went astray."""
+    from vitrim.budget import Budget
+    from vitrim.codec import plain
+    from vitrim.result import descended
     from vitrim.tasks.classification import same_for_all
 
     _finite(made.model, f"{made.method}: no result")
+    budget = config.budget
+    if made.model is not given:
+        asked = config if budget is None else replace(config, budget=Budget(**budget.to_dict()))
+        own = {"method": made.method, "variant": made.variant, "config": plain(asked), "seed": config.seed}
+        made.model.provenance = descended(given.provenance, given.spec) | own
     if same_for_all(made.model) and not same_for_all(given):
         limits = {} if budget is None else budget.to_dict()
         doubled = ((key, min(1.0, 2 * n) if key.startswith("keep_") else 2 * n) for key, n in limits.items())

@@ -20,13 +20,11 @@ KEPT = (*METRICS, "count", "skipped")
 class Comparison(NamedTuple):
     """metrics: by model. gap: the final model's difference from the dense one, in points of what was right; None without labels.
 
-    gained: what the recovery changed, in the same unit, or in agreement without labels; None without a recovery.
     samples: images to look at.
     """
 
     metrics: dict[str, Metrics]
     gap: dict[str, Any] | None
-    gained: dict[str, Any] | None
     samples: dict[str, Any]
 
 
@@ -39,14 +37,9 @@ def compare(models: Mapping[str, Vit], images: Images, config: EvaluateConfig, p
     for name, model in models.items():
         against = None if name == "dense" else task.reference_of(dense, found["dense"])
         found[name] = task.evaluate(model, chosen, reference=against, progress=named(progress, name), **config.how)
-    gained = None
-    if "recovered" in models:
-        both = (task.successes(found[name], found["dense"]) for name in ("compressed", last))
-        gained = difference(*both, seed=config.seed)
     return Comparison(
         metrics={name: {key: facts[key] for key in KEPT if key in facts} for name, facts in found.items()},
         gap=difference(task.successes(found["dense"]), task.successes(found[last]), seed=config.seed),
-        gained=gained,
         samples=task.samples(models, found, chosen, count=config.samples, seed=config.seed),
     )
 

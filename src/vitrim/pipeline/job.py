@@ -27,7 +27,7 @@ from vitrim.pipeline.folder import Folder
 from vitrim.pipeline.recovery import objective_named
 from vitrim.pipeline.reference import gets_tail, limited, reference_of
 from vitrim.progress import Progress
-from vitrim.result import Compressed
+from vitrim.result import Compressed, descended
 from vitrim.tasks.classification import task_of
 from vitrim.tasks.task import Task, named
 from vitrim.timing import require_compiler
@@ -101,11 +101,8 @@ class Job:
 
     @property
     def origin(self) -> dict[str, Any]:
-        """Source and first ancestor, handed down from run to run."""
-        told, name = self.dense.provenance, self.asked.name
-        first = told.get("original") or {"source": name, "spec": self.dense.spec.to_dict()}
-        named = name if ":" in name else None  # a name that others can load says more than where that came from
-        return {"source": named or told.get("source") or name, "original": first}
+        """What the dense model says of where it comes from, and itself as the first ancestor."""
+        return descended(self.dense.provenance, self.dense.spec, self.asked.name)
 
     def record(self) -> dict[str, Any]:
         """The resolved config: what a resumed run must agree with. No absolute path."""

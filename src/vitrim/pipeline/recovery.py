@@ -7,12 +7,15 @@ import dataclasses
 import logging
 import os
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
+
+import torch
 
 from vitrim import data as opened
 from vitrim import surgery
+from vitrim.codec import plain
 from vitrim.data import Images
 from vitrim.errors import ConfigError, DataError
 from vitrim.files import locked
@@ -20,9 +23,9 @@ from vitrim.freezing import frozen
 from vitrim.model import Vit
 from vitrim.pipeline.configs import RecoverConfig
 from vitrim.progress import Progress
-from vitrim.result import Compressed
+from vitrim.result import Compressed, descended
 from vitrim.tasks.classification import class_index, evaluate, same_for_all
-from vitrim.tasks.task import METRICS
+from vitrim.tasks.task import METRICS, Metrics, quality
 from vitrim.training import FitResult, Objective, fit
 from vitrim.training.config import filled
 from vitrim.training.objectives import Distilled, LabelFree, Supervised
@@ -43,6 +46,8 @@ def recover(
 ) -> Compressed:
     """Train a compressed network; gives a new one, `small` and `teacher` are left as they were.
 
+    Where the validation images say that the training made it worse, the network from before comes back, and a warning says so:
+    `report["recovery"]["kept"]` is "recovered" or "cut".
     teacher: the dense model; only objective="supervised" does without.  data: whatever `vitrim.data.open` takes; its train
     split is learned and its validation split scored.  out: folder for metrics.jsonl and checkpoints; resume: go on from there.
     on_broken: "raise" stops at an image that cannot be read, "skip" leaves it out and says so.
@@ -63,14 +68,83 @@ def recover(
         )
     place = None if out is None else Path(out)
     with locked(place):
-        fitted, objective = train_again(
-            model, teacher, images, config, held=held, out=place, resume=resume, progress=progress
-        )
-    made = small if isinstance(small, Compressed) else Compressed(model=model, method="recover", variant=objective)
-    spent = {"objective": objective, "steps": fitted.steps, "seconds": round(fitted.seconds, 1)}
+        done = better_again(model, teacher, images, config, held=held, out=place, resume=resume, progress=progress)
+    fitted = done.fitted
+    made = small if isinstance(small, Compressed) else Compressed(model=model, method="recover", variant=done.objective)
+    spent = {
+        "objective": done.objective,
+        "steps": fitted.steps,
+        "seconds": round(fitted.seconds, 1),
+        "kept": done.kept,
+        "before": done.before,
+        "after": done.after,
+        "warnings": done.warnings,
+    }
+    fitted.model.provenance = _told(model) | {
+        "data": held.fingerprint() | {"train": images.fingerprint()},
+        "metrics": {"before": done.dense, "after": done.before if done.kept == "cut" else done.after},
+        "recovery": plain(config) | {"kept": done.kept},
+    }
     return dataclasses.replace(
         made, model=fitted.model, history=fitted.history, report={**made.report, "recovery": spent}
     )
+
+
+def _told(model: Vit) -> dict[str, Any]:
+    """What a network says of itself that holds for one with other weights too; of a dense one, where it comes from."""
+    if not model.selection.steps:
+        return descended(model.provenance, model.spec)
+    told = dict(model.provenance)
+    was = {key: told.pop(key) for key in ("sha256", "metrics") if key in told}
+    return told | ({"parent": was} if "sha256" in was else {})
+
+
+class Better(NamedTuple):
+    """The better of two networks by the validation images: the recovered one, or the cut one that it began with.
+
+    before, after: figures of both; dense: the teacher's, where it was scored. warnings: said already.
+    """
+
+    fitted: FitResult
+    objective: str
+    kept: Literal["recovered", "cut"]
+    dense: Metrics
+    before: Metrics
+    after: Metrics
+    warnings: list[str]
+
+
+def better_again(
+    model: Vit, teacher: Vit | None, images: Images, config: RecoverConfig, *, held: Images, **how: Any
+) -> Better:
+    """`train_again`, but a network that the training made worse on the validation images is given back as it was."""
+    score = _Validator(held, teacher, config)
+    fast = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    before = score(model, device=None if config.device == "cpu" else fast)
+    fitted, objective = train_again(model, teacher, images, config, validate=score, **how)
+    last: dict[str, Any] = next((line for line in reversed(fitted.history) if line["kind"] == "validate"), {})
+    after = {key: last[key] for key in METRICS if key in last}
+    key, warnings = quality(after), []
+    worse = _as_first_says(key is not None and before[key] > after[key])
+    if worse:
+        if key is not None:
+            form = ".1%" if METRICS[key].form == "percent" else ".3f"
+            warnings.append(
+                f"The recovery lowered the {METRICS[key].words} on {len(held)} validation images from {before[key]:{form}} to "
+                f"{after[key]:{form}}: the network from before it was kept. Train longer or with a lower lr, or leave it out."
+            )
+            log.warning(warnings[0])
+        fitted = dataclasses.replace(fitted, model=copy.deepcopy(model).eval())
+    return Better(fitted, objective, "cut" if worse else "recovered", score.dense, before, after, warnings)
+
+
+def _as_first_says(found: bool) -> bool:
+    """The first process has the figures; all of them keep the same network."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return found
+    box = [found]
+    torch.distributed.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 def training_speeds(
@@ -94,24 +168,21 @@ def train_again(
     teacher: Vit | None,
     images: Images,
     config: RecoverConfig,
-    *,
-    held: Images | None = None,
     **how: Any,
 ) -> tuple[FitResult, str]:
     """Fit a copy of the model; gives the result and the objective's name as it was resolved.
 
-    images: learned.  held: validation images.  how: out, resume and progress, as `fit` takes them.
+    images: learned.  how: validate, out, resume and progress, as `fit` takes them.
     """
     name = objective_named(config, model, labelled=images.labelled)
     objective = _objective(name, config, model, teacher, images)
     # a label-free run never looks at labels, which may be of other classes than the model's
     labels = None if name == "label_free" else images.classes
     label_map = class_index(model.config.labels, labels, classes=model.spec.classes)
-    validate = None if held is None else _validator(held, teacher, config)
     student = copy.deepcopy(model)
     learns = {name: parameter.requires_grad for name, parameter in student.named_parameters()}
     surgery.hold(student, frozen(student.spec, config.freeze))
-    fitted = fit(student, objective, images, config, label_map=label_map, validate=validate, **how)
+    fitted = fit(student, objective, images, config, label_map=label_map, **how)
     for key, parameter in fitted.model.named_parameters():
         parameter.requires_grad_(learns[key])
     return fitted, name
@@ -165,14 +236,24 @@ def taps_for(model: Vit, teacher: Vit) -> tuple[str, ...]:
     return tuple(f"block:{i}" for i in thirds)
 
 
-def _validator(held: Images, teacher: Vit | None, config: RecoverConfig) -> Callable[[Vit], Mapping[str, Any]]:
-    reference: dict[str, Any] = {}
+class _Validator:
+    """Scores networks on the validation images, against the teacher's answers.  dense: the teacher's own figures, once known."""
 
-    def score(model: Vit) -> dict[str, float]:
-        if teacher is not None and not reference and model.spec.outputs:
-            reference.update(evaluate(teacher, held, batch_size=256, workers=config.workers))
-        against: Any = reference or teacher
-        found = evaluate(model, held, batch_size=256, workers=config.workers, reference=against)
-        return {key: float(found[key]) for key in METRICS if found.get(key) is not None}
+    def __init__(self, held: Images, teacher: Vit | None, config: RecoverConfig) -> None:
+        self.held, self.teacher, self.config = held, teacher, config
+        self.reference: dict[str, Any] = {}
 
-    return score
+    @property
+    def dense(self) -> Metrics:
+        return _figures(self.reference)
+
+    def __call__(self, model: Vit, *, device: torch.device | None = None) -> Metrics:
+        """Figures, computed on this device; None: where the model is."""
+        how: dict[str, Any] = {"batch_size": 256, "workers": self.config.workers, "device": device}
+        if self.teacher is not None and not self.reference and model.spec.outputs:
+            self.reference = evaluate(self.teacher, self.held, **how)
+        return _figures(evaluate(model, self.held, reference=self.reference or self.teacher, **how))
+
+
+def _figures(found: Metrics) -> Metrics:
+    return {key: float(found[key]) for key in METRICS if found.get(key) is not None}

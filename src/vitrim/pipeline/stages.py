@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,9 @@ from vitrim.model import Vit
 from vitrim.pipeline.comparison import compare
 from vitrim.pipeline.configs import MeasureConfig
 from vitrim.pipeline.job import Job
-from vitrim.pipeline.recovery import train_again, training_speeds
+from vitrim.pipeline.recovery import better_again, training_speeds
 from vitrim.pipeline.summary import summary
 from vitrim.spec import spec_hash
-from vitrim.tasks.task import METRICS, quality
 from vitrim.training import plain
 
 LEAST_GAIN = 1.05
@@ -110,14 +109,18 @@ def recover(job: Job, found: Found) -> dict[str, Any]:
     small = kept(job, "compressed")
     place = job.folder.stages / "recover"
     how: dict[str, Any] = {"out": place, "resume": place.is_dir(), "progress": job.progress}
-    fitted, objective = train_again(small, job.dense, job.train, job.recovery, held=job.held, **how)
+    done = better_again(small, job.dense, job.train, job.recovery, held=job.held, **how)
+    fitted = done.fitted
     artifact.save(fitted.model, job.folder.stages / "recovered", force=True)
     lines, rounds = fitted.history, min(3, fitted.steps // STEPS_PER_SPEED_ROUND)
     both = {"dense": job.dense, "compressed": small}
     speeds = training_speeds(both, job.dense, job.train, job.recovery, rounds=rounds) if rounds else None
     validated = [line for line in lines if line["kind"] == "validate"]
     return {
-        "objective": objective,
+        "objective": done.objective,
+        "kept": done.kept,
+        "before": done.before,
+        "warnings": done.warnings,
         "steps": fitted.steps,
         "train_seconds": round(fitted.seconds, 2),
         "images_per_s": speeds,
@@ -133,21 +136,7 @@ def evaluate(job: Job, found: Found) -> dict[str, Any]:
         models["recovered"] = kept(job, "recovered")
     done = compare(models, job.held, job.asked.judging, job.progress)
     replace_text(job.folder.stages / "samples.json", reporting.as_text(done.samples))
-    warnings = _lost_in_recovery(done.metrics, done.gained)
-    return {"metrics": done.metrics, "difference": done.gap, "warnings": warnings}
-
-
-def _lost_in_recovery(metrics: Mapping[str, Any], gained: Mapping[str, Any] | None) -> list[str]:
-    """Said only where the paired interval excludes no change: on few images the figures differ by chance."""
-    cut, final = metrics["compressed"], metrics.get("recovered")
-    if final is None or gained is None or gained["high"] >= 0:
-        return []
-    key = quality(cut)
-    assert key is not None
-    return _said(
-        f"The recovery lowered the {METRICS[key].words} from {cut[key]:.1%} to {final[key]:.1%}. Train longer or with a lower lr, or "
-        "leave the recovery out."
-    )
+    return {"metrics": done.metrics, "difference": done.gap, "warnings": []}
 
 
 def measure(job: Job, found: Found) -> dict[str, Any]:
@@ -182,7 +171,7 @@ def save(job: Job, found: Found) -> dict[str, Any]:
         "data": job.held.fingerprint() | {"train": job.train.fingerprint()},
         "seed": job.config.seed,
         "metrics": {"before": metrics["dense"], "after": metrics.get("recovered") or metrics["compressed"]},
-        "recovery": None if job.recovery is None else plain(job.recovery),
+        "recovery": None if job.recovery is None else plain(job.recovery) | {"kept": found["recover"]["kept"]},
     }
     artifact.save(final(job), out, provenance=provenance, force=True)
     shutil.rmtree(job.folder.stages / "recover" / "checkpoints", ignore_errors=True)  # the recovered model is kept

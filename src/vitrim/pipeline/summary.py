@@ -37,10 +37,18 @@ def summary(job: Job, found: Mapping[str, Mapping[str, Any]], final: ModelSpec) 
         "difference": found["evaluate"]["difference"],
         "timing": _picked(found["measure"], "rows", "speedups", "notes"),
         "recovery": _picked(
-            found["recover"], "objective", "steps", "curve", "validation", "images_per_s", seconds="train_seconds"
+            found["recover"],
+            "objective",
+            "kept",
+            "before",
+            "steps",
+            "curve",
+            "validation",
+            "images_per_s",
+            seconds="train_seconds",
         ),
         "sections": [section.to_dict() for section in job.method.sections(facts)],
-        "warnings": [text for stage in ("plan", "compress", "evaluate") for text in found[stage]["warnings"]],
+        "warnings": [text for stage in STAGES for text in found.get(stage, {}).get("warnings", ())],
         "seconds": {stage: found[stage]["seconds"] for stage in STAGES if stage in found},
         "provenance": {
             "source": job.origin["source"],

@@ -22,4 +22,6 @@ def load(name: str, root: Path = MODELS) -> Vit:
     if name not in known:
         there = f"known: {', '.join(known)}" if known else "this installation has none; install vitrim again"
         raise SourceError(f"no built-in model {name!r}{did_you_mean(name, known)}; {there}.")
-    return artifact.load(root / name)
+    model = artifact.load(root / name)
+    model.provenance["source"] = f"builtin:{name}"  # the name that others load it by
+    return model
