@@ -137,7 +137,7 @@ def test_other_classes_are_refused(tmp_path):
         evaluate(tiny(3, labels=None), "sample", limit=10)
     with pytest.raises(DataError, match="label 12 for a model of 10 classes"):
         evaluate(tiny(), (torch.zeros(20, 3, 32, 32), torch.full((20,), 12)))
-    with pytest.raises(DataError, match="pass preprocess="):
+    with pytest.raises(DataError, match="--mean, --std and --size"):
         evaluate(nn.Flatten(), "sample", limit=10)
 
 
@@ -240,7 +240,7 @@ def test_progress_is_told_after_each_batch_and_amp_is_checked():
     evaluate(
         tiny(), "sample", limit=20, batch_size=8, progress=lambda stage, done, total: told.append((stage, done, total))
     )
-    assert told == [("evaluate", 8, 20), ("evaluate", 16, 20), ("evaluate", 20, 20)]
+    assert told == [("evaluate", 0, 20), ("evaluate", 8, 20), ("evaluate", 16, 20), ("evaluate", 20, 20)]
     with pytest.raises(DataError, match="amp='half'"):
         evaluate(tiny(), "sample", limit=10, amp="half")
 

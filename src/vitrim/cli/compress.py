@@ -236,7 +236,7 @@ def show_family(found: Mapping[str, Any]) -> None:
 
 def accuracy_rows(metrics: Mapping[str, Any], difference: Mapping[str, Any] | None) -> list[list[str]]:
     """What stands for quality, before, after the cut, and after the recovery."""
-    from vitrim.tasks.task import METRICS, QUALITY
+    from vitrim.tasks.task import METRICS, QUALITY, seen
 
     dense, cut, recovered = (metrics.get(state) or {} for state in ("dense", "compressed", "recovered"))
     rows = []
@@ -249,9 +249,9 @@ def accuracy_rows(metrics: Mapping[str, Any], difference: Mapping[str, Any] | No
         if recovered.get(key) is not None:
             rows.append([f"{title}, recovered", before, tables.percent_text(recovered[key]), ""])
     if difference and rows:
-        low, high = difference["low"], difference["high"]
-        seen = "no difference seen" if low <= 0 <= high else f"{difference['points']:+.2f} points"
-        rows[0 if not recovered else 1][3] = f"{seen} ({low:+.2f} to {high:+.2f})"
+        rows[0 if not recovered else 1][3] = (
+            f"{seen(difference)} ({difference['low']:+.2f} to {difference['high']:+.2f})"
+        )
     return rows
 
 

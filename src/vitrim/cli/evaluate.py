@@ -57,7 +57,7 @@ def evaluate(
         )
     from vitrim import data as opened
     from vitrim.tasks.classification import evaluate as score
-    from vitrim.tasks.task import METRICS
+    from vitrim.tasks.task import METRICS, counts
 
     # The seed draws `limit`; the validation tenth of the data is the same whatever the seed.
     on_broken = "skip" if skip_broken else on_broken or "raise"
@@ -68,11 +68,29 @@ def evaluate(
         how = options.given({**how, "device": where, "reference": reference})
         metrics = score(network, images, progress=progress, **how)
     kept = {name: metrics[name] for name in (*METRICS, "count", "skipped") if metrics.get(name) is not None}
+    counted, whole = counts(metrics), images.set_aside_from
     if output.as_json:
-        tables.show_json({"model": model, "data": images.fingerprint(), "split": split, **kept})
+        tables.show_json(
+            {
+                "model": model,
+                "data": images.fingerprint(),
+                "split": split,
+                "counts": counted,
+                "set_aside_from": whole,
+                **kept,
+            }
+        )
     else:
         tables.say(f"{model} on {kept['count']} images of {images.name} ({split})")
         for name, metric in METRICS.items():
             if name in kept:
                 value = tables.percent_text(kept[name]) if metric.form == "percent" else f"{kept[name]:.4f}"
+                if (of := counted.get(name)) is not None:
+                    ends = f"{100 * of['low']:.2f} to {100 * of['high']:.2f}"
+                    value += f"  ({of['right']} of {of['count']}; 95 % interval {ends})"
                 tables.say(f"{metric.short}  {value}")
+        if whole is not None:
+            part = "a tenth of them, set aside by seed" if split != "train" else "all but the tenth that is set aside"
+            tables.say(
+                f"{images.name} has no validation split: of its {whole} images this is {part}. --split all scores all."
+            )

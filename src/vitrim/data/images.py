@@ -18,6 +18,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from vitrim.data.draws import mix
+from vitrim.data.splits import split_named
 from vitrim.data.targets import Targets
 from vitrim.errors import DataError
 
@@ -179,6 +180,13 @@ class Images(Dataset[tuple[Image.Image, Label]]):
         labels = self.source.labels
         assert labels is not None  # `labelled` was decided by looking at them
         return torch.from_numpy(labels[self.rows])
+
+    @property
+    def set_aside_from(self) -> int | None:
+        """Of how many training images these are the tenth that stands in for a missing validation split, or the rest of it; else None."""
+        own = split_named(self.split)
+        lacking = own in ("train", "validation") and "validation" not in self.source.splits
+        return len(self.source.splits["train"]) if lacking else None
 
     @property
     def several(self) -> bool:

@@ -73,7 +73,8 @@ def loss_words(result: Result) -> str:
     difference = result.get("difference")
     if difference:
         if difference["low"] <= 0 <= difference["high"]:
-            return "no difference in accuracy seen"
+            words = task.seen(difference)
+            return "no difference in accuracy seen" if words == "no difference seen" else words
         word = "lost" if difference["points"] < 0 else "gained"
         return f"{abs(difference['points']):.1f} points of accuracy {word}"
     key = quality(result)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -27,6 +28,8 @@ class Metric:
     words: str
     """In a sentence."""
     form: Literal["percent", "plain"] = "percent"
+    counted: bool = False
+    """Whether it is a share of the images, so that a count and an interval stand beside it."""
     against_dense: bool = False
     """A likeness to the dense model, which has none itself."""
     of: str = ""
@@ -36,14 +39,15 @@ class Metric:
 
 
 METRICS: dict[str, Metric] = {
-    "top1": Metric(title="Top-1 accuracy", short="top-1", words="accuracy"),
-    "top5": Metric(title="Top-5 accuracy", short="top-5", words="accuracy among the first five"),
+    "top1": Metric(title="Top-1 accuracy", short="top-1", words="accuracy", counted=True),
+    "top5": Metric(title="Top-5 accuracy", short="top-5", words="accuracy among the first five", counted=True),
     "map": Metric(title="Mean average precision", short="mean average precision", words="mean average precision"),
     "loss": Metric(title="Loss", short="loss", words="loss", form="plain"),
     "agreement": Metric(
         title="Agrees with dense",
         short="agreement with dense",
         words="agreement with the dense model",
+        counted=True,
         against_dense=True,
         of="of the predictions",
         kept="{} of the predictions as before",
@@ -70,6 +74,52 @@ QUALITY = ("top1", "map", "agreement", "cosine")
 def quality(metrics: Mapping[str, Any]) -> str | None:
     """The figure that stands for quality among these; None where there is none."""
     return next((key for key in QUALITY if metrics.get(key) is not None), None)
+
+
+Z = 1.959964
+"""Of the normal distribution: 95 % lie within so many deviations."""
+FINE_POINTS = 2.0
+"""What "no difference seen" promises: an interval that reaches further to either side of 0 is of too few images to say so."""
+
+
+def interval(right: int, count: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share, `right` of `count` images; it holds at 0, at 1 and for few images."""
+    share, spread = right / count, Z * Z / count
+    middle = (share + spread / 2) / (1 + spread)
+    half = Z * math.sqrt(share * (1 - share) / count + spread / (4 * count)) / (1 + spread)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def counts(metrics: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Of each figure that is a share of the images: `right` of `count`, and the 95 % interval, `low` to `high`."""
+    found = {}
+    for key, metric in METRICS.items():
+        if metric.counted and metrics.get(key) is not None:
+            right = round(metrics[key] * metrics["count"])
+            low, high = interval(right, metrics["count"])
+            found[key] = {"right": right, "count": metrics["count"], "low": low, "high": high}
+    return found
+
+
+def paired(worse: int, better: int, count: int) -> tuple[float, float]:
+    """The 95 % interval of a difference of two shares of the same images, of which so many got worse and better.
+
+    Bonett and Price's: an image is added to each kind, so that it does not shrink to nothing where few images show no change.
+    """
+    lost, gained = (worse + 1) / (count + 2), (better + 1) / (count + 2)
+    half = Z * math.sqrt((lost + gained - (gained - lost) ** 2) / (count + 2))
+    return max(-1.0, gained - lost - half), min(1.0, gained - lost + half)
+
+
+def seen(difference: Mapping[str, Any]) -> str:
+    """What a difference in points with its interval says in words; also that its images are too few to say anything."""
+    low, high = difference["low"], difference["high"]
+    if not low <= 0 <= high:
+        return f"{difference['points']:+.2f} points"
+    reach = max(-low, high)
+    if reach <= FINE_POINTS:
+        return "no difference seen"
+    return f"too few images to tell: on {difference['count']}, less than {reach:.0f} points cannot be seen"
 
 
 class Task(Protocol):
