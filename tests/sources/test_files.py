@@ -106,6 +106,14 @@ def test_whole_numbers_are_refused_where_weights_are_expected() -> None:
         reconciled({"pos": torch.ones(1, dtype=torch.int8)})
 
 
+@pytest.mark.parametrize("odd", [torch.ones(1).to_sparse(), torch.ones(1, device="meta")])
+def test_tensors_without_dense_numbers_are_refused(tmp_path: Path, odd: torch.Tensor) -> None:
+    with pytest.raises(SourceError, match=r"sparse, quantised or without numbers: pos\."):
+        reconciled({"pos": odd})
+    with pytest.raises(SourceError, match=r"weights twice"):  # which torch cannot compare
+        read(tmp_path / "x.pth", {"a": torch.ones(2, device="meta"), "module.a": torch.ones(2, device="meta")})
+
+
 def test_a_folder_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     out = files.write(tmp_path / "new" / "out", STATE, {"a": (1, 2)}, metadata={"more": "text"})
     assert is_state(files.read(out / "model.safetensors"))

@@ -28,7 +28,7 @@ from .. import __version__
 from ..errors import SourceError
 from ..files import make_whole, sync_file, write_json
 from . import flax
-from .states import MERGE, SAVE, chosen, row_of
+from .states import MERGE, SAVE, chosen, is_plain, row_of
 from .states import listed as listed
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -150,6 +150,10 @@ def reconciled(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, f
         for key, value in state.items()
         if key in expected and expected[key].is_floating_point() and not value.is_floating_point()
     ]
+    if odd := [key for key, value in state.items() if key in expected and not is_plain(value)]:
+        raise SourceError(
+            f"{file} holds tensors that are sparse, quantised or without numbers: {listed(odd)}. Save dense weights in floating point."
+        )
     if whole:
         raise SourceError(
             f"{file} holds whole numbers instead of weights in floating point: {listed(whole)}. A quantised model is not read; "

@@ -150,7 +150,17 @@ def _joined(*parts: str) -> str:
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
-    return a is b or (a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b))
+    if a is b or a.shape != b.shape or a.dtype != b.dtype:
+        return a is b
+    try:
+        return torch.equal(a, b)
+    except RuntimeError:  # torch compares no tensors of this kind (float8, meta)
+        return False
+
+
+def is_plain(value: Tensor) -> bool:
+    """Whether these are numbers in memory, one behind the other."""
+    return value.layout is torch.strided and not value.is_meta and not value.is_quantized
 
 
 def _apply_masks(row: Row, file: str) -> None:
@@ -158,9 +168,16 @@ def _apply_masks(row: Row, file: str) -> None:
     masked = []
     for name in [name for name in row.tensors if name.endswith("_orig")]:
         plain, mask = name.removesuffix("_orig"), row.tensors.get(f"{name.removesuffix('_orig')}_mask")
-        if mask is None or mask.shape != row.tensors[name].shape or plain in row.tensors:
+        weight = row.tensors[name]
+        if (
+            mask is None
+            or mask.shape != weight.shape
+            or plain in row.tensors
+            or not is_plain(weight)
+            or weight.element_size() < 2
+        ):
             continue
-        row.tensors[plain], row.home[plain] = row.tensors[name] * mask.to(row.tensors[name].dtype), row.home[name]
+        row.tensors[plain], row.home[plain] = weight * mask.to(weight.dtype), row.home[name]
         for gone in (name, f"{plain}_mask"):
             del row.tensors[gone], row.home[gone]
         masked.append(plain)
