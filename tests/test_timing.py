@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from tests.specs import vit
 from vitrim import timing
 from vitrim.errors import MeasureError
+from vitrim.model import build
 
 
 def small(width: int = 8) -> nn.Module:
@@ -28,6 +30,16 @@ def test_every_model_and_batch_has_a_row_with_ordered_quartiles() -> None:
         assert row["images_per_s"] == pytest.approx(1e3 * row["batch"] / row["median_ms"])
         assert (row["dtype"], row["device"], row["runtime"]) == ("float32", "cpu", "eager")
         assert row["device_name"]
+
+
+def test_each_model_is_timed_at_its_own_image_size() -> None:
+    seen: dict[str, set[tuple[int, ...]]] = {"dense": set(), "small": set()}
+    models = {"dense": build(vit(image=16)), "small": build(vit(image=8))}
+    for name, model in models.items():
+        model.register_forward_pre_hook(lambda _, given, name=name: seen[name].add(tuple(given[0].shape)))  # type: ignore[misc]
+    rows = timing.measure(models, batch_sizes=(2,), runs=2, warmup=1)
+    assert seen == {"dense": {(2, 3, 16, 16)}, "small": {(2, 3, 8, 8)}}
+    assert [row["image_px"] for row in rows] == [[16, 16], [8, 8]]
 
 
 def test_threads_are_set_while_timing_and_restored_after() -> None:

@@ -10,7 +10,8 @@ import copy
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,9 +21,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from . import __version__, processes
+from .codec import plain
 from .errors import TrainingError
 from .files import is_marked, make_whole, replace_file, sync_file, write_text
 from .foreign import read_json
+from .model import Vit
+from .spec import ModelSpec, spec_hash
+from .surgery import fingerprint
 
 SCHEMA = 1
 _NAME = re.compile(r"step-(\d{8,})")
@@ -105,6 +110,15 @@ class Piece(NamedTuple):
 
     tensors: dict[str, Tensor]
     values: dict[str, Any]
+
+
+def identity_of(config: Any, *, free: Collection[str], given: ModelSpec, weights: Vit, data: Any) -> dict[str, Any]:
+    """What a run of a method is known by, for its `Journal`: its settings, what it cuts, and the images it looks at.
+
+    free: settings that may be others when the run is gone on with. data: a mark of the images, plain JSON.
+    """
+    settings = {f.name: plain(getattr(config, f.name)) for f in fields(config) if f.name not in free}
+    return settings | {"spec": spec_hash(given), "weights": fingerprint(weights), "data": data}
 
 
 class Journal:

@@ -76,16 +76,16 @@ def measure(
 ) -> list[Row]:
     """Times a forward pass of each model, in turns, so that a busy moment of the machine meets all of them.
 
-    threads: of torch on the CPU; None: as they stand.  runs: samples of each model.  image_shape: C, h, w; None: what
-    the first model's spec says.  dtype: parameters and images are cast to it in a copy.
+    threads: of torch on the CPU; None: as they stand.  runs: samples of each model.  image_shape: C, h, w; None: each
+    model's own, as its spec says, or the first one's.  dtype: parameters and images are cast to it in a copy.
 
     Gives a row for each batch size and model: "median_ms" of one call, quartiles "low_ms" and "high_ms", "cpu_ms"
     (median process CPU time over all threads; None off the CPU), "images_per_s", "samples_ms" in the order taken, "calls"
-    per sample, and "model", "runtime", "batch", "threads", "dtype", "device", "device_name", "runs", "cores", and "load" (mean number
+    per sample, and "model", "runtime", "batch", "image_px", "threads", "dtype", "device", "device_name", "runs", "cores", and "load" (mean number
     of running processes in the minute before) with "other_load", the part of it that was not this process; None if unknown.
     """
     where = _checked(models, batch_sizes, threads, runs, warmup, runtime, device, dtype)
-    shape = image_shape or _shape_of(next(iter(models.values())))
+    shapes = {name: image_shape or _shape_of(model, next(iter(models.values()))) for name, model in models.items()}
     total, done = len(batch_sizes) * len(models) * runs, 0
     rows: list[Row] = []
     with _threads(threads), _quiet_torch(), contextlib.ExitStack() as stack, torch.inference_mode():
@@ -94,16 +94,18 @@ def measure(
             load = load_here()
             if progress:
                 progress("measure", done, total, batch=batch, runtime=runtime)  # compiling may take a minute
-            images = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0))
-            images = images.to(where, DTYPES[dtype])  # B C h w
+            images = {
+                shape: torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0)).to(where, DTYPES[dtype])
+                for shape in shapes.values()
+            }  # B C h w each
             calls = {name: _call(model, runtime) for name, model in ready.items()}
-            repeats = {name: _warm(call, images, where, warmup, name) for name, call in calls.items()}
+            repeats = {name: _warm(call, images[shapes[name]], where, warmup, name) for name, call in calls.items()}
             wall: dict[str, list[float]] = {name: [] for name in models}
             cpu: dict[str, list[float]] = {name: [] for name in models}
             order = list(models)
             for _ in range(runs):
                 for name in order:
-                    wall_s, cpu_s = _sample(calls[name], images, where, repeats[name])
+                    wall_s, cpu_s = _sample(calls[name], images[shapes[name]], where, repeats[name])
                     wall[name].append(1e3 * wall_s)
                     cpu[name].append(1e3 * cpu_s)
                     done += 1
@@ -117,6 +119,7 @@ def measure(
                         "model": name,
                         "runtime": runtime,
                         "batch": batch,
+                        "image_px": list(shapes[name][1:]),
                         "median_ms": median,
                         "low_ms": low,
                         "high_ms": high,
@@ -217,8 +220,8 @@ def _checked(
     return where
 
 
-def _shape_of(model: nn.Module) -> tuple[int, int, int]:
-    spec = getattr(model, "spec", None)
+def _shape_of(model: nn.Module, first: nn.Module) -> tuple[int, int, int]:
+    spec = getattr(model, "spec", getattr(first, "spec", None))
     if spec is None:
         raise MeasureError("the model has no spec to say its image size; pass image_shape=(channels, height, width).")
     return spec.channels, *spec.image_px

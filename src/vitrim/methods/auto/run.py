@@ -21,15 +21,13 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Sequence
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
 from vitrim import surgery
 from vitrim.budget import Budget, exceeded
-from vitrim.checkpoints import Journal, Piece
-from vitrim.codec import plain
+from vitrim.checkpoints import Journal, Piece, identity_of
 from vitrim.counting import cost
 from vitrim.errors import ConfigError
 from vitrim.methods.auto.build import Refit
@@ -113,8 +111,7 @@ def job_of(
     """A run. scratch: for held streams."""
     inputs = Inputs(model, data, config)
     free = ("budget", "builds", "device")  # a run may be gone on with under others
-    identity = {f.name: plain(getattr(config, f.name)) for f in fields(config) if f.name not in free}
-    identity |= {"spec": spec_hash(model.spec), "weights": surgery.fingerprint(model), "data": inputs.mark}
+    identity = identity_of(config, free=free, given=model.spec, weights=model, data=inputs.mark)
     journal = Journal(folder, "auto", identity, resume=resume)
     folded = surgery.fold_layer_scale(model, skip=nets.whole.fixed)
     base = surgery.with_spec(folded, nets.base, folded.state_dict(), share=True).eval()

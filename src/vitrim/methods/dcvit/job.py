@@ -5,23 +5,20 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from vitrim import data as opened
-from vitrim import surgery
-from vitrim.checkpoints import Journal
-from vitrim.codec import plain
+from vitrim.checkpoints import Journal, identity_of
 from vitrim.data.draws import ranked
 from vitrim.errors import DataError
 from vitrim.methods.dcvit.config import DcvitConfig
 from vitrim.methods.fitting import Run
 from vitrim.model import Stream, Vit
 from vitrim.space import Space
-from vitrim.spec import spec_hash
 
 FOLDS = 4
 """Parts of the images of which one is left out at a time."""
@@ -84,9 +81,8 @@ class Job(Run):
         free = {"budget", "device", "hand_over", "finetune_steps"}  # a run may be gone on with under others
         if self.config.variant == "closed":
             free |= {"steps", "lr", "metric_images", "metric_steps", "k", "augment"}
-        identity = {f.name: plain(getattr(self.config, f.name)) for f in fields(self.config) if f.name not in free}
-        identity |= {"spec": spec_hash(self.model.spec), "weights": surgery.fingerprint(self.base)}
-        return Journal(self.folder, "dcvit", identity | {"data": self.inputs.mark} | more, resume=self.resume)
+        known = identity_of(self.config, free=free, given=self.model.spec, weights=self.base, data=self.inputs.mark)
+        return Journal(self.folder, "dcvit", known | more, resume=self.resume)
 
     def time_left(self, stage: str, done: int, total: int, began: float, fresh: int | None = None) -> None:
         """Say how far a stage is.  began: by `time.monotonic`. fresh: of what is done, how much since then; None: all."""
