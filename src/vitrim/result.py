@@ -73,9 +73,16 @@ class Series:
     named: bool = False
     """Whether its name stands beside it; else it shows when pointed at, and to screen readers."""
 
+    spread: tuple[tuple[float, float], ...] = ()
+    """The interval of each point's value, drawn as a whisker; empty: none is known."""
+
     def __post_init__(self) -> None:
         if not self.points:
             raise ConfigError(f"series {self.name!r} has no points; expected one or more. Leave it out.")
+        if self.spread and len(self.spread) != len(self.points):
+            raise ConfigError(
+                f"series {self.name!r} has {len(self.spread)} intervals; expected {len(self.points)}, one for each point."
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -53,7 +53,8 @@ def test_the_page_links_and_plots_every_member(whole: pipeline.FamilyResult, tmp
         assert f"{row['name']}: " in page  # its point in the plot
     assert "against measured time" in page
     assert "cp -r all/keep_macs-0." in page
-    assert "http" not in page.replace("http://www.w3.org/2000/svg", "")
+    assert "http://" not in page.replace("http://www.w3.org/2000/svg", "")
+    assert "https://" not in page
     assert reporting.write(whole.folder, tmp_path / "again.html").read_text(encoding="utf-8") == page
 
 

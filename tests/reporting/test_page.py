@@ -122,6 +122,10 @@ def test_samples_need_no_label_no_name_and_no_recovery(result: dict[str, Any]) -
         ({"points": -1.5, "low": -2.5, "high": -0.5}, "1.5 points of accuracy lost"),
         ({"points": 1.5, "low": 0.5, "high": 2.5}, "1.5 points of accuracy gained"),
         ({"points": -0.2, "low": -0.9, "high": 0.4}, "no difference in accuracy seen"),
+        (
+            {"points": 0.0, "low": -11.9, "high": 11.9},
+            "too few images to tell: on 1200, less than 12 points cannot be seen",
+        ),
     ],
 )
 def test_the_headline_claims_no_more_than_the_interval_shows(
@@ -133,7 +137,26 @@ def test_the_headline_claims_no_more_than_the_interval_shows(
 def test_a_model_that_is_not_faster_is_not_called_faster(result: dict[str, Any]) -> None:
     gain = {**result["timing"]["speedups"][0], "low": 0.97, "measured": 1.02}
     said = page.headline({**result, "timing": {**result["timing"], "speedups": [gain]}})
-    assert "no speed-up seen at batch 1" in said
+    assert "no speed-up seen (PyTorch, batch 1)" in said
+
+
+def test_the_headline_names_the_least_flattering_speed_and_the_tile_shows_its_times(result: dict[str, Any]) -> None:
+    rows, gains = result["timing"]["rows"], result["timing"]["speedups"]
+    slower = [{**row, "batch": 8, "median_ms": 10.0 - index} for index, row in enumerate(rows)]
+    timing = {"notes": [], "rows": rows + slower, "speedups": [*gains, {**gains[0], "batch": 8, "measured": 1.11}]}
+    assert "1.11 times as fast (PyTorch, batch 8, the least of those measured)" in page.headline(
+        {**result, "timing": timing}
+    )
+    shown = [tile for tile in page.tiles({**result, "timing": timing}) if "Latency" in tile.what]
+    assert [(tile.what, tile.now, tile.was) for tile in shown] == [
+        ("Latency, PyTorch, batch 8", "timing/rows/3/median_ms", "timing/rows/2/median_ms")
+    ]
+
+
+def test_shares_stand_beside_the_number_of_images_that_they_count(result: dict[str, Any]) -> None:
+    said = " ".join(Page(page.render(result)).text)
+    assert "1\u202f065" in said  # 88.75 % after recovery
+    assert re.search(r"1\u202f065 of\s+1\u202f200", said)
 
 
 @pytest.mark.parametrize(
@@ -246,7 +269,7 @@ def test_the_page_itself_forbids_scripts_and_whatever_is_not_in_it(result: dict[
         {"specs": {"dense": {"blocks": [1]}, "compressed": {"blocks": [None]}}},
         {"timing": {"rows": [{}], "speedups": [{}]}},
         {"commands": 7},
-        {"recovery": {"curve": [{"step": "x", "loss": "y"}]}},
+        {"recovery": {"curve": [{"step": "x", "loss": "y"}] * 2}},
     ],
     ids=str,
 )
@@ -258,3 +281,16 @@ def test_a_forged_summary_is_refused_in_one_sentence(
     with pytest.raises(ArtifactError, match=r"no summary that a run wrote"):
         reporting.write(tmp_path, tmp_path / "report.html")
     assert not (tmp_path / "report.html").exists()
+
+
+def test_a_curve_of_one_point_is_left_out_and_validation_has_its_interval(result: dict[str, Any]) -> None:
+    whole = page.training(result)
+    assert [curve["title"] for curve in whole] == ["Training loss", "Validation accuracy"]
+    assert whole[1]["series"][0]["spread"] == []  # of how many images is not known
+    counted = [{**row, "count": 400.0} for row in result["recovery"]["validation"]]
+    sure = page.training({**result, "recovery": {**result["recovery"], "validation": counted}})[1]["series"][0]
+    assert len(sure["spread"]) == 2
+    assert all(low < value < high for (_, value), (low, high) in zip(sure["points"], sure["spread"], strict=True))
+    short = {**result["recovery"], "curve": [{"step": 20, "loss": 1.0}], "validation": counted[:1]}
+    assert page.training({**result, "recovery": short}) == []
+    assert "Training loss" not in page.render({**result, "recovery": short})

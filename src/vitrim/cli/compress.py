@@ -149,8 +149,17 @@ def compress(
     (show_family if several else show_run)(result.summary)
     what = "a folder for each budget" if several else "the model"
     tables.say(f"made {result.folder} ({what}) and {result.report} (open it in a browser)")
-    words = ("cp", "-r", out / result.summary["members"][0]["name"], "small/") if several else ("vitrim", "cost", out)
-    tables.say(f"next: {command(*words)}")
+    if several:
+        from vitrim.reporting.family import pick
+
+        member, why = pick(result.summary)
+        tables.say(f"next: {command('cp', '-r', out / member, 'small/')}  ({member} is {why})")
+        return
+    from vitrim.pipeline.summary import next_commands
+
+    tables.say("next:")
+    for row in next_commands(result.summary["onward"], place=str(out), model=name, data=source):
+        tables.say(f"  {row['command']}")
 
 
 def run_with(
@@ -217,19 +226,26 @@ def show_run(result: Mapping[str, Any]) -> None:
     method = result["method"]
     name = f"{method['name']} ({method['variant']})" if method.get("variant") else method["name"]
     tables.show_table(f"{result['model']} cut by {name}", ["", "before", "after", "kept or gained"], rows)
+    for text in (result.get("timing") or {}).get("notes", ()):
+        tables.say(text)
 
 
 def show_family(found: Mapping[str, Any]) -> None:
     """The members of a family in one table."""
     from vitrim.tasks.task import METRICS
 
-    word = "quality" if found["quality"] is None else METRICS[found["quality"]].short
-    dense = found["dense"]
-    rows = [["dense", tables.count_text(dense["macs"]), "100 %", "", tables.percent_text(dense["quality"]), ""]]
+    metric = None if found["quality"] is None else METRICS[found["quality"]]
+    word, dense, count = metric.short if metric else "quality", found["dense"], found["data"].get("count")
+
+    def shown(value: float | None) -> str:
+        return "-" if metric is None else tables.counted_text(metric, value, count)
+
+    rows = [["dense", tables.count_text(dense["macs"]), "100 %", "", shown(dense["quality"]), ""]]
     for row in found["members"]:
-        shares = (tables.percent_text(row[key]) for key in ("kept_macs", "before_recovery", "quality"))
-        speed = gain_text(row["speed"][0]) if row["speed"] else ""
-        rows.append([row["name"], tables.count_text(row["macs"]), *shares, speed])
+        scores = (shown(row[key]) for key in ("before_recovery", "quality"))
+        speed = least_speed(row["speed"])
+        kept = tables.percent_text(row["kept_macs"])
+        rows.append([row["name"], tables.count_text(row["macs"]), kept, *scores, speed])
     heads = ["folder", "MACs", "kept", f"{word}, cut", f"{word}, final", "measured speed"]
     tables.show_table(f"{found['model']}: a family", heads, rows)
 
@@ -239,15 +255,16 @@ def accuracy_rows(metrics: Mapping[str, Any], difference: Mapping[str, Any] | No
     from vitrim.tasks.task import METRICS, QUALITY, seen
 
     dense, cut, recovered = (metrics.get(state) or {} for state in ("dense", "compressed", "recovered"))
+    count = dense.get("count")
     rows = []
     for key in QUALITY:
         if cut.get(key) is None:
             continue
-        title = METRICS[key].short
-        before = tables.percent_text(dense.get(key))
-        rows.append([f"{title}, before recovery", before, tables.percent_text(cut[key]), ""])
+        metric = METRICS[key]
+        before = tables.counted_text(metric, dense.get(key), count)
+        rows.append([f"{metric.short}, before recovery", before, tables.counted_text(metric, cut[key], count), ""])
         if recovered.get(key) is not None:
-            rows.append([f"{title}, recovered", before, tables.percent_text(recovered[key]), ""])
+            rows.append([f"{metric.short}, recovered", before, tables.counted_text(metric, recovered[key], count), ""])
     if difference and rows:
         rows[0 if not recovered else 1][3] = (
             f"{seen(difference)} ({difference['low']:+.2f} to {difference['high']:+.2f})"
@@ -261,6 +278,16 @@ def speed_row(gain: Mapping[str, Any], timed: list[dict[str, Any]]) -> list[str]
     times = {row["model"]: f"{row['median_ms']:.2f}" for row in alike}
     title = f"ms, {gain['runtime']}, batch {gain['batch']}"
     return [title, times[gain["reference"]], times[gain["model"]], gain_text(gain)]
+
+
+def least_speed(gains: Sequence[Mapping[str, Any]]) -> str:
+    """The least of the measured speed-ups, named."""
+    from vitrim.reporting.figures import least_gain
+
+    index = least_gain(gains)
+    if index is None:
+        return ""
+    return f"{gain_text(gains[index])}, {gains[index]['runtime']}, batch {gains[index]['batch']}"
 
 
 def gain_text(gain: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from vitrim import processes
-from vitrim.cli import options
+from vitrim.cli import options, tables
 from vitrim.cli.progress import duration_text, progress_on_stderr
 from vitrim.files import locked
 
@@ -58,6 +58,7 @@ def recover(
     from vitrim.config import read
     from vitrim.pipeline import RecoverConfig
     from vitrim.pipeline import recover as train_again
+    from vitrim.tasks.task import METRICS
 
     how = read(RecoverConfig, values, where="recover")
     small = prepared.on(options.Weights().load(model))
@@ -84,5 +85,9 @@ def recover(
     output.tell(
         {"out": str(out), "validation": last, **spent},
         f"recovered in {spent['steps']} steps, {duration_text(spent['seconds'])} ({spent['objective']}); saved to {out}",
-        *(f"{key:<10} {value:.4f}" for key, value in last.items()),
+        *(
+            f"{metric.short}  {tables.counted_text(metric, last[key], int(last.get('count', 0)))}"
+            for key, metric in METRICS.items()
+            if key in last
+        ),
     )

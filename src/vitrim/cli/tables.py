@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from vitrim.counting import Cost
     from vitrim.methods.method import Needs
     from vitrim.spec import ModelSpec
+    from vitrim.tasks.task import Metric
 
 PLAIN_WIDTH = 120
 """Columns of a table that goes to a file or a pipe."""
@@ -88,6 +89,16 @@ def share_text(part: float, whole: float) -> str:
 def percent_text(share: float | None) -> str:
     """An accuracy in percent; a dash where it is not known."""
     return "-" if share is None else f"{100 * share:.2f} %"
+
+
+def counted_text(metric: Metric, value: float | None, count: int | None) -> str:
+    """A figure as its metric is shown, with the number of images that it counts: "74.00 % (740/1000)"; a dash where it is not known."""
+    if value is None:
+        return "-"
+    if metric.form != "percent":
+        return f"{value:.4f}"
+    share = percent_text(value)
+    return f"{share} ({round(value * count)}/{count})" if metric.counted and count else share
 
 
 def show_cost(name: str, spec: ModelSpec, cost: Cost, *, against: tuple[str, Cost] | None) -> None:

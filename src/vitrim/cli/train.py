@@ -81,10 +81,14 @@ def train(
             progress=progress,
         )
     scores: dict[str, Any] = next((line for line in reversed(result.history) if line["kind"] == "validate"), {})
-    key = quality(scores)
+    key, count = quality(scores), int(scores.get("count", 0))
     output.tell(
         {"out": str(out), "steps": result.steps, "seconds": round(result.seconds, 1), "validation": scores},
         f"trained {result.steps} steps in {duration_text(result.seconds)}; saved to {out}",
-        *([f"{METRICS[key].short} on the validation images: {tables.percent_text(scores[key])}"] if key else []),
+        *(
+            [f"{METRICS[key].short} on the validation images: {tables.counted_text(METRICS[key], scores[key], count)}"]
+            if key
+            else []
+        ),
         f"next: {command('vitrim', 'compress', '--model', out, '--keep-macs', '0.5', '--data', source, '--out', 'smaller')}",
     )

@@ -256,4 +256,4 @@ class _Validator:
 
 
 def _figures(found: Metrics) -> Metrics:
-    return {key: float(found[key]) for key in METRICS if found.get(key) is not None}
+    return {key: float(found[key]) for key in (*METRICS, "count") if found.get(key) is not None}

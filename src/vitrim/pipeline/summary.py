@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vitrim import __version__
+from vitrim import data as opened
+from vitrim.errors import DataError, SourceError
 from vitrim.foreign import command
 from vitrim.pipeline.folder import STAGES
 from vitrim.pipeline.job import Job
+from vitrim.sources import timm
 from vitrim.spec import ModelSpec, spec_hash
 
 
@@ -21,6 +25,8 @@ def summary(job: Job, found: Mapping[str, Mapping[str, Any]], final: ModelSpec) 
     dense = job.reference.to_dict()
     metrics = {"recovered": None, **found["evaluate"]["metrics"]}
     name = job.folder.out.resolve().name
+    onward = _onward(job, final)
+    data = job.train.name if isinstance(asked.data, str | Path) else "DATA"
     facts = {"dense": dense, **{key: compressed[key] for key in ("report", "history", "start")}}
     return {
         "schema": 1,
@@ -60,9 +66,11 @@ def summary(job: Job, found: Mapping[str, Mapping[str, Any]], final: ModelSpec) 
             "vitrim": __version__,
             "torch": str(torch.__version__),
         },
-        "commands": _next_commands(
-            name, job.train.name if isinstance(asked.data, str | Path) else "DATA", job.task.predicts
-        ),
+        "onward": onward,
+        "commands": [
+            {"does": "Use it in Python", "command": f"import vitrim\nmodel = vitrim.load({name!r})"},
+            *next_commands(onward, place=name, model=asked.name, data=data),
+        ],
     }
 
 
@@ -73,17 +81,45 @@ def _picked(stage: Mapping[str, Any], *names: str, **renamed: str) -> dict[str, 
     return {name: stage[name] for name in names} | {name: stage[own] for name, own in renamed.items()}
 
 
-def _next_commands(name: str, data: str, predicts: bool) -> list[dict[str, str]]:
+def _onward(job: Job, final: ModelSpec) -> dict[str, Any]:
+    """What the next commands need to know: a split to score, a picture to show and a library to export to, where there are any."""
+    asked = job.asked
+    try:
+        opened.open(asked.data, split="test", labelled=job.held.labelled or False)
+        split = "test"
+    except DataError:
+        split = "validation"
+    keys = job.held.keys if isinstance(asked.data, str | Path) and Path(asked.data).is_dir() else ()
+    picture = next((key for key in keys[:1] if (Path(asked.data) / key).is_file()), None)
+    left = replace(final, blocks=tuple(block for block in final.blocks if block.attention or block.mlp or block.steps))
+    try:
+        timm.check(left)
+        library = "timm"
+    except SourceError:
+        library = None
+    return {"split": split, "picture": picture, "library": library, "predicts": job.task.predicts}
+
+
+def next_commands(onward: Mapping[str, Any], *, place: str, model: str, data: str) -> list[dict[str, str]]:
+    """What to do with a result, each as a command to copy.  place, model, data: how to name them where it is typed."""
     rows = [
-        {"does": "Use it in Python", "command": f"import vitrim\nmodel = vitrim.load({name!r})"},
-        {"does": "Look at the cost of each block", "command": command("vitrim", "cost", name)},
+        ("Look at the cost of each block", ("cost", place)),
+        ("Time it again, beside the model it was cut from", ("measure", place, "--against", model)),
+        ("Write the report again", ("report", place)),
     ]
-    if predicts:
-        rows += [
-            {
-                "does": "Score it on images that no choice was made on",
-                "command": command("vitrim", "evaluate", name, "--data", data, "--split", "test"),
-            },
-            {"does": "Try it on a picture of your own", "command": command("vitrim", "predict", name, "cat.jpg")},
+    if onward["predicts"]:
+        picture = "YOUR_PHOTO.jpg" if onward["picture"] is None else f"{data.rstrip('/')}/{onward['picture']}"
+        unseen = (
+            " that no choice was made on"
+            if onward["split"] == "test"
+            else " that the choices were made on: there is no test split"
+        )
+        rows = [
+            (f"Score it on images{unseen}", ("evaluate", place, "--data", data, "--split", onward["split"])),
+            ("Try it on a picture", ("predict", place, picture)),
+            *rows,
         ]
-    return rows
+    if onward["library"]:
+        out = f"{place.rstrip('/')}-{onward['library']}"
+        rows.append((f"Hand it to {onward['library']}", ("export", place, "--format", onward["library"], "--out", out)))
+    return [{"does": does, "command": command("vitrim", *words)} for does, words in rows]

@@ -149,6 +149,7 @@ def curve(found: Mapping[str, Any], *, name: str) -> Markup:
     across, up, series = found["x"], found["y"], found["series"]
     every = [point for line in series for point in line["points"]]
     xs, ys = ([point[side] for point in every] for side in (0, 1))
+    ys += [value for line in series for ends in line.get("spread") or () for value in ends]
     left, right = across["bounds"] or (min(0, *xs), max(xs))
     ticks = nice_ticks(*(up["bounds"] or (min(ys), max(ys))))
     high, base = 26 if up["label"] else 12, 170
@@ -169,7 +170,11 @@ def curve(found: Mapping[str, Any], *, name: str) -> Markup:
     for line, told in zip(series, said, strict=True):
         points = [at(*point) for point in line["points"]]
         tip = told if len(points) == 1 else line["name"]
-        parts.append(tag("g", tag("title", tip), *_drawn(points, line["style"])))
+        whiskers = [
+            _line("whisker thin", *at(x, low), *at(x, high))
+            for (x, _), (low, high) in zip(line["points"], line.get("spread") or (), strict=False)
+        ]
+        parts.append(tag("g", tag("title", tip), *whiskers, *_drawn(points, line["style"])))
     for place, line in enumerate(line for line in series if line["named"]):
         end, anchor, aside = (-1, "end", 0) if place % 2 == 0 else (0, "start", 4)
         x, y = at(*line["points"][end])
@@ -184,7 +189,8 @@ def _told(line: Mapping[str, Any], across: str, up: str) -> str:
     """A line in words: where it begins and ends, or where its one point lies."""
     (_, begin), (last, end) = line["points"][0], line["points"][-1]
     if len(line["points"]) == 1:
-        return f"{line['name']}: {FORMS[up](end)} at {FORMS[across](last)}"
+        ends = "".join(f" ({FORMS[up](low)} to {FORMS[up](high)})" for low, high in line.get("spread") or ())
+        return f"{line['name']}: {FORMS[up](end)}{ends} at {FORMS[across](last)}"
     return f"{line['name']} from {FORMS[up](begin)} to {FORMS[up](end)}"
 
 

@@ -8,8 +8,8 @@ A family's summary is a dictionary of plain JSON values:
     model, method, data   as in a run's result, the same for all members
     quality  which metric stands for quality: top1, agreement or cosine; None if none was measured
     dense    {quality, macs, params}
-    members  [{name, budget, macs, params, kept_macs, kept_params, quality, before_recovery, speed: [speed-up rows], warnings}]
-             by falling MACs; `name` is the member's folder
+    members  [{name, budget, macs, params, kept_macs, kept_params, quality, before_recovery, difference: as in a run's result,
+             speed: [speed-up rows], warnings}] by falling MACs; `name` is the member's folder
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,12 +18,14 @@ from typing import Any
 
 from vitrim import __version__
 from vitrim.foreign import command
-from vitrim.reporting.figures import Result, lookup
-from vitrim.reporting.page import fill, final_state, method_name, quality
+from vitrim.reporting.figures import Result, least_gain, lookup
+from vitrim.reporting.page import fill, final_state, method_name, quality, where
 from vitrim.result import Axis, Curve, Series
-from vitrim.tasks.task import METRICS
+from vitrim.tasks.task import METRICS, interval
 
 SUMMARY = "family.json"
+LITTLE = 2.0
+"""Percentage points: a loss that most would give for fewer operations."""
 
 
 def summary(members: Mapping[str, Result], *, name: str) -> dict[str, Any]:
@@ -48,6 +50,7 @@ def summary(members: Mapping[str, Result], *, name: str) -> dict[str, Any]:
                 "kept_params": small["params"] / dense["params"],
                 "quality": scored(result, final_state(result)),
                 "before_recovery": scored(result, "compressed"),
+                "difference": result.get("difference"),
                 "speed": lookup(result, "timing/speedups") or [],
                 "warnings": list(result.get("warnings") or ()),
             }
@@ -65,15 +68,43 @@ def summary(members: Mapping[str, Result], *, name: str) -> dict[str, Any]:
     }
 
 
+def pick(found: Result) -> tuple[str, str]:
+    """The member to begin with, by its folder's name, and why: the page and the command offer the same one."""
+    members = found["members"]
+    sure = [row for row in members if row.get("difference") and row["difference"]["low"] >= -LITTLE]
+    if sure:
+        return sure[-1]["name"], f"the smallest that has surely lost less than {LITTLE:g} points"
+    return members[0]["name"], f"the largest: for none is a loss below {LITTLE:g} points sure"
+
+
 def render(found: Result) -> str:
     """The whole page of a family's summary."""
-    inside = f"{found['name']}/{found['members'][len(found['members']) // 2]['name']}"
+    chosen, why = pick(found)
+    inside = f"{found['name']}/{chosen}"
     picks = (
-        {"does": "Take one point: each is an ordinary folder", "command": command("cp", "-r", inside, "small")},
+        {
+            "does": f"Each point is an ordinary folder; {chosen} is {why}",
+            "command": command("cp", "-r", inside, "small"),
+        },
         {"does": "Use it in Python", "command": f"import vitrim\nmodel = vitrim.load({inside!r})"},
     )
     word = "quality" if found["quality"] is None else METRICS[found["quality"]].words
-    return fill("family.html", found, method=method_name(found), word=word, plots=_plots(found), picks=picks)
+    counted = found["quality"] is not None and METRICS[found["quality"]].counted
+    count, form = (
+        "data/count" if counted else None,
+        "percent" if found["quality"] is None else METRICS[found["quality"]].form,
+    )
+    return fill(
+        "family.html",
+        found,
+        method=method_name(found),
+        word=word,
+        form=form,
+        count=count,
+        where=where,
+        plots=_plots(found),
+        picks=picks,
+    )
 
 
 def _plots(found: Result) -> list[dict[str, Any]]:
@@ -81,24 +112,36 @@ def _plots(found: Result) -> list[dict[str, Any]]:
     metric, members = found["quality"], found["members"]
     if metric is None or any(row["quality"] is None for row in members):
         return []
-    word = METRICS[metric].words.capitalize()
+    word, count = METRICS[metric].words.capitalize(), found["data"].get("count") if METRICS[metric].counted else None
     dense = [] if METRICS[metric].against_dense else [("dense", 1.0, found["dense"]["quality"])]
     points = [(row["name"], row["kept_macs"], row["quality"]) for row in members]
-    drawn = [_plot(f"{word} against operations", [*points, *dense], "MACs kept")]
+    drawn = [_plot(f"{word} against operations", [*points, *dense], "MACs kept", count)]
     if all(row["speed"] for row in members):
-        across = f"time of the dense model, batch {members[0]['speed'][0]['batch']}"
-        points = [(row["name"], 1 / row["speed"][0]["measured"], row["quality"]) for row in members]
-        drawn.append(_plot(f"{word} against measured time", [*points, *dense], across))
+        at = least_gain(members[0]["speed"]) or 0
+        points = [(row["name"], 1 / row["speed"][at]["measured"], row["quality"]) for row in members]
+        across = f"time of the dense model ({where(members[0]['speed'][at])})"
+        drawn.append(_plot(f"{word} against measured time", [*points, *dense], across, count))
     return drawn
 
 
-def _plot(title: str, points: Sequence[tuple[str, float, float]], across: str) -> dict[str, Any]:
-    """Points (name, share, quality); a line joins those that no other beats, lying no further right and no lower."""
+def _plot(title: str, points: Sequence[tuple[str, float, float]], across: str, count: int | None) -> dict[str, Any]:
+    """Points (name, share, quality), with intervals where the quality is a share of `count` images.
+
+    A line joins those that no other beats, lying no further right and no lower.
+    """
     best: list[tuple[float, float]] = []
     for _, share, value in sorted(points, key=lambda point: (point[1], -point[2])):
         if not best or value > best[-1][1]:
             best.append((share, value))
-    dots = (Series(name=name, points=((x, y),), named=name == "dense") for name, x, y in points)
+    dots = (
+        Series(
+            name=name,
+            points=((x, y),),
+            named=name == "dense",
+            spread=(interval(round(y * count), count),) if count else (),
+        )
+        for name, x, y in points
+    )
     line = Series(name="those that no other beats", points=tuple(best))
     percent = Axis(format="percent")
     return Curve(title=title, x=replace(percent, label=across), y=percent, series=(line, *dots)).to_dict()

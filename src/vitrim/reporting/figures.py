@@ -1,6 +1,6 @@
 """Numbers for people: each a `<data>` element that carries the exact value and where in the result it stands."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from markupsafe import Markup
@@ -22,12 +22,27 @@ def lookup(result: Result, path: str) -> Any:
     return value
 
 
+def least_gain(gains: Sequence[Mapping[str, Any]]) -> int | None:
+    """The place of the least flattering of the measured speed-ups, which is the one to name in a headline; None without any."""
+    return min(range(len(gains)), key=lambda index: float(gains[index]["measured"]), default=None)
+
+
 def figure(result: Result, path: str | None, form: str) -> Markup:
     """The figure at a path, in a form of FORMS; a dash where there is none."""
     value = None if path is None else lookup(result, path)
     if value is None:
         return NONE
     return Markup('<data value="{}" data-path="{}">{}</data>').format(repr(value), path, FORMS[form](value))
+
+
+def counted(result: Result, path: str | None, count: str | None) -> Markup:
+    """How many of the images a share is, below it; nothing where it is not known."""
+    share, of = (None if at is None else lookup(result, at) for at in (path, count))
+    if share is None or not of:
+        return Markup("")
+    return Markup('<span class="small">{} of {}</span>').format(
+        whole(round(share * of)), figure(result, count, "whole")
+    )
 
 
 def count(value: float) -> str:

@@ -9,7 +9,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vitrim.reporting import charts
-from vitrim.reporting.figures import FORMS, Result, figure, lookup, percent
+from vitrim.reporting.figures import FORMS, Result, counted, figure, least_gain, lookup, percent
 from vitrim.result import Axis, Curve, Series
 from vitrim.tasks import task
 
@@ -61,11 +61,13 @@ def quality(result: Result) -> str | None:
 
 def headline(result: Result) -> str:
     """One sentence: operations kept, time gained, accuracy lost."""
-    costs, gain = result["costs"], lookup(result, "timing/speedups/0")
+    costs, gains = result["costs"], lookup(result, "timing/speedups") or []
+    least = least_gain(gains)
     parts = [f"{percent(costs['compressed']['macs'] / costs['dense']['macs'])} of the operations"]
-    if gain:
+    if least is not None:
+        gain = gains[least]
         here = "no speed-up seen" if gain["low"] <= 1 else f"{gain['measured']:.2f} times as fast"
-        parts.append(f"{here} at batch {gain['batch']}")
+        parts.append(f"{here} ({where(gain)}{', the least of those measured' if len(gains) > 1 else ''})")
     return ", ".join(part for part in (*parts, loss_words(result)) if part)
 
 
@@ -92,6 +94,8 @@ class Tile(NamedTuple):
     now: str
     was: str | None = None
     of: str = ""
+    images: str | None = None
+    """The path of the number of images that a share is of."""
 
 
 def tiles(result: Result) -> list[Tile]:
@@ -101,14 +105,15 @@ def tiles(result: Result) -> list[Tile]:
     if name is not None:
         metric = task.METRICS[name]
         was = None if metric.against_dense else f"metrics/dense/{name}"
-        found.append(Tile(metric.words.capitalize(), "percent", final, was, of=metric.of))
+        images = "metrics/dense/count" if metric.counted else None
+        found.append(Tile(metric.words.capitalize(), metric.form, final, was, of=metric.of, images=images))
     for what, key in (("Operations (MACs)", "macs"), ("Parameters", "params")):
         found.append(Tile(what, "count", f"costs/compressed/{key}", f"costs/dense/{key}"))
-    rows: Sequence[Any] = lookup(result, "timing/rows") or []
-    small, dense = _row_of(rows, "compressed"), _row_of(rows, "dense")
-    if small is not None and dense is not None:
-        paths = (f"timing/rows/{row}/median_ms" for row in (small, dense))
-        found.append(Tile(f"Latency, batch {rows[small]['batch']}", "ms", *paths))
+    rows, gains = (lookup(result, f"timing/{key}") or [] for key in ("rows", "speedups"))
+    least = least_gain(gains)
+    if least is not None:
+        both = (_row_of(rows, model, like=gains[least]) for model in ("compressed", "dense"))
+        found.append(Tile(f"Latency, {where(gains[least])}", "ms", *(f"timing/rows/{row}/median_ms" for row in both)))
     return found
 
 
@@ -128,6 +133,8 @@ class Row(NamedTuple):
     form: str
     paths: list[str | None]
     note: str = ""
+    images: str | None = None
+    """The path of the number of images that a share is of."""
 
 
 def before_after(result: Result, states: Sequence[str]) -> list[Row]:
@@ -136,7 +143,7 @@ def before_after(result: Result, states: Sequence[str]) -> list[Row]:
     for key, metric in task.METRICS.items():
         paths: list[str | None] = [f"metrics/{state}/{key}" for state in states]
         if any(lookup(result, path) is not None for path in paths[1:] if path):
-            rows.append(Row(metric.title, metric.form, paths))
+            rows.append(Row(metric.title, metric.form, paths, images="metrics/dense/count" if metric.counted else None))
     for path, title, form in STATIC:
         was, now = (path.replace("*", state) for state in ("dense", "compressed"))
         if lookup(result, now) is not None:
@@ -238,17 +245,22 @@ def training(result: Result) -> list[dict[str, Any]]:
         for rows, name in (("curve", "loss"), ("validation", key))
     )
     steps, found = Axis(label="step", format="whole"), []
-    if losses:
+    if len(losses) > 1:  # one dot is no curve
         line = Series(name="loss", points=tuple(charts.smooth(losses)))
         found.append(Curve(title="Training loss", x=steps, y=Axis(), series=(line,)))
-    if checks and key is not None:
-        words = task.METRICS[key].words
+    if len(checks) > 1 and key is not None:
+        words, count = task.METRICS[key].words, lookup(result, "recovery/validation/0/count")
+        sure = (
+            tuple(task.interval(round(value * count), int(count)) for _, value in checks)
+            if task.METRICS[key].counted and count
+            else ()
+        )
         references = [
             Series(name=name, points=((0, value), (checks[-1][0], value)), style="dashed", named=True)
             for state, name in (("dense", "dense"), ("compressed", "after the cut"))
             if (value := lookup(result, f"metrics/{state}/{key}")) is not None
         ]
-        line = Series(name=words, points=tuple(checks), style="marked")
+        line = Series(name=words, points=tuple(checks), style="marked", spread=sure)
         percents = Axis(format="percent")
         found.append(Curve(title=f"Validation {words}", x=steps, y=percents, series=(line, *references)))
     return [curve.to_dict() for curve in found]
@@ -282,6 +294,11 @@ def _environment() -> "Environment":
 
 
 def fill(template: str, result: Result, **values: Any) -> str:
-    """A page from its template, which may ask for `at(path)`, a value, and `fig(path, form)`, a figure of the result."""
-    own = {"at": partial(lookup, result), "fig": partial(figure, result), "charts": charts, "forms": FORMS}
+    """A page from its template, which may ask for `at(path)`, a value, `fig(path, form)`, a figure of the result, and `of(path, count)`."""
+    own: dict[str, Any] = {
+        "at": partial(lookup, result),
+        "fig": partial(figure, result),
+        "of": partial(counted, result),
+    }
+    own |= {"charts": charts, "forms": FORMS}
     return _environment().get_template(template).render(own | values)

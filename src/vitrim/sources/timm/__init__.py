@@ -2,6 +2,6 @@
 
 from .load import from_module, load
 from .read import spec_of, weights_of
-from .write import to_module, to_timm, write
+from .write import check, to_module, to_timm, write
 
-__all__ = ["from_module", "load", "spec_of", "to_module", "to_timm", "weights_of", "write"]
+__all__ = ["check", "from_module", "load", "spec_of", "to_module", "to_timm", "weights_of", "write"]

@@ -99,29 +99,40 @@ def to_module(model: Vit, *, layer_scale: bool = False) -> nn.Module:
     return module.eval()
 
 
+def check(spec: ModelSpec) -> str:
+    """The architecture of timm's that a checkpoint names. Raises SourceError as `write` does, from the spec alone."""
+    swiglu, distilled = _gated(spec), "dist" in spec.prefix
+    require(spec, DISTILLED if distilled else PLAIN)
+    for host, eps, gated in HOSTS:
+        if eps == spec.norm_eps and gated == swiglu and distilled == ("dist" in host):
+            return host
+    raise refusal(
+        "timm",
+        f"none of its architectures with {'a distillation token and ' if distilled else ''}"
+        f"{'swiglu' if swiglu else 'plain'} MLPs has norms of eps {spec.norm_eps!r}",
+    )
+
+
+def _gated(spec: ModelSpec) -> bool:
+    return any(block.mlp is not None and block.mlp.kind == "swiglu" for block in spec.blocks)
+
+
 def write(model: Vit, out: Path) -> Path:
     """A folder as timm has it on the Hub: `timm.create_model("local-dir:OUT", pretrained=True)` gives the same logits.
 
     Preprocessing and class names go along. Raises SourceError as `to_timm` does, and where none of timm's architectures
     has these norms and MLPs, which timm takes as classes and not as JSON.
     """
-    spec = model.spec
-    swiglu, distilled = any(b.mlp is not None and b.mlp.kind == "swiglu" for b in spec.blocks), "dist" in spec.prefix
-    hosts = [
-        host for host, eps, gated in HOSTS if eps == spec.norm_eps and gated == swiglu and distilled == ("dist" in host)
-    ]
-    kwargs, state = to_timm(model, layer_scale=swiglu)  # the one host of swiglu has LayerScale, and None cannot undo it
-    if not hosts:
-        raise refusal(
-            "timm",
-            f"none of its architectures with {'a distillation token and ' if distilled else ''}"
-            f"{'swiglu' if swiglu else 'plain'} MLPs has norms of eps {spec.norm_eps!r}",
-        )
+    spec, distilled = model.spec, "dist" in model.spec.prefix
+    host = check(spec)
+    kwargs, state = to_timm(
+        model, layer_scale=_gated(spec)
+    )  # the one host of swiglu has LayerScale, and None cannot undo it
     said = (int, float, str, tuple)  # by JSON, unlike the classes of layers
     arguments: dict[str, Any] = {key: value for key, value in kwargs.items() if isinstance(value, said)}
     with torch.device("meta"):
-        made = timm.create_model(hosts[0], **arguments)
-    assert spec_of(made) == spec_of(_shell(spec, kwargs)), hosts[0]
+        made = timm.create_model(host, **arguments)
+    assert spec_of(made) == spec_of(_shell(spec, kwargs)), host
     preprocess = model.config.preprocess
     told: dict[str, Any] = {}
     if preprocess is not None:
@@ -130,7 +141,7 @@ def write(model: Vit, out: Path) -> Path:
         if preprocess.crop_rounding != "even":
             LOG.info("timm starts a crop at the half rounded to even: it can lie one pixel behind the model's own.")
     config: dict[str, Any] = {
-        "architecture": hosts[0],
+        "architecture": host,
         "num_classes": spec.classes or 0,
         "num_features": spec.width,
         "global_pool": kwargs["global_pool"],
