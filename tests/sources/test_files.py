@@ -37,6 +37,7 @@ def test_safetensors_and_pickled_files_give_the_same_tensors(tmp_path: Path) -> 
     save_file(STATE, tmp_path / "x.safetensors")
     assert is_state(files.read(tmp_path / "x.safetensors"))
     assert is_state(read(tmp_path / "x.pth", STATE))
+    assert is_state(read(tmp_path / "code.pth", STATE))  # torch.save names a folder in the file so, as TorchScript does
 
 
 @pytest.mark.parametrize(
@@ -183,6 +184,12 @@ def written(content: bytes) -> Callable[[Path], Any]:
         ),
         ("x.pth", written(b"<!DOCTYPE html><html></html>"), "a web page.*Download it again"),
         ("x.pth", written(b'\n{"a": 1}'), "JSON, not weights"),
+        (
+            "x.zip",
+            lambda path: archive(path, "best/model.pth", "best/log.txt"),
+            r"an archive with best/model\.pth in it",
+        ),
+        ("x.pth", written(b"\x1f\x8b" + bytes(9)), "gzip"),
         ("x.onnx", written(b"\x08\x07\x12"), "ONNX"),
         ("x.msgpack", written(b"\x81\xa6params"), "Flax"),
     ],
@@ -197,6 +204,16 @@ def test_files_of_other_kinds_are_named_with_what_to_do(
     assert said.startswith(f"{name} is ")
     assert "\n" not in said
     assert "weights_only" not in said
+
+
+@pytest.mark.parametrize("begin", [b" <", b" {"])
+def test_a_safetensors_file_whose_length_looks_like_text_is_read(tmp_path: Path, begin: bytes) -> None:
+    save_file(STATE, tmp_path / "x.safetensors")
+    raw = (tmp_path / "x.safetensors").read_bytes()
+    length, longer = int.from_bytes(raw[:8], "little"), int.from_bytes(begin, "little")
+    padded = longer.to_bytes(8, "little") + raw[8 : 8 + length].ljust(longer) + raw[8 + length :]
+    (tmp_path / "x.safetensors").write_bytes(padded)
+    assert is_state(files.read(tmp_path / "x.safetensors"))
 
 
 def test_an_archive_of_torchscript_is_known_by_what_torch_writes(tmp_path: Path) -> None:

@@ -45,6 +45,9 @@ SPLIT = tuple(
 """Names under which files hold queries, keys and values apart, beside where a family joins them."""
 CONVERT = "Only weights of PyTorch are read: load the model in its library, and save a state dict with the names of timm's or transformers' model by torch.save"
 BEGINNINGS = (
+    (b"\x1f\x8b", "compressed by gzip. Unpack it first"),
+    (b"\xfd7zXZ", "compressed by xz. Unpack it first"),
+    (b"7z\xbc\xaf", "an archive of 7-Zip. Unpack it first"),
     (b"\x89HDF", f"an HDF5 file, as Keras and TensorFlow write. {CONVERT}"),
     (b"GGUF", f"a GGUF file, which holds quantised weights. {CONVERT}"),
     (
@@ -397,6 +400,8 @@ def _foreign(path: Path) -> str:
     """What a file is that torch.save and safetensors did not write, and what to do; "" where it looks like theirs."""
     with open(path, "rb") as file:
         first = file.read(256)
+    if first[8:9] == b"{":  # safetensors, whose first bytes are a length and may look like anything
+        return ""
     if first.startswith(b"PK"):
         try:
             with zipfile.ZipFile(path) as archive:
@@ -405,13 +410,17 @@ def _foreign(path: Path) -> str:
             return ""
         if inside and all(name.endswith(".npy") for name in inside):
             return f"an archive of NumPy arrays (.npz), but none of JAX's Vision Transformers. {CONVERT}"
-        if any("/code/" in f"/{name}" or name.endswith("constants.pkl") for name in inside):
+        if any(name.endswith("/constants.pkl") for name in inside):
             return (
                 "a TorchScript archive (torch.jit.save), whose code is not run. In the program that wrote it, save the weights alone by "
                 f"{SAVE}"
             )
-        if any("archive_format" in name or name.endswith("serialized_exported_program.json") for name in inside):
+        if any(name.endswith(("/archive_format", "serialized_exported_program.json")) for name in inside):
             return f"a program of torch.export (.pt2). Give the file of weights that it was made from, saved by {SAVE}"
+        if packed := [
+            name for name in inside if name.endswith((".pth", ".pt", ".bin", ".ckpt", ".tar", ".safetensors"))
+        ]:
+            return f"an archive with {listed(packed)} in it. Unpack it first"
         if any(name.endswith("model.weights.h5") for name in inside):
             return f"a model of Keras. {CONVERT}"
     return next((what for begin, what in BEGINNINGS if first.lstrip().startswith(begin)), "") or ENDINGS.get(
