@@ -19,6 +19,7 @@ from PIL import Image, ImageOps
 from vitrim import data
 from vitrim.data.decoding import decode, to_rgb
 from vitrim.errors import DataError
+from vitrim.spec import Preprocess
 
 from .pictures import encoded, parquet
 
@@ -172,3 +173,14 @@ def test_a_large_picture_is_read_without_a_warning(monkeypatch: pytest.MonkeyPat
         Image, "MAX_IMAGE_PIXELS", NOISE.size // 3 - 1
     )  # Pillow warns above it, and refuses twice as much
     assert np.array_equal(np.asarray(decode(raw, key="x")), NOISE)
+
+
+def test_a_strip_that_would_fill_the_memory_is_refused_and_a_shorter_one_is_read(tmp_path: Path) -> None:
+    how = Preprocess(mean=(0.5,) * 3, std=(0.5,) * 3, size_px=(224, 224), crop=0.9)
+    Image.new("RGB", (60000, 1)).save(tmp_path / "0.png")
+    Image.new("RGB", (1, 40), (255, 255, 255)).save(tmp_path / "1.png")
+    images = data.open(tmp_path, split="all", on_broken="skip")
+    ((x, _),) = data.batches(images, data.evaluation(how), 2)
+    assert x.shape == (1, 3, 224, 224)
+    assert bool((x == 1).all())
+    assert "60000 x 1 px is too long and narrow" in images.broken["0.png"]

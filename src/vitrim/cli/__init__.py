@@ -77,10 +77,16 @@ def _in_one_sentence() -> Iterator[None]:
 
 
 class _Said(logging.Handler):
-    """What the package logs, as a line on stderr."""
+    """What the package logs, as a line on stderr; once, though data is opened anew for each split."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
-        tables.note(record.getMessage())
+        if (text := record.getMessage()) not in self.said:
+            self.said.add(text)
+            tables.note(text)
 
 
 @contextmanager

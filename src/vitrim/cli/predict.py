@@ -9,6 +9,7 @@ import click
 
 from vitrim.cli import options, tables
 from vitrim.errors import ConfigError, DataError
+from vitrim.foreign import printable
 
 if TYPE_CHECKING:
     from vitrim.model import Vit
@@ -82,5 +83,9 @@ def names_on(network: Vit, file: Path, top: int) -> list[dict[str, Any]]:
         )
     if network.config.preprocess is None:
         raise DataError(UNPREPARED)
-    image = evaluation(network.config.preprocess)(decode(file, key=str(file)))  # C h w
+    picture = decode(file, key=str(file))
+    try:
+        image = evaluation(network.config.preprocess)(picture)  # C h w
+    except DataError as error:
+        raise DataError(f"{printable(file)}: {error}") from error
     return answers(network, image.unsqueeze(0), top=top)[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -43,7 +44,8 @@ class HubSource(Source):
                 return to_rgb(cell)
             except Exception as error:
                 raise broken(self.key(row), error) from error
-        return decode(cell["bytes"] or b"", key=self.key(row))
+        data = cell["bytes"] or (Path(cell["path"]) if cell.get("path") else b"")  # a local data set keeps paths alone
+        return decode(data, key=self.key(row))
 
     def files(self) -> list[tuple[str, int]]:
         return [(f"hf:{self.name} {split}", len(part)) for split, part in self.parts]

@@ -57,6 +57,8 @@ class _Reader(Dataset[Read]):
             plain = isinstance(self.transform, View | Evaluation)
             with nullcontext() if plain else seeded(self.seed, self.epoch, row):
                 return position, self.transform(image), ""
+        except DataError as error:
+            return position, None, f"{source.key(row)}: {error}"
         except Exception as error:  # a caller's transform may raise anything; a worker must not
             return position, None, f"{source.key(row)}: the transform failed ({type(error).__name__}: {error})."
 

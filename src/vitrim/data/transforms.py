@@ -18,6 +18,8 @@ from vitrim.errors import DataError
 from vitrim.model import Vit
 from vitrim.spec import Preprocess
 
+MOST_PX = 2**27
+"""Pixels that a picture may have on its way: of a strip one pixel high, the shorter side is resized all the same."""
 PAD_CROP_PX = 64
 """Up to this side, crop="auto" shifts within a padded image; above, it takes a random resized crop."""
 
@@ -96,6 +98,8 @@ class View:
             preprocess.mean,
             preprocess.crop_rounding,
         )
+        center = preprocess.crop_mode == "center"
+        self._outer_px = math.floor(max(preprocess.size_px) / share) if center else None  # else no side grows beyond it
         try:
             resize: Any = transforms_imagenet_eval(
                 img_size=preprocess.size_px,
@@ -117,6 +121,12 @@ class View:
         ]
 
     def __call__(self, image: Image.Image) -> Tensor:
+        short, long = sorted(image.size)
+        if self._outer_px is not None and self._outer_px**2 * long > MOST_PX * short:
+            raise DataError(
+                f"a picture of {image.width} x {image.height} px is too long and narrow to be resized to {self._outer_px} px across. "
+                "Crop or remove it, or go on without it: --on-broken skip (on_broken='skip')."
+            )
         view: Any = image.convert("L") if self.grey else image
         for step in self._steps:
             view = step(view)

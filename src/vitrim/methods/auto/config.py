@@ -24,7 +24,7 @@ class AutoConfig(MethodConfig):
     that the network allows."""
     score: Literal["fisher", "measured"] = "fisher"
     """How options are scored: `fisher` by one backward pass, `measured` by running the rest of the network for each."""
-    images: int = Field(default=256, ge=2)
+    images: int = Field(default=256, ge=2, le=1_000_000)
     """Unlabelled images, drawn by seed; a quarter of them judges."""
     batch_size: int = Field(default=16, ge=1)
     """Images at a time; sets the memory, and the last bits of sums."""

@@ -23,7 +23,7 @@ class ComcatConfig(MethodConfig):
     """Whether the MLP's linears may be factorised too."""
     align: int = Field(default=8, ge=1)
     """Ranks are multiples of it, where the budget can be met so."""
-    images: int = Field(default=256, ge=1)
+    images: int = Field(default=256, ge=1, le=1_000_000)
     """Unlabelled images for the statistics."""
     probe_images: int = Field(default=16, ge=0)
     """How many of them measure what each group's truncation does to the output; 0: relative energies instead."""

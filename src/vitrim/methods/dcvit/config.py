@@ -23,7 +23,7 @@ class DcvitConfig(MethodConfig):
 
     variant: Literal["closed", "finetune"] = "closed"
     """`closed`: ours, by regressions, in seconds. `finetune`: the paper's, by gradient steps."""
-    images: int = Field(default=256, ge=1)
+    images: int = Field(default=256, ge=1, le=1_000_000)
     """Unlabelled images to use, drawn by seed. The paper has 50 to 1000."""
     batch_size: int = Field(default=16, ge=1)
     """Images at a time in statistics and scores; sets the memory."""
