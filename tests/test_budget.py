@@ -19,6 +19,7 @@ from vitrim.errors import BudgetError
     ("fields", "message"),
     [
         ({}, "no limit given"),
+        ({"keep_mac": 0.5}, "unknown key 'keep_mac'; did you mean 'keep_macs'[?] Known: keep_macs, keep_params, "),
         ({"keep_macs": 0}, r"keep_macs=0; expected a share in \(0, 1\]"),
         ({"keep_macs": 50}, "To keep half, pass 0.5"),
         ({"keep_params": float("nan")}, "keep_params=nan"),

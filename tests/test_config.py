@@ -1,6 +1,7 @@
 """Configs: one voice for what is wrong, from Python and from plain values; their words where `help` shows them."""
 
 import dataclasses
+import pydoc
 from typing import Any, Literal
 
 import pytest
@@ -9,6 +10,9 @@ from pydantic import Field
 from vitrim.budget import Budget
 from vitrim.config import Augment, checked, default, docs, keys, read
 from vitrim.errors import ConfigError
+from vitrim.methods import METHODS
+from vitrim.pipeline.configs import EvaluateConfig, MeasureConfig, RecoverConfig
+from vitrim.training.config import TrainConfig
 
 
 @checked
@@ -114,3 +118,12 @@ def test_numbers_that_no_computation_takes_are_refused(values: dict[str, Any], s
 def test_a_seed_beyond_64_bits_is_refused_from_python_too() -> None:
     with pytest.raises(ConfigError, match="More: depth is a number beyond 64 bits"):
         More(depth=2**64)
+
+
+def test_every_field_of_every_config_has_words_in_help() -> None:
+    configs = [method.config for method in METHODS.values()]
+    for kind in (Augment, TrainConfig, RecoverConfig, EvaluateConfig, MeasureConfig, *configs):
+        shown = pydoc.plain(pydoc.render_doc(kind))
+        for name, words in docs(kind).items():
+            assert words, f"{kind.__name__}.{name}"
+            assert f"{name}: {words}" in shown

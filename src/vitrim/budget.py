@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar
 
 from .counting import ADDITIVE, FLOAT_BYTES, Cost
-from .errors import BudgetError
+from .errors import BudgetError, did_you_mean
 from .foreign import MOST, is_finite
+
+B = TypeVar("B")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,6 +43,24 @@ class Constraints:
         return found
 
 
+def _known_keys(kind: type[B]) -> type[B]:
+    """The dataclass, which tells an unknown key as a config does."""
+    check, known = kind.__init__, [field.name for field in fields(kind)]  # type: ignore[arg-type]
+
+    @wraps(check)
+    def init(self: Any, **values: Any) -> None:
+        for key in values:
+            if key not in known:
+                raise BudgetError(
+                    f"budget: unknown key {key!r}{did_you_mean(key, known) or '.'} Known: {', '.join(known)}."
+                )
+        check(self, **values)
+
+    kind.__init__ = init  # type: ignore[method-assign]
+    return kind
+
+
+@_known_keys
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Budget:
     """Upper bounds on the compressed model; None: no such limit. At least one is needed.

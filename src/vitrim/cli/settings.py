@@ -22,8 +22,8 @@ ALIASES = {
     "axes": "axes",
     "score": "score",
     "preset": "preset",
-    "search_epochs": "epochs",
-    "search_steps": "steps",
+    "epochs": "epochs",
+    "steps": "steps",
     "tie_qk": "tie_qk",
     "images": "images",
     "freeze": "freeze",
@@ -50,8 +50,10 @@ SPENT = options.stack(
     VARIANT,
     PLANNED_BY,
     click.option("--preset", metavar="NAME", help="Short for --set preset=NAME."),
-    click.option("--search-epochs", type=options.POSITIVE, help="Short for --set epochs=N."),
-    click.option("--search-steps", type=options.COUNT, help="Short for --set steps=N."),
+    click.option("--epochs", "--search-epochs", "epochs", type=options.POSITIVE, help="Short for --set epochs=N."),
+    click.option(
+        "--steps", "--search-steps", "steps", type=options.COUNT, help="Of its search; short for --set steps=N."
+    ),
     click.option("--tie-qk", is_flag=True, help="Short for --set tie_qk=true."),
     FREEZE,
     IMAGES,

@@ -41,6 +41,7 @@ class EvaluateConfig:
     limit: int | None = Field(default=None, ge=1)
     """Score at most so many images, balanced over the classes; None: all."""
     batch_size: int = Field(default=64, ge=1)
+    """Images at a time."""
     samples: int = Field(default=12, ge=0)
     """Images shown in the report."""
     check_dense: bool = True
@@ -48,8 +49,11 @@ class EvaluateConfig:
     seed: int = Field(default=0, ge=0)
     """Of the validation split where the data has none, and of the images drawn."""
     workers: int = Field(default=0, ge=0)
+    """Processes that decode images; 0: this one."""
     device: str = "cpu"
+    """Where to compute, such as cuda."""
     amp: Literal["no", "bf16", "fp16"] = "no"
+    """Precision of the products."""
 
     @property
     def how(self) -> dict[str, Any]:
@@ -62,12 +66,17 @@ class MeasureConfig:
     """How latency is measured. The device is the target: what it does with the smaller network is what counts."""
 
     batch_sizes: tuple[int, ...] = (1, 8)
+    """Images of one pass, each timed."""
     runs: int = Field(default=20, ge=1)
+    """Samples of each network."""
     runtimes: tuple[Literal["eager", "compile"], ...] | None = None
     """What runs the networks; None: eager alone. Compiling takes a minute or two for each batch size, and a C++ compiler."""
     threads: int | None = Field(default=None, ge=1)
+    """Of torch on the CPU; None: as they stand."""
     device: str = "cpu"
+    """The target, such as cuda."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of parameters and images."""
 
     def __post_init__(self) -> None:
         if not self.batch_sizes or min(self.batch_sizes) < 1:

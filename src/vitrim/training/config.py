@@ -23,6 +23,7 @@ class Running:
     augment: Augment = Augment()
     """What happens to a single image."""
     seed: int = Field(default=0, ge=0)
+    """Of every random draw: order, augmentation, new weights."""
     workers: int = Field(default=0, ge=0)
     """Processes that decode images; 0: this one. Changes no result."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -48,6 +49,7 @@ class TrainConfig(Running):
     batch_size: int = Field(default=128, ge=1)
     """Images that one optimiser step sees, over all processes and micro-batches."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
+    """adamw, or sgd with Nesterov's momentum of 0.9."""
     lr: float = Field(default=1e-3, gt=0)
     """Learning rate at the top of the schedule."""
     min_lr: float = Field(default=1e-5, ge=0)
