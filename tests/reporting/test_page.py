@@ -153,6 +153,26 @@ def test_the_headline_names_the_least_flattering_speed_and_the_tile_shows_its_ti
     ]
 
 
+def test_the_load_stands_beside_the_timings(result: dict[str, Any]) -> None:
+    assert "Load of the machine" not in page.render(result)  # of a result from before it was noted
+    rows = [{**row, "load": 3.25, "cores": 2} for row in result["timing"]["rows"]]
+    timing = {**result["timing"], "rows": rows, "notes": ["The machine was busy."]}
+    said = "".join(Page(page.render({**result, "timing": timing})).text)
+    assert "Load of the machine before it: 3.25 on 2 cores." in said
+    assert "The machine was busy." in said
+
+
+def test_on_a_narrow_screen_wide_tables_stand_as_lists_whose_cells_say_their_column(result: dict[str, Any]) -> None:
+    seen = Page(page.render(result))
+    wide = [at for at in seen.of("table") if "stack" in str(at.get("class"))]
+    assert len(wide) == 3  # what was cut, the method's own, the cost of each block
+    labels = {at.get("data-label") for at in seen.of("td")}
+    assert {"part", "q/k dims", "MLP units", "parameters, now"} <= labels
+    css = page.render(result).split("</style>")[0]
+    assert "min-width: 5" not in css
+    assert "min-width: 6" not in css
+
+
 def test_shares_stand_beside_the_number_of_images_that_they_count(result: dict[str, Any]) -> None:
     said = " ".join(Page(page.render(result)).text)
     assert "1\u202f065" in said  # 88.75 % after recovery
