@@ -255,3 +255,18 @@ def test_tests_lie_where_the_package_has_what_they_test(path: Path) -> None:
         rooms = {each.stem for each in PACKAGE.iterdir()}
         name = path.stem.removeprefix("test_")
         assert any(name == room or name.startswith(f"{room}_") for room in rooms)
+
+
+def test_every_promise_names_a_test_that_is_there() -> None:
+    rows = [
+        line for line in (TESTS.parent / "docs" / "reliability.md").read_text().splitlines() if line.startswith("| ")
+    ]
+    file = ""
+    for row in rows[2:]:
+        named = re.findall(r"`(tests/[\w/.]*)?(?:::(\w+))?`", row.split("|")[2])
+        assert named, row
+        for path, test in named:
+            file = path or file
+            place = TESTS.parent / file
+            assert place.exists(), row
+            assert not test or f"def {test}(" in place.read_text(encoding="utf-8"), row

@@ -95,6 +95,11 @@ def are_in(folder: Path) -> bool:
     return all(any(map(is_marked, journal.glob(f"run/*/{_VALUES}"))) for journal in held)
 
 
+def hold_work(folder: Path) -> bool:
+    """Whether a folder holds a checkpoint, or a piece of a journal beyond what says whose it is."""
+    return any(path.parent.parent.name != "run" for path in folder.rglob(_VALUES)) if folder.is_dir() else False
+
+
 def sweep(folder: Path) -> None:
     """Remove what a killed process left half-written or half-removed."""
     if folder.is_dir():

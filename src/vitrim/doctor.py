@@ -36,6 +36,7 @@ def examine() -> dict[str, Any]:
         "packages": {name: version_of(name) for name in PACKAGES},
         "processor": processor(),
         "accelerators": accelerators(),
+        "processes": two_processes(),
         "compiler": compiler(),
         "extras": {
             name: {"found": not missing(modules), "missing": missing(modules), "for": purpose}
@@ -102,6 +103,22 @@ def accelerators() -> list[str]:
 
     found = [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
     return [*found, "mps"] if torch.backends.mps.is_available() else found
+
+
+def two_processes() -> str:
+    """What `torchrun --nproc-per-node 2 -m vitrim train` would do here."""
+    if find_spec("torch") is None:
+        return "none: torch is missing"
+    import torch
+
+    gpus = torch.cuda.device_count()
+    start = "torchrun --standalone --nproc-per-node 2 -m vitrim train (or recover)"
+    if gpus == 1:
+        return f"{start} is refused, since there is one GPU; with --device cpu both share each batch, by gloo"
+    if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
+        return f"{start} cannot run: this torch has no gloo"
+    where = f"on one GPU each, of {gpus}, by nccl" if gpus else "on the CPU, by gloo"
+    return f"{start} trains one model: both share each batch, {where}; the first writes"
 
 
 def compiler() -> str | None:

@@ -1,6 +1,7 @@
 """The errors a caller can mend, and the hint for a name that is nearly right. Standard library only."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 
@@ -38,6 +39,30 @@ class ConfigError(VitrimError):
 
 class MeasureError(VitrimError):
     """A timing that cannot be taken here, or a device that is not there."""
+
+
+class CapacityError(VitrimError):
+    """Work that does not fit the memory that is there."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether Python or torch found no memory, on whatever device. Imports no torch to tell."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(
+        words in str(error) for words in ("can't allocate memory", "not enough memory", "out of memory")
+    )
+
+
+@contextmanager
+def fitting_in_memory(work: str, mend: str) -> Iterator[None]:
+    """Tells in one sentence, as CapacityError, that the work did not fit the memory, and what to lower."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise CapacityError(f"out of memory while {work}; expected it to fit. {mend}") from error
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

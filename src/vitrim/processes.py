@@ -1,4 +1,5 @@
-"""The processes of one run, as torchrun counts them in the environment. Standard library only."""
+"""The processes of one run, as torchrun counts them in the environment, and how many threads each may have. Standard
+library only."""
 
 from __future__ import annotations
 
@@ -30,6 +31,19 @@ def index() -> int:
 def is_first() -> bool:
     """Whether this is the one that writes and prints."""
     return index() == 0
+
+
+def refuse_threads(threads: int | None) -> None:
+    """Raise ConfigError for more threads than a machine can start: that ends the process without a word.
+
+    Four for each processor are allowed, and 64 anywhere.
+    """
+    most = max(64, 4 * (os.cpu_count() or 1))
+    if threads is not None and not 1 <= threads <= most:
+        raise ConfigError(
+            f"threads={threads}: expected 1 to {most} on this machine, which has {os.cpu_count()} processors. "
+            "More than one for each makes nothing faster."
+        )
 
 
 def _number(name: str, *, default: int, least: int) -> int:

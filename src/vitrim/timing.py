@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitrim.errors import MeasureError, did_you_mean
+from vitrim import processes
+from vitrim.errors import MeasureError, did_you_mean, fitting_in_memory
 from vitrim.progress import Progress
 
 RUNTIMES = ("eager", "compile")
@@ -88,7 +89,11 @@ def measure(
     shapes = {name: image_shape or _shape_of(model, next(iter(models.values()))) for name, model in models.items()}
     total, done = len(batch_sizes) * len(models) * runs, 0
     rows: list[Row] = []
-    with _threads(threads), _quiet_torch(), contextlib.ExitStack() as stack, torch.inference_mode():
+    room = fitting_in_memory(
+        f"timing batches of {', '.join(map(str, batch_sizes))} on {where}",
+        "Lower batch_sizes (--batch), or measure on another device (--device cpu).",
+    )
+    with room, _threads(threads), _quiet_torch(), contextlib.ExitStack() as stack, torch.inference_mode():
         ready = {name: stack.enter_context(_ready(model, where, DTYPES[dtype])) for name, model in models.items()}
         for batch in batch_sizes:
             load = load_here()
@@ -205,6 +210,7 @@ def _checked(
         raise MeasureError(f"runs={runs!r}, warmup={warmup!r}; expected runs >= 1 and warmup >= 0.")
     if threads is not None and threads < 1:
         raise MeasureError(f"threads={threads!r}; expected at least 1, or None for as many as torch has now.")
+    processes.refuse_threads(threads)
     if runtime not in RUNTIMES:
         raise MeasureError(f"unknown runtime {runtime!r}; expected one of {RUNTIMES}{did_you_mean(runtime, RUNTIMES)}.")
     if runtime == "compile":

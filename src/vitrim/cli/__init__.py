@@ -7,6 +7,8 @@ Neither help, nor `cost` of a name or a folder, nor a usage error imports torch.
 from __future__ import annotations
 
 import logging
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -15,9 +17,10 @@ from typing import Any
 import click
 
 from vitrim import __version__, processes
-from vitrim.cli import tables
+from vitrim.cli import options, tables
 from vitrim.cli.options import Failed
-from vitrim.errors import VitrimError, did_you_mean
+from vitrim.errors import CapacityError, VitrimError, did_you_mean, is_out_of_memory
+from vitrim.files import names_in
 from vitrim.foreign import one_line
 
 VERBS = (
@@ -58,8 +61,13 @@ class Verbs(click.Group):
             return super().make_context(*args, **extra)
 
     def invoke(self, ctx: click.Context) -> Any:
-        with _in_one_sentence(), _said_on_stderr():
-            return super().invoke(ctx)
+        with _in_one_sentence(), _said_on_stderr(), _ended_by_signals():
+            try:
+                return super().invoke(ctx)
+            except (KeyboardInterrupt, Terminated):
+                if (place := ctx.meta.get(options.RESUMABLE)) is not None and names_in(place):
+                    tables.note(f"stopped; the same command with --resume (and without --force) goes on from {place}")
+                raise
 
 
 @contextmanager
@@ -74,6 +82,39 @@ def _in_one_sentence() -> Iterator[None]:
         raise
     except (VitrimError, OSError) as error:
         raise Failed(error) from error
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise Failed(
+            CapacityError(
+                "out of memory; take fewer images at a time, a smaller model, or another device (--device cpu)."
+            )
+        ) from error
+
+
+class Terminated(SystemExit):
+    """The system asked the process to end."""
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP end a run as an error would: scratch folders, locks and workers go with it."""
+
+    def end(number: int, _: Any) -> None:
+        signal.signal(number, signal.SIG_DFL)  # a second one does not wait
+        raise Terminated(128 + number)
+
+    kept = {}
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+                kept[number] = signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, before in kept.items():
+            signal.signal(number, before)
 
 
 class _Said(logging.Handler):

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 SECTIONS = ("settings", "recover", "evaluate", "measure")
 """Of a --config file: of the method, the recovery, the comparison and the timing."""
-RECORDED = ("schema", "vitrim", "weights", "data")
+RECORDED = ("schema", "vitrim", "weights", "data", "threads")
 """What a run's own stages/config.json says beside them; it changes nothing here."""
 
 

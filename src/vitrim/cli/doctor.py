@@ -22,6 +22,7 @@ def doctor(output: options.Output) -> None:
     tables.show_table("processor", ["", "found"], tables.flat(found["processor"]))
     tables.say(f"accelerators  {', '.join(found['accelerators']) or 'none'}")
     tables.say(f"compiler      {found['compiler'] or 'none found'}")
+    tables.say(f"2 processes   {found['processes']}")
     for name, extra in found["extras"].items():
         state = "found" if extra["found"] else f"missing {', '.join(extra['missing'])}"
         tables.say(f"extra {name:<8}{state} ({extra['for']})")

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from vitrim.budget import Budget
     from vitrim.model import Vit
 
+RESUMABLE = "vitrim.resumable"
+"""Where a click context keeps the folder that --resume would go on in."""
 Verb = TypeVar("Verb", bound=Callable[..., Any])
 
 
@@ -300,9 +302,9 @@ def device_named(name: str | None) -> str:
     """The device to compute on, checked to be there. auto, or None: cuda, else mps, else cpu."""
     import torch
 
-    kind, _, index = (name or "auto").partition(":")
+    kind, colon, index = ("auto" if name is None else name).partition(":")
     found = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
-    if kind == "auto":
+    if kind == "auto" and not colon:
         return next(kind for kind, count in found.items() if count)
     if kind not in found:
         hint = did_you_mean(kind, ("auto", *found)) or "."
@@ -311,6 +313,8 @@ def device_named(name: str | None) -> str:
         raise MeasureError(
             f"device {name!r} was asked for, but torch finds none here. Pass --device cpu, or install a torch build for it."
         )
+    if kind != "cuda" and colon:
+        raise ConfigError(f"device {name!r} is not there; expected {kind} without a number, since there is one of it.")
     if kind == "cuda" and ":" in str(name) and not (index.isdigit() and int(index) < found["cuda"]):
         raise MeasureError(f"device {name!r} is not there; expected cuda:0 to cuda:{found['cuda'] - 1}.")
     return str(name)
@@ -319,6 +323,7 @@ def device_named(name: str | None) -> str:
 def use_threads(threads: int | None) -> None:
     """Sets torch's CPU threads for this process."""
     if threads is not None:
+        processes.refuse_threads(threads)
         import torch
 
         torch.set_num_threads(threads)
@@ -351,6 +356,9 @@ def check_out(out: Path, *, force: bool, resume: bool = False) -> None:
     """Refuses an --out that cannot be used, before any work is done. Creates nothing."""
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {str(out)!r} is a file; expected a folder, new or empty. Choose another name.")
+    context = click.get_current_context(silent=True)
+    if context is not None and any(param.name == "resume" for param in context.command.params):
+        context.meta[RESUMABLE] = out
     if not processes.is_first():
         return  # the first process has perhaps begun to write there
     refuse_locked(out)

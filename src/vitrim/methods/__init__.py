@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vitrim.errors import BudgetError, ConfigError, DataError, VitrimError, did_you_mean
+from vitrim.errors import BudgetError, ConfigError, DataError, VitrimError, did_you_mean, fitting_in_memory
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -162,7 +163,8 @@ def compress(
         _finite(network, f"{method.name}: the model is not cut")
     place = None if folder is None else Path(folder)
     data = None if data is None else opened.skipping(data, on_broken)
-    made = method.compress(model, config, data=data, progress=progress, folder=place, resume=resume, **taught)
+    with _in_memory(method):
+        made = method.compress(model, config, data=data, progress=progress, folder=place, resume=resume, **taught)
     return _finished(made, model, config)
 
 
@@ -180,7 +182,8 @@ def compress_family(
     method, place = METHODS[method_of(config)], None if folder is None else Path(folder)
     _finite(model, f"{method.name}: the model is not cut")
     if method.family is not None:
-        made = method.family(model, config, budgets, data=data, progress=progress, folder=place, resume=resume)
+        with _in_memory(method):
+            made = method.family(model, config, budgets, data=data, progress=progress, folder=place, resume=resume)
         return [_finished(one, model, replace(config, budget=b)) for one, b in zip(made, budgets, strict=True)]
     found = []
     for index, budget in enumerate(budgets):
@@ -188,6 +191,17 @@ def compress_family(
         asked = replace(config, budget=budget)
         found.append(compress(model, asked, data=data, progress=progress, folder=own, resume=resume))
     return found
+
+
+def _in_memory(method: Method) -> AbstractContextManager[None]:
+    """What to lower where a method finds no memory."""
+    from vitrim.config import keys
+
+    known = [key for key in ("batch_size", "images") if key in keys(method.config)]
+    lower = " or ".join(f"{key} (--set {key}=N)" for key in known) or "the size of the model"
+    return fitting_in_memory(
+        f"cutting with {method.name}", f"Lower {lower}, or compute on a device with more memory (--device cpu)."
+    )
 
 
 def _finite(model: Vit, where: str) -> None:

@@ -10,11 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from vitrim import reporting
+from vitrim import checkpoints, reporting
 from vitrim.checkpoints import replace_text
 from vitrim.codec import flat
 from vitrim.errors import ArtifactError, ConfigError
 from vitrim.files import is_marked, names_in, refuse_foreign, refuse_locked
+from vitrim.training.state import say_other_threads
 
 STAGES = ("plan", "compress", "recover", "evaluate", "measure", "save", "report")
 LEFT_BY = {
@@ -82,6 +83,14 @@ class Folder:
                     f"resume with another config: {key} was {before.get(key)!r} and is {now.get(key)!r}. "
                     "Resume with the same settings, or start anew in another folder (or with force)."
                 )
+        say_other_threads(before.get("threads"), now["threads"])
+
+    def forget_what_is_worth_nothing(self) -> bool:
+        """After a failure: removes what this call wrote, where nothing could go on from it. Whether something is left."""
+        if self.resume or self._path("compress").is_file() or checkpoints.hold_work(self.stages / "search"):
+            return True
+        _remove(self.stages)
+        return False
 
     def _path(self, stage: str) -> Path:
         return self.stages / f"{stage}.json"

@@ -10,6 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from vitrim import __version__, surgery
 from vitrim import data as opened
 from vitrim.budget import exceeded
@@ -122,6 +124,7 @@ class Job:
             "relative_to": asked.relative_to,
             "exact_tail": self.tail,
             "init": asked.init,
+            "threads": torch.get_num_threads(),
         }
 
     def _warn(self, text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, Literal
 from vitrim import artifact, processes, reporting
 from vitrim import data as opened
 from vitrim.checkpoints import replace_text
-from vitrim.errors import ConfigError
+from vitrim.errors import ConfigError, VitrimError
 from vitrim.files import locked
 from vitrim.methods import compress as compress_by
 from vitrim.methods.method import MethodConfig
@@ -25,6 +26,8 @@ from vitrim.progress import Progress
 from vitrim.result import Compressed
 from vitrim.sources import load
 from vitrim.spec import ModelSpec
+
+log = logging.getLogger("vitrim.pipeline")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,8 +104,17 @@ def run(
             compressor=compressor,
         )
         job = Job(asked, folder, progress)
-        with written_or_said(folder.out):
-            return _through_all_stages(job)
+        try:
+            with written_or_said(folder.out):
+                return _through_all_stages(job)
+        except VitrimError:
+            if folder.forget_what_is_worth_nothing():
+                log.warning(
+                    "What was done is kept in %s: once mended, the same command with resume (--resume) goes on from there; "
+                    "with force (--force) it starts anew.",
+                    folder.out.name,
+                )
+            raise
 
 
 def _through_all_stages(job: Job) -> RunResult:

@@ -16,7 +16,7 @@ from vitrim import data
 from vitrim.data import Images
 from vitrim.data.labels import are_numbers
 from vitrim.data.transforms import UNPREPARED
-from vitrim.errors import DataError
+from vitrim.errors import DataError, fitting_in_memory
 from vitrim.model import Vit
 from vitrim.progress import Progress
 from vitrim.spec import Config, ModelSpec, Preprocess
@@ -88,7 +88,11 @@ def evaluate(
     done = 0
     if progress is not None:
         progress("evaluate", 0, len(chosen))
-    with _ready(passes, at), torch.no_grad(), _autocast(at, amp):
+    room = fitting_in_memory(
+        f"scoring {batch_size} images at a time on {at}",
+        "Lower batch_size (--batch, or evaluate.batch_size of a --config), or compute elsewhere (--device cpu).",
+    )
+    with room, _ready(passes, at), torch.no_grad(), _autocast(at, amp):
         for x, y in data.batches(chosen, view, batch_size, workers=workers, device=at):
             for kept, each in zip(outputs, passes, strict=True):
                 kept.append(_features(each(x)).float().cpu() if encoder else each(x).float().cpu())

@@ -17,7 +17,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,12 +34,13 @@ from vitrim.data import Images, batches
 from vitrim.data.draws import mix, seeded
 from vitrim.data.transforms import UNPREPARED
 from vitrim.data.transforms import training as training_transform
-from vitrim.errors import DataError, TrainingError
+from vitrim.errors import DataError, TrainingError, is_out_of_memory
+from vitrim.files import locked
 from vitrim.model import Vit, not_finite
 from vitrim.progress import Progress
 from vitrim.training.config import TrainConfig
 from vitrim.training.objective import Batch, Objective, Step
-from vitrim.training.state import State, identity, left_as_found
+from vitrim.training.state import METRICS, State, identity, left_as_found
 
 LEAST_BETWEEN = 50
 """Steps between two validations of a run whose epochs are shorter."""
@@ -86,13 +87,17 @@ def fit(
     Raises TrainingError on a loss that is no number (the model then holds the last good state, which is also written),
     on too little memory, on a run that does not fit the one to be resumed, and on a wrong number of processes.
     """
-    with left_as_found(model):
-        run = _Run(model, objective, images, config, Path(out) if out is not None else None, label_map, progress)
+    place = None if out is None else Path(out)
+    with left_as_found(model), locked(place):
+        run = _Run(model, objective, images, config, place, label_map, progress)
         try:
             with _together(config):
                 run.start(resume=resume)
                 run.loop(validate)
             return run.result()
+        except BaseException:
+            run.state_left_empty()
+            raise
         finally:
             run.close()
 
@@ -120,6 +125,7 @@ class _Run:
         self.first = next(self.bare.parameters())
         self.wrapped: nn.Module = self.bare
         self.history: list[dict[str, Any]] = []
+        self.began = False  # whether this process writes to `out`
         self.mixer = None
         if config.mixup or config.cutmix:
             alphas = {"mixup_alpha": config.mixup, "cutmix_alpha": config.cutmix, "prob": config.mix_share}
@@ -160,6 +166,7 @@ class _Run:
         )
         if self.out is not None:
             self.history = self.state.take_up(self.out, resume=resume)
+            self.began = self.main
             self.last_saved = time.monotonic()
         if config.tracker is not None:
             self.accelerator.init_trackers("vitrim", config=flat(plain(config)))
@@ -170,6 +177,15 @@ class _Run:
             tracker.finish()
         for name in ("_original_forward", "forward", "_is_accelerate_prepared"):
             self.bare.__dict__.pop(name, None)
+
+    def state_left_empty(self) -> None:
+        """A run that ends before its first checkpoint leaves nothing to go on from, and no lines that stand in the way."""
+        if self.out is None or not self.began or checkpoints.newest(self.out / "checkpoints") is not None:
+            return
+        (self.out / METRICS).unlink(missing_ok=True)
+        for place in (self.out / "checkpoints", self.out):
+            with suppress(OSError):  # not there, or something else is in it
+                place.rmdir()
 
     def result(self) -> FitResult:
         if self.state.ema is not None:
@@ -266,7 +282,7 @@ class _Run:
                     total += loss.detach().to(total.dtype) / len(micros)
                     accelerator.backward(loss / len(micros))
                 except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-                    if not _is_out_of_memory(error):
+                    if not is_out_of_memory(error):
                         raise
                     raise self._too_big(batch, step) from error
         self._average_foreign()
@@ -366,7 +382,7 @@ class _Run:
         }  # as JSON has it
         self.history.append(line)
         if self.out is not None:
-            with (self.out / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            with (self.out / METRICS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         numbers = {f"{line['kind']}/{k}": v for k, v in line.items() if isinstance(v, (int, float)) and k != "step"}
         if self.config.tracker is not None:
@@ -411,7 +427,7 @@ class _Run:
                     self.objective.loss(self.bare, part, step).backward()
                 break
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 fits //= 2
         self.optimizer.zero_grad()
@@ -511,9 +527,3 @@ def mapped(labels: Tensor, label_map: Tensor | None, classes: int | None) -> Ten
     if labels.dim() == 1:
         return label_map[labels]
     return labels.new_zeros(len(labels), classes).index_copy_(1, label_map, labels)
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return "can't allocate memory" in str(error) or "not enough memory" in str(error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 from collections.abc import Iterator, Mapping
@@ -28,6 +29,8 @@ from vitrim.spec import spec_hash
 from vitrim.training.config import TrainConfig
 from vitrim.training.objective import Objective
 
+METRICS = "metrics.jsonl"
+log = logging.getLogger("vitrim.training")
 FREE = ("workers", "device", "eval_every", "log_every", "checkpoint_seconds", "tracker", "grad_checkpoint")
 """Settings that change no number, and may differ when a run is resumed."""
 
@@ -48,7 +51,7 @@ class State:
     def write(self, out: Path) -> None:
         """A checkpoint under `out`, by the main process; the others wait."""
         if self.accelerator.is_main_process:
-            metrics = out / "metrics.jsonl"
+            metrics = out / METRICS
             if metrics.exists():
                 sync_file(metrics)  # a checkpoint never knows of lines that the disk does not
             optimizer, scaler = self.optimizer.state_dict(), self.accelerator.scaler
@@ -60,7 +63,11 @@ class State:
                 "scaler": scaler.state_dict() if scaler is not None else {},
             }
             tensors: dict[str, Tensor] = {}
-            values: dict[str, Any] = {"seconds": self.seconds, "run": self.identity}
+            values: dict[str, Any] = {
+                "seconds": self.seconds,
+                "threads": torch.get_num_threads(),
+                "run": self.identity,
+            }
             for name, part in parts.items():
                 held, values[name] = checkpoints.pack(name, part)
                 tensors.update(held)
@@ -76,21 +83,25 @@ class State:
         found = checkpoints.newest(folder)
         if found is not None and not resume:
             raise TrainingError(checkpoints.taken(out, found.name))
+        if main and not resume and (out / METRICS).is_file() and (out / METRICS).stat().st_size:
+            raise TrainingError(checkpoints.taken(out, METRICS))
         if found is not None:
             tensors, values = checkpoints.read(found)
             checkpoints.same_run(out, values["run"], self.identity)
+            if main:
+                say_other_threads(values.get("threads"), torch.get_num_threads())
             self._load(tensors, values)
         self.accelerator.wait_for_everyone()
         if not main:
             return []
         try:
             out.mkdir(parents=True, exist_ok=True)
-            (out / "metrics.jsonl").touch()  # says from the first moment that a training lives here
+            (out / METRICS).touch()  # says from the first moment that a training lives here
         except OSError as error:
             raise TrainingError(
                 f"{out.name}/ cannot be written ({error.strerror}); expected a folder of your own. Choose another."
             ) from error
-        return _cut_back(out / "metrics.jsonl", self.done)
+        return _cut_back(out / METRICS, self.done)
 
     def _load(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
         names = ("model", "ema", "optimizer", "objective", "scaler")
@@ -105,6 +116,18 @@ class State:
             self.accelerator.scaler.load_state_dict(parts["scaler"])
         self.objective.load_state_dict(parts["objective"])
         self.done, self.seconds = values["step"], values["seconds"]
+
+
+def say_other_threads(before: int | None, now: int) -> None:
+    """Sums on a CPU are split by thread, so that their last bits depend on how many there are."""
+    if before not in (None, now):
+        log.warning(
+            "The run was begun with %d threads and goes on with %d: it is the undisturbed one up to rounding. For the same "
+            "bits pass --threads %d.",
+            before,
+            now,
+            before,
+        )
 
 
 def identity(config: TrainConfig, model: Vit, *, steps: int, data: str) -> dict[str, Any]:
