@@ -189,8 +189,7 @@ def locked(folder: Path | None) -> Iterator[None]:
 
     The folder is made if it is not there, and goes again with the lock if nothing was put into it. The lock of a process
     that is no more is taken over, and that is said. Of several processes of one training the first holds it.
-    Raises ConfigError at once where another run writes there or where there is a file, ArtifactError where nothing can be
-    written.
+    Raises ConfigError at once where another run writes there, ArtifactError where nothing can be written.
     """
     if folder is None or not processes.is_first():
         yield

@@ -22,7 +22,7 @@ from tests.training.kit import BASE, CLASSES, Searching, as_lists, on_two_proces
 from vitrim import checkpoints
 from vitrim.config import read
 from vitrim.data import Augment
-from vitrim.errors import ConfigError, DataError, TrainingError
+from vitrim.errors import ArtifactError, ConfigError, DataError, TrainingError
 from vitrim.model import Block, Vit
 from vitrim.training import Batch, FitResult, Step, TrainConfig, fit, loop, schedule
 from vitrim.training.config import filled
@@ -341,7 +341,7 @@ def test_too_few_images_are_refused_and_nothing_is_written(tmp_path: Path) -> No
 
 def test_an_output_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(TrainingError, match="cannot be written"):
+    with pytest.raises(ArtifactError, match="cannot be written"):
         fit(tiny(), Supervised(), pictures(), settings(), out=tmp_path / "file")
 
 
