@@ -23,6 +23,7 @@ torch.set_num_threads(1)
 
 QUICK = (
     "cli/",
+    "fuzz/",
     "methods/test_contract.py",
     "methods/test_methods.py",
     "reporting/",

@@ -237,6 +237,7 @@ def test_a_block_and_its_parts_have_types(path: Path) -> None:
 TESTS = Path(__file__).parent
 ACROSS = {
     "golden",
+    "fuzz",
     "test_laws",
     "test_layout",
     "test_readme",

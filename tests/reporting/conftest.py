@@ -73,6 +73,11 @@ def rows_of(model: str, base: float) -> dict[str, Any]:
 
 @pytest.fixture
 def result() -> dict[str, Any]:
+    return whole_result()
+
+
+def whole_result() -> dict[str, Any]:
+    """What a run found, with every part that a page shows."""
     specs = {"dense": network(cut=False), "compressed": network(cut=True)}
     costs = {name: counting.cost(spec) for name, spec in specs.items()}
     rows = [rows_of("dense", 2.0), rows_of("compressed", 1.5)]

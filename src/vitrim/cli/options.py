@@ -335,7 +335,8 @@ def for_training(config: Path | None, flags: Mapping[str, Any], threads: int | N
     if flags["epochs"] is not None and flags["steps"] is None:
         values.pop("steps", None)
     use_threads(threads)
-    device_named(values.get("device"))
+    device = values.get("device")
+    device_named(device if isinstance(device, str) else None)  # of another kind: refused when the config is read
     return values
 
 
