@@ -90,6 +90,7 @@ AVERAGED = {
         "dino_loss": {"center": torch.ones(1, 2)},
     },
     "target encoder": {"encoder": under("module", RAW), "target_encoder": under("module", MEAN)},
+    "a momentum encoder": {"state_dict": {**under("base_encoder", RAW), **under("momentum_encoder", MEAN)}},
     "a list": {"model": RAW, "ema": {"decay": 0.9, "shadow_params": list(MEAN.values()), "collected_params": []}},
 }
 
@@ -114,6 +115,9 @@ def test_several_sets_without_an_averaged_one_are_asked_for_by_their_paths(caplo
     with pytest.raises(SourceError, match=r"checkpoint_key='secnd'.*did you mean 'second'"):
         chosen(found, "secnd")
     assert same(chosen({"first": RAW, "second": {k: v.clone() for k, v in RAW.items()}}), RAW)
+    for name in ("best", "last_state_dict", "momentum", "schema"):
+        with pytest.raises(SourceError, match="complete sets"):
+            chosen({"model": RAW, name: MEAN})
     two = {"ema_0.99": MEAN, "ema_0.999": RAW}
     with pytest.raises(SourceError, match="complete sets"):
         chosen(two)
@@ -169,6 +173,7 @@ def test_an_optimizer_is_named_and_no_set_of_weights(caplog: pytest.LogCaptureFi
         assert same(chosen(found), RAW)
     assert f"not read: optimizer ({3 * len(RAW)} tensors), rng." in caplog.text
     assert same(chosen({"model": RAW, "optimizer": by_name}), RAW)
+    assert same(chosen({"model": RAW, "exp_avg": MEAN, "momentum_buffer": MEAN}), RAW)
 
 
 @pytest.mark.parametrize("prefix", ["", "model.", "a.b."])

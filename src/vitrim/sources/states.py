@@ -33,15 +33,17 @@ WRAPPERS = (
     "_forward_module",
 )
 """Parts of names that wrappers add: data parallel, torch.compile, FSDP, activation checkpointing, FairScale, Fabric."""
-AVERAGED = {"ema", "swa", "averaged", "average", "avg", "polyak", "shadow", "momentum", "target"}
-"""Words in the name of an averaged set; `teacher` is one beside a `student`."""
+AVERAGED = {"ema", "swa", "averaged", "average", "avg", "polyak", "shadow", "target"}
+"""Words in the name of an averaged set; `teacher` is one beside a `student`, and `momentum` with a network's word."""
+NETWORK = {"encoder", "model", "net", "network", "backbone", "vit", "teacher"}
 TRAINING = re.compile(
     r"(.*_)?(criterion|loss|losses|loss_fn|metrics?|optimizers?|dino_loss|ibot_loss)(_.*)?|(decoder|predictor|projector)(_.*)?"
 )
 """First parts of names that belong to the training, or to what pretraining puts behind the encoder, and not to the model."""
 TOWERS = ("visual", "vision_encoder")
 """What the image tower is called in files with a text tower, whose names a family translates with the tower's own."""
-OPTIMIZER = re.compile(r"(^|[._])optim(izer)?s?(_states?)?([._]|$)")
+OPTIMIZER = re.compile(r"(^|[._])(optim(izer)?s?(_states?)?|(exp|square)_avg(_sq)?|momentum_buffers?)([._]|$)")
+"""Names of an optimizer's state, which has the shapes of the weights."""
 ADAPTER = re.compile(r"(^|\.)(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|ia3_l|base_layer)(\.|$)")
 LOG = logging.getLogger("vitrim.sources")
 
@@ -329,7 +331,12 @@ def _is_averaged(row: Row, prefix: str, sets: Iterable[str]) -> bool:
 
 
 def _is_averaged_beside(words: set[str], beside: set[str]) -> bool:
-    return bool((words - beside) & AVERAGED) or ("teacher" in words and "student" in beside)
+    own = words - beside
+    return (
+        bool(own & AVERAGED)
+        or ("teacher" in words and "student" in beside)
+        or ("momentum" in own and bool(words & NETWORK))
+    )
 
 
 def _words(path: str) -> set[str]:
@@ -439,6 +446,7 @@ def _check_averaged(groups: Mapping[str, int], prefix: str, sets: Iterable[str],
         place
         for place, many in groups.items()
         if _is_averaged_beside(_words(place), _words(prefix))
+        and not OPTIMIZER.search(place)
         and 2 * many >= count
         and not any(f"{of}.".startswith(f"{place}.") for of in sets)
     ]
