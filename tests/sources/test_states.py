@@ -249,6 +249,13 @@ def test_a_mapping_that_holds_itself_gives_one_sentence(tmp_path: Path) -> None:
         files.read(tmp_path / "x.pth")
 
 
+def test_names_without_end_and_many_names_give_an_answer_soon() -> None:
+    with pytest.raises(SourceError, match="more than 100 parts"):
+        chosen({".".join("a" * 101): torch.ones(1)})
+    many = {f"x{i}.{i}.0.y": torch.ones(1) for i in range(5_000)}
+    assert same(chosen({"model": RAW, "many": many}), RAW)
+
+
 def test_names_of_another_layout_are_those_of_their_mapping() -> None:
     foreign = {f"visual.{name}x": value for name, value in RAW.items()}
     assert same(chosen({"state_dict": foreign, "optimizer": {"state": {0: {"a": torch.ones(1)}}}}), foreign)
