@@ -63,6 +63,18 @@ def test_law_2_torch_counts_twice_the_macs(spec: ModelSpec) -> None:
     assert counter.get_total_flops() == cost(spec).flops == 2 * macs(spec)
 
 
+@given(specs())
+def test_law_2_torch_counts_the_zeros_of_padded_heads_too(spec: ModelSpec) -> None:
+    model, found = make(spec), cost(spec)
+    with FlopCounterMode(display=False) as counter:
+        model(images(spec, 1), gates=OPEN)
+    assert counter.get_total_flops() == 2 * (found.macs + found.padding_macs)
+    unequal = [
+        block.attention for block in spec.blocks if block.attention and block.attention.qk_dim != block.attention.v_dim
+    ]
+    assert bool(found.padding_macs) == bool(unequal)
+
+
 @given(specs(steps=False))
 def test_padding_heads_changes_nothing(spec: ModelSpec) -> None:
     model, x = make(spec), images(spec)

@@ -65,6 +65,7 @@ def _known_keys(kind: type[B]) -> type[B]:
 class Budget:
     """Upper bounds on the compressed model; None: no such limit. At least one is needed.
 
+    MACs are those of `vitrim.counting`: the zeros that fill unequal heads (`Cost.padding_macs`) are not among them.
     keep_*: shares, in (0, 1], of the model that is passed in. max_memory_mb: weights plus peak activations at batch 1.
     Megabytes are 10**6 bytes. Raises BudgetError when a value is out of range.
     """

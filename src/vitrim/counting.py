@@ -1,7 +1,7 @@
 """What a spec costs: parameters, multiply-accumulates, activation and file bytes, per block and in total. No torch.
 
 `macs` counts linears, convolutions and both attention products at batch 1, and the batched products of token steps and
-gates; no norms, softmax, biases. `flops == 2 * macs`. For a network with gates it is the worst case, all open.
+gates; no norms, softmax, biases, and no zeros (`padding_macs`). `flops == 2 * macs`. For a network with gates it is the worst case, all open.
 The formulas of one part take plain numbers, or tensors in a search.
 """
 
@@ -51,11 +51,13 @@ class BlockCost:
 class Cost:
     """Cost of a network at batch 1, float32. activation_bytes: the estimated peak of the largest moment.
 
-    memory_bytes: weights plus peak activations.
+    memory_bytes: weights plus peak activations. padding_macs: beside `macs`, what is multiplied by the zeros that fill the narrower
+    of query/key and value heads up to the wider: torch's counter shows 2 * (macs + padding_macs). 0 where they are equal.
     """
 
     params: int
     macs: int
+    padding_macs: int
     activation_bytes: int
     file_bytes: int
     stem_macs: int
@@ -92,6 +94,11 @@ def attention_macs(heads: Any, qk_dim: Any, v_dim: Any, *, tokens: int, width: i
     project = tokens * width * heads * (qk_dim + v_dim) + queries * width * heads * (qk_dim + v_dim)
     attend = queries * tokens * heads * (qk_dim + v_dim)
     return project + attend
+
+
+def padding_macs(a: AttentionSpec, at: BlockTokens) -> int:
+    """MACs of both attention products with zeros, which the model runs where query/key and value dims differ: that is faster."""
+    return at.queries.count * at.keys.count * a.heads * abs(a.qk_dim - a.v_dim)
 
 
 def mlp_macs(
@@ -180,6 +187,9 @@ def cost(model: Any) -> Cost:
     return Cost(
         params=total_params,
         macs=stem_macs + head_macs + sum(block.macs for block in blocks),
+        padding_macs=sum(
+            padding_macs(block.attention, at) for block, at in zip(spec.blocks, walk, strict=True) if block.attention
+        ),
         activation_bytes=FLOAT_BYTES * max((stem_peak(spec), *peaks)),
         file_bytes=FLOAT_BYTES * total_params,
         stem_macs=stem_macs,

@@ -56,4 +56,8 @@ def test_a_network_that_was_cut_is_compared_with_what_it_was_cut_from(tmp_path: 
     folder = vitrim.compress(dense, ComcatConfig(budget=Budget(keep_macs=0.5), variant="svd")).save(tmp_path / "small")
     done = run("cost", folder)
     assert "builtin:cifar10-vit-micro, which it was cut from: 50.0 % of its MACs" in done.stdout
+    extra = json.loads(run("cost", folder, "--json").stdout)["padding_macs"]
+    assert 0 < extra < 0.05 * cost(dense.spec).macs
+    assert f"padding      {extra:,} more" in done.stdout
+    assert "padding" not in run("cost", "builtin:cifar10-vit-micro").stdout
     assert json.loads(run("cost", folder, "--json").stdout)["against"]["macs"] == cost(dense.spec).macs

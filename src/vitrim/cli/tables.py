@@ -118,6 +118,11 @@ def show_cost(name: str, spec: ModelSpec, cost: Cost, *, against: tuple[str, Cos
     rows.append(["head", "", "", "", "", "", "", "", count_text(cost.head_macs), count_text(cost.head_params)])
     show_table(name, heads, rows)
     say(f"MACs         {cost.macs:,} ({count_text(cost.macs)}; the papers' FLOPs)")
+    if cost.padding_macs:
+        say(
+            f"padding      {cost.padding_macs:,} more ({share_text(cost.padding_macs, cost.macs)}): the zeros that fill the narrower of query/key and value "
+            "heads, which torch's counter counts and a budget does not"
+        )
     say(f"parameters   {cost.params:,} ({count_text(cost.params)})")
     say(f"memory       {cost.memory_bytes / 1e6:.1f} MB (weights and peak activations at batch 1, estimated)")
     say(f"file         {cost.file_bytes / 1e6:.1f} MB (float32)")

@@ -119,6 +119,7 @@ def tiles(result: Result) -> list[Tile]:
 
 STATIC = (
     ("costs/*/macs", "GMACs (the papers’ FLOPs)", "giga"),
+    ("costs/*/padding_macs", "GMACs of padded heads, not counted above", "giga"),
     ("costs/*/params", "Parameters", "count"),
     ("file_bytes/*", "Weights on disk", "megabytes"),
     ("costs/*/activation_bytes", "Peak activations, estimated", "megabytes"),
@@ -146,7 +147,7 @@ def before_after(result: Result, states: Sequence[str]) -> list[Row]:
             rows.append(Row(metric.title, metric.form, paths, images="metrics/dense/count" if metric.counted else None))
     for path, title, form in STATIC:
         was, now = (path.replace("*", state) for state in ("dense", "compressed"))
-        if lookup(result, now) is not None:
+        if lookup(result, now):  # there, and not 0: few networks pad
             rows.append(Row(title, form, [was, *[now] * later]))
     timed = lookup(result, "timing/rows") or ()
     for index, row in enumerate(timed):
