@@ -1,5 +1,5 @@
 # make env   the environment in .venv, with the command .venv/bin/vitrim
-# make demo  the main job on built-in images and a built-in model, about three minutes
+# make demo  the main job on built-in images and a built-in model, three to four minutes on two cores
 # make test  the whole test suite
 # make quick a minute of it: laws on a few networks, the contract of one method, command and README texts
 PYTHON ?= python3

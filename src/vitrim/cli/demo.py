@@ -22,7 +22,7 @@ DEMO_CALIBRATION = 64
 @click.option("--threads", type=options.COUNT, help="CPU threads; all by default.")
 @options.OUTPUT
 def demo(out: Path, force: bool, threads: int | None, output: options.Output) -> None:
-    """Show the main job on built-in images, in about three minutes.
+    """Show the main job on built-in images, in three to four minutes on two cores.
 
     Compress to half the operations, recover for a minute or two, compare, time, save, and report.
     """

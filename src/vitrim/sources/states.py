@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +22,6 @@ from torch import Tensor
 from ..errors import SourceError, did_you_mean
 
 SHOWN = 10
-DEEP = 100
 MERGE = "Merge them first: PeftModel.from_pretrained(base, FOLDER).merge_and_unload().save_pretrained(NEW), then load hf:NEW."
 SAVE = "torch.save(model.state_dict(), ...)"
 WRAPPERS = (
@@ -34,17 +33,15 @@ WRAPPERS = (
     "_forward_module",
 )
 """Parts of names that wrappers add: data parallel, torch.compile, FSDP, activation checkpointing, FairScale, Fabric."""
-AVERAGED = {"ema", "swa", "averaged", "average", "avg", "polyak", "shadow", "target"}
-"""Words in the name of an averaged set; `teacher` is one beside a `student`, and `momentum` with a network's word."""
-NETWORK = {"encoder", "model", "net", "network", "backbone", "vit", "teacher"}
+AVERAGED = {"ema", "swa", "averaged", "average", "avg", "polyak", "shadow", "momentum", "target"}
+"""Words in the name of an averaged set; `teacher` is one beside a `student`."""
 TRAINING = re.compile(
     r"(.*_)?(criterion|loss|losses|loss_fn|metrics?|optimizers?|dino_loss|ibot_loss)(_.*)?|(decoder|predictor|projector)(_.*)?"
 )
 """First parts of names that belong to the training, or to what pretraining puts behind the encoder, and not to the model."""
 TOWERS = ("visual", "vision_encoder")
 """What the image tower is called in files with a text tower, whose names a family translates with the tower's own."""
-OPTIMIZER = re.compile(r"(^|[._])(optim(izer)?s?(_states?)?|(exp|square)_avg(_sq)?|momentum_buffers?)([._]|$)")
-"""Names of an optimizer's state, which has the shapes of the weights."""
+OPTIMIZER = re.compile(r"(^|[._])optim(izer)?s?(_states?)?([._]|$)")
 ADAPTER = re.compile(r"(^|\.)(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|ia3_l|base_layer)(\.|$)")
 LOG = logging.getLogger("vitrim.sources")
 
@@ -70,8 +67,6 @@ def row_of(found: Mapping[Any, Any], *, file: str) -> Row:
         _collect(found, "", "", row, before, file)
     except RecursionError:
         raise SourceError(f"{file} holds mappings within mappings without end. Save weights alone by {SAVE}.") from None
-    if any(name.count(".") >= DEEP for name in row.tensors):
-        raise SourceError(f"{file} holds names of more than {DEEP} parts. Save weights alone by {SAVE}.")
     if adapters := [name for name in row.tensors if ADAPTER.search(name)]:
         raise SourceError(f"{file} holds adapters of PEFT beside or without the model ({listed(adapters)}). {MERGE}")
     _apply_masks(row, file)
@@ -95,17 +90,13 @@ def chosen(row: Row, expected: Mapping[str, Tensor], *, file: str, key: str | No
     sets = _complete(row, expected) or _mappings(row)
     prefix = _raw(row, sets) if path or key == "." else _preferred(row, sets, file=file)
     state = {_rest(name, prefix): row.tensors[name] for name in sets[prefix]}
-    mine = set(sets[prefix])
-    left = [name for name in row.tensors if name not in mine]
+    left = [name for name in row.tensors if name not in set(sets[prefix])]
     if expected:
         around = _around(row, left, state, expected, prefix, sets, file)
         state.update({rest: row.tensors[name] for rest, name in around.items()})
         known = {name.partition(".")[0] for name in expected}
-        gone = {name for name in state if TRAINING.fullmatch(first := name.partition(".")[0]) and first not in known}
-        left = [
-            *(name for name in left if name not in around.values()),
-            *(_joined(prefix, name) for name in sorted(gone)),
-        ]
+        gone = [name for name in state if TRAINING.fullmatch(first := name.partition(".")[0]) and first not in known]
+        left = [*(name for name in left if name not in around.values()), *(_joined(prefix, name) for name in gone)]
         state = {name: value for name, value in state.items() if name not in gone}
     state, lists = _by_order(row, state, file=file, asked=asked, path=path)
     groups = _grouped(left, prefix) | {place: len(row.lists[place]) for place in lists}
@@ -197,18 +188,15 @@ def _apply_masks(row: Row, file: str) -> None:
 def _number_through(row: Row) -> None:
     """Number blocks that stand in chunks (`blocks.1.6.`, as DINOv2's) as one list, where every name of the list has both numbers."""
     inner: dict[str, list[tuple[str, int, int, str]]] = defaultdict(list)
-    under: Counter[str] = Counter()
     for name in row.tensors:
-        if found := re.match(r"(.*?)\.(\d{1,6})\.(\d{1,6})\.(.+)", name):
+        if found := re.match(r"(.*?)\.(\d+)\.(\d+)\.(.+)", name):
             inner[found[1]].append((name, int(found[2]), int(found[3]), found[4]))
-        parts = name.split(".")
-        under.update(".".join(parts[:i]) for i in range(1, len(parts)))
     for place, names in inner.items():
         pairs = sorted({(chunk, i) for _, chunk, i, _ in names})
         numbers = [i for _, i in pairs]
         through = numbers == list(range(len(pairs)))  # numbered through, with empty places before: DINOv2
         apart = all(i == 0 or (chunk, i - 1) in pairs for chunk, i in pairs)
-        if len(names) != under[place] or not (through or apart):
+        if len(names) != sum(name.startswith(f"{place}.") for name in row.tensors) or not (through or apart):
             continue
         new = {pair: pair[1] if through else at for at, pair in enumerate(pairs)}
         for name, chunk, i, rest in names:
@@ -242,10 +230,9 @@ def _complete(row: Row, expected: Mapping[str, Tensor]) -> dict[str, list[str]]:
     prefix belong to it, known or not, unless they stood in another mapping or belong to another set.
     """
     matched: dict[str, dict[str, str]] = defaultdict(dict)
-    depth = max((name.count(".") + 1 for name in expected), default=0)
     for name in (name for name in row.tensors if not OPTIMIZER.search(name)):
         parts = name.split(".")
-        for i in range(max(0, len(parts) - depth), len(parts)):
+        for i in range(len(parts)):
             if (rest := ".".join(parts[i:])) in expected:
                 matched[".".join(parts[:i])][rest] = name
     if not matched:
@@ -259,13 +246,13 @@ def _complete(row: Row, expected: Mapping[str, Tensor]) -> dict[str, list[str]]:
     anchors = {rest: name for rest, name in matched[best].items() if expected[rest].dim() >= 3}
     if not anchors and 2 * len(matched[best]) < len(expected):
         return {}
-    sets, taken = [best], set(matched[best].values())
+    sets = [best]
     for prefix in sorted(matched, key=fit, reverse=True):
         mine = matched[prefix]
-        whole = all(rest in mine and _like(row, name, mine[rest]) for rest, name in matched[best].items())
-        if whole and taken.isdisjoint(mine.values()):
+        taken = {name for other in sets for name in matched[other].values()}
+        same = [rest for rest, name in matched[best].items() if rest in mine and _like(row, name, mine[rest])]
+        if not taken & set(mine.values()) and len(same) == len(matched[best]):
             sets.append(prefix)
-            taken.update(mine.values())
     members = {prefix: _members(row, prefix, sets, matched[prefix].values()) for prefix in sets}
     if (tower := next((word for word in best.split(".") if word in TOWERS), None)) and len(sets) == 1:
         outer = best[: f".{best}.".index(f".{tower}.")].rstrip(".")
@@ -342,12 +329,7 @@ def _is_averaged(row: Row, prefix: str, sets: Iterable[str]) -> bool:
 
 
 def _is_averaged_beside(words: set[str], beside: set[str]) -> bool:
-    own = words - beside
-    return (
-        bool(own & AVERAGED)
-        or ("teacher" in words and "student" in beside)
-        or ("momentum" in own and bool(words & NETWORK))
-    )
+    return bool((words - beside) & AVERAGED) or ("teacher" in words and "student" in beside)
 
 
 def _words(path: str) -> set[str]:
@@ -437,13 +419,18 @@ def _by_order(
 
 def _grouped(left: Iterable[str], prefix: str) -> dict[str, int]:
     """How many tensors of those left stand under which path, as short as sets it apart from the prefix."""
-    groups: dict[str, list[str]] = defaultdict(list)
-    mine = prefix.split(".") if prefix else []
+    groups: dict[str, int] = defaultdict(int)
+    mine = prefix.split(".")
     for name in left:
         parts = name.split(".")
-        shared = next((i for i, (a, b) in enumerate(zip(parts, mine, strict=False)) if a != b), len(mine))
-        groups[".".join(parts[: shared + 1])].append(name)
-    return {names[0] if len(names) == 1 else place: len(names) for place, names in groups.items()}
+        shared = next(
+            (i for i, (a, b) in enumerate(zip(parts, mine, strict=False)) if a != b), len(mine) if prefix else 0
+        )
+        groups[".".join(parts[: shared + 1])] += 1
+    return {
+        next(name for name in left if name.startswith(place)) if count == 1 else place: count
+        for place, count in groups.items()
+    }
 
 
 def _check_averaged(groups: Mapping[str, int], prefix: str, sets: Iterable[str], count: int, file: str) -> None:
@@ -452,7 +439,6 @@ def _check_averaged(groups: Mapping[str, int], prefix: str, sets: Iterable[str],
         place
         for place, many in groups.items()
         if _is_averaged_beside(_words(place), _words(prefix))
-        and not OPTIMIZER.search(place)
         and 2 * many >= count
         and not any(f"{of}.".startswith(f"{place}.") for of in sets)
     ]
