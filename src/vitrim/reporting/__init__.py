@@ -13,7 +13,7 @@
     file_bytes {dense, compressed}: of the weights on disk
     metrics   {dense, compressed, recovered}: {top1, top5, loss, count, agreement}, shares in [0, 1]; any may be absent or None.
               "compressed" is before recovery, "recovered" after it; None where there was no recovery
-    difference {points, low, high, count}: top-1 of the final model minus the dense one in percentage points with its paired
+    difference {points, low, high, count, worse, better}: top-1 of the final model minus the dense one in percentage points with its paired
               95 % interval; None without labels
     timing    {rows, speedups, notes}: of `vitrim.timing`, models named "dense" and "compressed"; None if not measured
     recovery  {objective, steps, seconds, curve: [{step, loss}], validation: [{step, top1}], images_per_s: {dense, compressed}: of a
