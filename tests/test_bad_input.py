@@ -209,7 +209,7 @@ CASES = [
     Bad("batch of zero", "measure model --batch 0", ("out of range", "1 or more"), 2),
     Bad("negative threads", "measure model --threads -2", ("--threads", "-2", "1 or more"), 2),
     Bad("negative seed", "evaluate model --data photos --seed -1", ("--seed", "0 or more"), 2),
-    Bad("unknown device", "measure model --device gpu", ("device 'gpu' is not known", "expected one of auto, cpu, cuda")),
+    Bad("unknown device", "measure model --device gpu", ("device 'gpu' is not known", "expected one of auto, cpu, cuda"), 2),
     Bad("model against itself", "measure model --against model", ("names the model itself",), 2),
     Bad("unknown runtime", "measure model --runtime eagre", ("did you mean 'eager'?",), 2),
     # budgets

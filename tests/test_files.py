@@ -212,6 +212,8 @@ def test_a_lock_may_be_taken_again_further_in_and_leaves_nothing(tmp_path: Path)
         ("", True),
         ("{", True),
         ("[]", True),
+        ('{"process": 9223372036854775807, "host": "HERE"}', True),
+        ('{"process": ' + "9" * 400 + "}", True),
         ('{"process": 999999999, "host": "elsewhere"}', False),
         ('{"process": 1, "host": "HERE", "began": "another time"}', True),
     ],

@@ -20,7 +20,7 @@ from typing import Any
 
 from . import processes
 from .errors import ArtifactError, ConfigError
-from .foreign import parse_json
+from .foreign import parse_json, read_json
 
 LOCK = ".vitrim.lock"
 """Stands in a folder while a run writes there."""
@@ -160,11 +160,11 @@ def names_in(folder: Path) -> list[str]:
 def is_marked(path: Path) -> bool:
     """Whether a JSON file says that vitrim wrote it, as the records beside every result do."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        found = read_json(path, error=ArtifactError, mend="", finite=False)
+    except ArtifactError:
         return False
-    versions = found.get("versions") if isinstance(found, dict) else None
-    return isinstance(found, dict) and ("vitrim" in found or (isinstance(versions, dict) and "vitrim" in versions))
+    versions = found.get("versions")
+    return "vitrim" in found or (isinstance(versions, dict) and "vitrim" in versions)
 
 
 def refuse_foreign(place: Path, *, ours: bool, taken: Sequence[str] = ()) -> None:
@@ -268,8 +268,8 @@ def _alone(number: int) -> None:
 
 def _holder(text: str) -> dict[str, Any]:
     try:
-        found = json.loads(text)
-    except ValueError:
+        found = parse_json(text, named=LOCK, error=ArtifactError, mend="")
+    except ArtifactError:
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -283,7 +283,7 @@ def _lives(holder: Mapping[str, Any]) -> bool:
         return True
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):  # no system has a process of such a number
         return False
     except OSError:
         return True

@@ -308,7 +308,7 @@ def device_named(name: str | None) -> str:
         return next(kind for kind, count in found.items() if count)
     if kind not in found:
         hint = did_you_mean(kind, ("auto", *found)) or "."
-        raise MeasureError(f"device {name!r} is not known; expected one of auto, cpu, cuda, cuda:N, mps{hint}")
+        raise ConfigError(f"device {name!r} is not known; expected one of auto, cpu, cuda, cuda:N, mps{hint}")
     if not found[kind]:
         raise MeasureError(
             f"device {name!r} was asked for, but torch finds none here. Pass --device cpu, or install a torch build for it."

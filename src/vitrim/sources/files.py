@@ -8,7 +8,6 @@ Files of other libraries are refused by what they are, with the way to a file th
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import pickle
 import re
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 from .. import __version__
 from ..errors import SourceError
 from ..files import make_whole, sync_file, write_json
+from ..foreign import read_json
 from . import flax
 from .states import MERGE, SAVE, chosen, is_plain, row_of
 from .states import listed as listed
@@ -352,7 +352,7 @@ def _folder(path: Path) -> SourceError:
 def _shards(path: Path) -> dict[str, Any]:
     """The tensors of the files that an index names, which stand beside it."""
     try:
-        names = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+        names = set(read_json(path, error=SourceError, mend="")["weight_map"].values())
         assert all(Path(name).name == name and not name.endswith(".index.json") for name in names)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError, RecursionError):
         raise SourceError(
