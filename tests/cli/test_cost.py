@@ -56,8 +56,14 @@ def test_a_network_that_was_cut_is_compared_with_what_it_was_cut_from(tmp_path: 
     folder = vitrim.compress(dense, ComcatConfig(budget=Budget(keep_macs=0.5), variant="svd")).save(tmp_path / "small")
     done = run("cost", folder)
     assert "builtin:cifar10-vit-micro, which it was cut from: 50.0 % of its MACs" in done.stdout
+    assert json.loads(run("cost", folder, "--json").stdout)["against"]["macs"] == cost(dense.spec).macs
+
+
+def test_the_zeros_of_padded_heads_are_said_where_there_are_any(tmp_path: Path) -> None:
+    dense = load("builtin:cifar10-vit-micro")
+    ranks = tuple({"qk": 8, "vo": 16} for _ in dense.spec.blocks)
+    folder = vitrim.compress(dense, ComcatConfig(ranks=ranks, variant="svd")).save(tmp_path / "small")
     extra = json.loads(run("cost", folder, "--json").stdout)["padding_macs"]
     assert 0 < extra < 0.05 * cost(dense.spec).macs
-    assert f"padding      {extra:,} more" in done.stdout
+    assert f"padding      {extra:,} more" in run("cost", folder).stdout
     assert "padding" not in run("cost", "builtin:cifar10-vit-micro").stdout
-    assert json.loads(run("cost", folder, "--json").stdout)["against"]["macs"] == cost(dense.spec).macs
