@@ -184,3 +184,13 @@ def test_a_strip_that_would_fill_the_memory_is_refused_and_a_shorter_one_is_read
     assert x.shape == (1, 3, 224, 224)
     assert bool((x == 1).all())
     assert "60000 x 1 px is too long and narrow" in images.broken["0.png"]
+
+
+@pytest.mark.parametrize("size", [8, 112])  # kept in memory, and streamed
+def test_a_pass_over_nothing_but_broken_pictures_is_an_error_and_no_empty_pass(size: int, tmp_path: Path) -> None:
+    for number in range(3):
+        (tmp_path / f"{number}.png").write_bytes(b"x")
+    how = Preprocess(mean=(0.5,) * 3, std=(0.5,) * 3, size_px=(size, size))
+    images = data.open(tmp_path, split="all", on_broken="skip")
+    with pytest.raises(DataError, match=r"none of 3 images could be read; the first: 0\.png: .*Choose other data"):
+        list(data.batches(images, data.evaluation(how), 2))

@@ -73,7 +73,7 @@ def batches(
     size = getattr(getattr(transform, "preprocess", None), "size_px", (224, 224))
     processes = suggest_workers(images, size) if workers is None else workers
     made = read(images, transform, groups, seed, epoch, processes, torch.device(device))
-    return _collated(images, groups, made, drop_last, torch.device(device))
+    return _collated(images, groups, made, drop_last, torch.device(device), whole=start == 0 and ranks == 1)
 
 
 def calibration(images: Images, preprocess: Preprocess, count: int, seed: int = 0, *, workers: int = 0) -> Tensor:
@@ -109,16 +109,19 @@ def _fits(images: Images, transform: Transform) -> bool:
 
 
 def _collated(
-    images: Images, groups: Groups, made: Iterator[Made], full: bool, device: torch.device
+    images: Images, groups: Groups, made: Iterator[Made], full: bool, device: torch.device, *, whole: bool
 ) -> Iterator[Batch]:
-    labels = images.labels
+    labels, empty = images.labels, whole
     try:
         for group, (readable, batch) in zip(groups, made, strict=True):
             positions = _filled(readable, len(group), full, images)
             if len(positions):
+                empty = False
                 yield batch(positions), None if labels is None else labels[torch.from_numpy(positions)].to(device)
     finally:  # a pass that is left early has skipped some, too
         images.broken.tell(images.name)
+    if empty:
+        raise none_readable(images)
 
 
 def _in_memory(

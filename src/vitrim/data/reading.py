@@ -128,8 +128,10 @@ def sift(images: Images, group: list[Read]) -> list[tuple[int, Tensor]]:
 
 
 def none_readable(images: Images) -> DataError:
-    first = next(iter(images.broken.values()), "no images")
-    return DataError(f"{images.name}: none of {len(images)} images could be read; the first: {first}")
+    first = next(iter(images.broken.values()), "no images").partition(" Replace or remove it")[0]
+    return DataError(
+        f"{images.name}: none of {len(images)} images could be read; the first: {first} Choose other data."
+    )
 
 
 def _quiet(worker: int) -> None:
