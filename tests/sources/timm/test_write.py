@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import vitrim
@@ -152,6 +153,12 @@ def test_a_compressed_model_is_written_with_its_labels_and_preprocessing_and_rea
     assert (again.config.labels, again.config.preprocess) == (tuple("abcde"), preprocess)
     assert again.spec == model.spec
     assert again.provenance["source"] == "timm:local-dir:out"
+    file = tmp_path / "out" / "model.safetensors"
+    state = {key.replace("blocks.1.", "blocks.1._checkpoint_wrapped_module."): v for key, v in load_file(file).items()}
+    save_file(state, file)  # names inside wrappers, which timm does not know
+    wrapped = vitrim.load(f"timm:local-dir:{tmp_path / 'out'}")
+    assert (wrapped.config, wrapped.provenance) == (again.config, again.provenance)
+    assert all(torch.equal(value, again.state_dict()[key]) for key, value in wrapped.state_dict().items())
     (tmp_path / "out" / "model.safetensors").unlink()
     (tmp_path / "ours").mkdir()
     (tmp_path / "ours" / "config.json").write_text("{}")

@@ -16,6 +16,7 @@ from typing import Any, Unpack
 
 import timm
 import torch
+from safetensors import SafetensorError, safe_open
 from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_model_data_config
 from timm.models import VisionTransformer, model_entrypoint
 from timm.models.deit import VisionTransformerDistilled
@@ -28,6 +29,7 @@ from ...model import Vit
 from ...spec import ModelSpec, Preprocess
 from .. import files, parity
 from ..places import Told, filled
+from ..states import WRAPPERS
 from .read import ADVICE, family, refused, spec_of, weights_of
 
 LOG = logging.getLogger("vitrim.sources")
@@ -68,6 +70,9 @@ def load(
     if checkpoint is not None:
         weights = Path(checkpoint).name
         module, left = _with_checkpoint(name, Path(checkpoint), classes, any_size=any_size, key=checkpoint_key)
+    elif pretrained and (file := _in_wrappers(name)) is not None:
+        module, left = _with_checkpoint(name, file, classes, any_size=any_size, key=None)
+        weights, labels = "pretrained", _labels(module)
     elif pretrained:
         weights, module = "pretrained", _create(name, pretrained=True)
         if not files.stays(classes, getattr(module, "num_classes", 0), f"the weights of {name!r} have"):
@@ -123,6 +128,19 @@ def _create(name: str, *, pretrained: bool = False, **options: Any) -> Any:
             f"the description of {name!r} is not on this machine and could not be fetched ({why}). Check the name and the "
             "network, or take a timm:NAME, whose architecture needs none."
         ) from error
+
+
+def _in_wrappers(name: str) -> Path | None:
+    """The weights of a local folder whose names carry the parts that wrappers add inside, which timm does not know."""
+    file = Path(name.removeprefix("local-dir:")) / files.WEIGHTS
+    if not name.startswith("local-dir:") or not file.is_file():
+        return None
+    try:
+        with safe_open(file, "pt") as weights:
+            names = list(weights.keys())
+    except (SafetensorError, OSError):
+        return None  # timm's own loading says what it is
+    return file if any(part in WRAPPERS for key in names for part in key.split(".")) else None
 
 
 def _with_checkpoint(
