@@ -21,7 +21,7 @@ def test_a_resized_network_is_given_images_of_its_size_and_says_where_it_comes_f
     torch.nn.init.ones_(model.position)
     sized = resized(model, (8, 24))
     assert sized.config.preprocess == replace(preprocess, size_px=(8, 24))
-    assert sized.provenance["resized_from_px"] == [16, 16]
+    assert sized.provenance["positions_made_for_px"] == [16, 16]
     assert sized.spec.position.grid == (2, 6)
     assert (model.spec, model.provenance) == (vit(), {})
 
@@ -30,7 +30,8 @@ def test_at_its_own_size_only_positions_of_another_grid_are_folded() -> None:
     model = make(vit(position=Position(grid=(5, 5))))
     folded = resized(model, model.spec.image_px)
     assert folded.spec == vit()
-    assert "resized_from_px" not in folded.provenance
+    assert folded.provenance["positions_made_for_px"] == [20, 20]
+    assert resized(folded, (16, 16)).provenance == folded.provenance
     assert torch.equal(folded.position, model.positions((4, 4)))
 
 

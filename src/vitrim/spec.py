@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
@@ -458,7 +458,7 @@ def has_own_positions(spec: ModelSpec) -> bool:
 
 def sides(image_px: int | tuple[int, int]) -> tuple[int, int]:
     """Height and width in pixels, from both or from one number for both. Raises ConfigError."""
-    both = (image_px, image_px) if isinstance(image_px, int) else tuple(image_px)
+    both = tuple(image_px) if isinstance(image_px, Sequence) and not isinstance(image_px, str) else (image_px, image_px)
     if len(both) != 2 or any(isinstance(side, bool) or not isinstance(side, int) or side < 1 for side in both):
         raise ConfigError(f"image_px={image_px!r}; expected a number of pixels above 0, or (height, width).")
     return both

@@ -17,7 +17,18 @@ from torch import Tensor
 from .errors import SpecError
 from .freezing import Half
 from .model import Masks, Vit
-from .spec import AttentionSpec, BlockSpec, MlpSpec, ModelSpec, Prefix, SelectionStep, at_size, spec_hash, steps_at
+from .spec import (
+    AttentionSpec,
+    BlockSpec,
+    MlpSpec,
+    ModelSpec,
+    Prefix,
+    SelectionStep,
+    at_size,
+    has_own_positions,
+    spec_hash,
+    steps_at,
+)
 
 Indices = tuple[int, ...]
 
@@ -266,11 +277,21 @@ def resized(model: Vit, image_px: tuple[int, int]) -> Vit:
     if model.position is not None:
         state["position"] = model.positions(spec.grid)
     new = with_spec(model, spec, state)
-    if image_px != model.spec.image_px:
-        if (preprocess := model.config.preprocess) is not None:
-            new.config = replace(new.config, preprocess=replace(preprocess, size_px=image_px))
-        new.provenance = {"resized_from_px": list(model.spec.image_px), **new.provenance}
+    if image_px != model.spec.image_px and (preprocess := model.config.preprocess) is not None:
+        new.config = replace(new.config, preprocess=replace(preprocess, size_px=image_px))
+    if model.position is not None and spec.grid != model.spec.position.grid:
+        made_for = [count * patch for count, patch in zip(model.spec.position.grid, spec.patch_px, strict=True)]
+        new.provenance = {"positions_made_for_px": made_for, **new.provenance}
     return new
+
+
+def with_own_positions(model: Vit, image_px: tuple[int, int] | None = None) -> Vit:
+    """The model itself, or `resized` where it is for another size than asked or resizes positions in every forward pass.
+
+    image_px: None is its own size.
+    """
+    size = image_px or model.spec.image_px
+    return model if size == model.spec.image_px and has_own_positions(model.spec) else resized(model, size)
 
 
 def exact_tail(model: Vit) -> Vit:

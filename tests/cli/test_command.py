@@ -96,7 +96,7 @@ def test_a_hostile_name_is_refused_in_one_line_that_no_terminal_obeys(words: lis
 
 
 def test_what_the_package_logs_reaches_no_terminal_unescaped(monkeypatch: pytest.MonkeyPatch) -> None:
-    def named(name: str) -> ModelSpec:
+    def named(name: str, _: None) -> ModelSpec:
         logging.getLogger("vitrim.sources").info("kept [/]%s", "\x1b[31m")
         raise SourceError(f"no {name}\nno line of its own")
 

@@ -67,3 +67,22 @@ def test_the_zeros_of_padded_heads_are_said_where_there_are_any(tmp_path: Path) 
     assert 0 < extra < 0.05 * cost(dense.spec).macs
     assert f"padding      {extra:,} more" in run("cost", folder).stdout
     assert "padding" not in run("cost", "builtin:cifar10-vit-micro").stdout
+
+
+def test_cost_at_another_image_size_counts_there_without_torch() -> None:
+    done = run("cost", DEIT_S, "--image-px", "448", "--json")
+    values = json.loads(done.stdout)
+    assert values["image_px"] == [448, 448]
+    assert values["blocks"][0]["tokens_in"] == 785
+    oblong = run("cost", DEIT_S, "--image-px", "112,448", "--against", DEIT_S)
+    assert "112 x 448 px" in oblong.stdout
+    assert "100.0 % of its MACs" in oblong.stdout
+    for wrong in ("0", "1,2,3", "large", "-16"):
+        assert run("cost", DEIT_S, f"--image-px={wrong}").exit_code == 2
+    assert run("cost", DEIT_S, "--image-px", "8").exit_code == 1
+
+
+def test_cost_says_what_of_an_image_no_patch_covers() -> None:
+    done = run("cost", "timm:vit_so400m_patch14_siglip_384")
+    assert "729" in done.stdout
+    assert "6 px at the bottom and 6 px at the right" in done.stdout

@@ -31,3 +31,11 @@ def test_export_writes_a_folder_that_timm_loads_and_refuses_one_that_is_there(tm
     assert "--force" in again.stderr
     assert run(*words, "--force").exit_code == 0
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_export_at_another_image_size_writes_a_network_of_that_size(tmp_path: Path) -> None:
+    import vitrim
+
+    words = ["export", "builtin:cifar10-vit-micro", "--format", "timm", "--image-px", "64,48"]
+    assert run(*words, "--out", tmp_path / "a").exit_code == 0
+    assert vitrim.load(f"timm:local-dir:{tmp_path / 'a'}").spec.image_px == (64, 48)

@@ -43,3 +43,13 @@ def test_a_setting_changes_the_range() -> None:
     model = ["plan", "--model", "builtin:cifar10-vit-micro", "--keep-macs", "0.9", "--method", "auto", "--json"]
     free, held = (json.loads(run(*model, *words).stdout)["plans"][0] for words in ([], ["--set", "axes=qk"]))
     assert held["range"]["macs"][0] > free["range"]["macs"][0]
+
+
+def test_a_plan_counts_at_the_image_size_asked_for_and_says_so() -> None:
+    words = ["plan", "--model", "timm:deit_tiny_patch16_224", "--method", "comcat", "--keep-macs", "0.5"]
+    values = json.loads(run(*words, "--image-px", "112", "--json").stdout)
+    cost = json.loads(run("cost", "timm:deit_tiny_patch16_224", "--image-px", "112", "--json").stdout)
+    assert values["image_px"] == [112, 112]
+    assert values["macs"] == cost["macs"]
+    assert values["plans"][0]["limits"]["macs"] == cost["macs"] // 2
+    assert "112 x 112 px" in run(*words, "--image-px", "112").stdout

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import vitrim
-from vitrim import artifact, counting, pipeline
+from vitrim import artifact, counting, pipeline, surgery
 from vitrim.budget import Budget
 from vitrim.config import read
 from vitrim.errors import ArtifactError, BudgetError, ConfigError, DataError, VitrimError
@@ -25,6 +25,7 @@ from vitrim.methods.uvc import run as uvc
 from vitrim.model import Vit, build
 from vitrim.pipeline import EvaluateConfig, MeasureConfig, RecoverConfig, comparison
 from vitrim.pipeline.folder import STAGES
+from vitrim.pipeline.reference import reference_of
 from vitrim.result import Compressed
 from vitrim.spec import AttentionSpec, BlockSpec, Config, MlpSpec, ModelSpec, Output, Position, Prefix, Preprocess
 from vitrim.tasks.classification import Classification
@@ -631,3 +632,41 @@ def test_both_doors_say_what_a_network_was_cut_from_and_its_own_figures(tmp_path
     # what it was cut from is found again
     again = job(tmp_path / "again", model=small.model, relative_to="original", recover=None, measure=None)
     assert counting.cost(again.spec).macs <= 0.6 * counting.cost(dense.spec).macs
+
+
+def test_a_run_at_another_image_size_counts_its_budget_there_and_says_so(tmp_path: Path) -> None:
+    dense = tiny()
+    result = job(tmp_path / "small", model=dense, image_px=(12, 16), recover=None, measure=None)
+    sized = surgery.resized(dense, (12, 16))
+    assert result.spec.image_px == (12, 16)
+    assert result.summary["costs"]["dense"]["macs"] == counting.cost(sized).macs
+    assert result.summary["costs"]["compressed"]["macs"] <= 0.6 * counting.cost(sized).macs
+    assert artifact.load(result.folder).config.preprocess == sized.config.preprocess
+    assert "for images of 12 x 16 px" in result.report.read_text()
+    assert json.loads((result.folder / "stages" / "config.json").read_text())["image_px"] == [12, 16]
+    with pytest.raises(ConfigError, match="image_px"):
+        job(tmp_path / "small", model=dense, recover=None, measure=None, resume=True)
+
+
+def test_shares_of_the_original_are_of_it_at_the_same_image_size() -> None:
+    original = tiny()
+    keeps = [surgery.Keep(hidden=tuple(range(16))), None]
+    small = surgery.cut(original, keeps, method="test")
+    small.provenance = {"original": {"spec": original.spec.to_dict()}}
+    found = reference_of(surgery.resized(small, (16, 16)), "original")
+    assert found.macs == counting.cost(surgery.resized(original, (16, 16))).macs
+    assert reference_of(small, "original").macs == counting.cost(original).macs
+
+
+def test_positions_of_another_grid_are_folded_before_anything_is_counted_or_timed(tmp_path: Path) -> None:
+    dense = tiny()
+    odd = surgery.with_spec(
+        dense,
+        replace(dense.spec, position=Position(grid=(3, 3))),
+        {**dense.state_dict(), "position": torch.randn(10, 16)},
+    )
+    result = job(tmp_path / "small", model=odd, recover=None, measure=None)
+    assert result.summary["costs"]["dense"]["params"] == counting.cost(dense).params
+    assert result.spec.position.grid == (2, 2)
+    assert vitrim.compress(odd, COMCAT, data=pictures()).spec.position.grid == (2, 2)
+    assert odd.spec.position.grid == (3, 3)

@@ -54,6 +54,7 @@ RECORDED = ("schema", "vitrim", "weights", "data", "threads")
     "--config", type=click.Path(path_type=Path), metavar="FILE", help="JSON, as OUT/stages/config.json of a run."
 )
 @click.option("--resume", is_flag=True, help="Go on with the run at --out, at its first missing stage.")
+@options.IMAGE_PX
 @options.FORCE
 @options.SOURCE
 @options.PREPARED
@@ -75,6 +76,7 @@ def compress(
     no_measure: bool,
     config: Path | None,
     resume: bool,
+    image_px: tuple[int, int] | None,
     force: bool,
     limits: options.Limits,
     weights: options.Weights,
@@ -95,7 +97,7 @@ def compress(
     values = options.read_json(config)
     options.check_keys(
         values,
-        (*SECTIONS, "model", "method", "relative_to", "exact_tail", "init", "on_broken", *RECORDED),
+        (*SECTIONS, "model", "method", "relative_to", "exact_tail", "init", "image_px", "on_broken", *RECORDED),
         place=f"--config {str(config)!r}",
     )
     name = model or values.get("model")
@@ -114,6 +116,7 @@ def compress(
     how = methods.configure(chosen.name, own)
     options.check_out(out, force=force, resume=resume)
     options.use_threads(machine["threads"])
+    size = image_px or size_in(values)
     recovery = timed = None
     if recover_steps != 0 and values.get("recover", {}) is not None:
         length = options.given({"epochs": recover_epochs, "steps": recover_steps})
@@ -124,7 +127,7 @@ def compress(
         kinds = {None: None, "eager": ("eager",), "compile": ("eager", "compile")}[measured]
         timed = {**options.section(values, "measure"), **options.given({"runtimes": kinds})}
     result = run_with(
-        name if weights == options.Weights() and not prepared.asked else prepared.on(weights.load(name)),
+        name if weights == options.Weights() and not prepared.asked else prepared.on(weights.load(name, size)),
         how,
         fixed=own,
         data=source,
@@ -139,6 +142,7 @@ def compress(
         relative_to=relative_to or values.get("relative_to") or "given",
         exact_tail=not no_exact_tail and values.get("exact_tail", True) is True,
         init=init,
+        image_px=size,
         on_broken=on_broken or values.get("on_broken") or "raise",
         budgets=budgets,
     )
@@ -160,6 +164,15 @@ def compress(
     tables.say("next:")
     for row in next_commands(result.summary["onward"], place=str(out), model=name, data=source):
         tables.say(f"  {row['command']}")
+
+
+def size_in(values: Mapping[str, Any]) -> tuple[int, int] | None:
+    """The image size in a config; None without one. Raises ConfigError."""
+    if (found := values.get("image_px")) is None:
+        return None
+    from vitrim.spec import sides
+
+    return sides(tuple(found) if isinstance(found, list) else found)
 
 
 def run_with(
@@ -223,9 +236,11 @@ def show_run(result: Mapping[str, Any]) -> None:
     rows += accuracy_rows(result["metrics"], result.get("difference"))
     for gain in (result.get("timing") or {}).get("speedups", ()):
         rows.append(speed_row(gain, result["timing"]["rows"]))
-    method = result["method"]
+    method, px = result["method"], result["specs"]["compressed"]["image_px"]
     name = f"{method['name']} ({method['variant']})" if method.get("variant") else method["name"]
-    tables.show_table(f"{result['model']} cut by {name}", ["", "before", "after", "kept or gained"], rows)
+    tables.show_table(
+        f"{result['model']} cut by {name}, {px[0]} x {px[1]} px", ["", "before", "after", "kept or gained"], rows
+    )
     for text in (result.get("timing") or {}).get("notes", ()):
         tables.say(text)
 

@@ -24,20 +24,21 @@ BUILT_IN = Path(__file__).parents[1] / "assets" / "models"
 @click.option(
     "--against", metavar="MODEL", help="Give shares of this model's cost; by default of what MODEL was cut from."
 )
+@options.IMAGE_PX
 @options.OUTPUT
-def cost(model: str, against: str | None, output: options.Output) -> None:
+def cost(model: str, against: str | None, image_px: tuple[int, int] | None, output: options.Output) -> None:
     """Count MODEL's operations and parameters, per block.
 
     Needs no weights: vitrim cost timm:deit_small_patch16_224
     """
-    spec = spec_named(model)
+    spec = spec_named(model, image_px)
     from vitrim import counting
 
     counted = counting.cost(spec)
     origin = original_of(model) if against is None else (against, spec_named(against))
-    dense = None if origin is None else (origin[0], counting.cost(origin[1]))
+    dense = None if origin is None else (origin[0], counting.cost(sized(origin[1], image_px)))
     if output.as_json:
-        values = {"model": model, **counted.to_dict()}
+        values = {"model": model, "image_px": spec.image_px, **counted.to_dict()}
         if dense is not None:
             values["against"] = {"model": dense[0], "macs": dense[1].macs, "params": dense[1].params}
         tables.show_json(values)
@@ -45,8 +46,24 @@ def cost(model: str, against: str | None, output: options.Output) -> None:
         tables.show_cost(model, spec, counted, against=dense)
 
 
-def spec_named(name: str) -> ModelSpec:
-    """The spec of a model by name or folder; torch is imported only where no table and no file says it."""
+def spec_named(name: str, image_px: tuple[int, int] | None = None) -> ModelSpec:
+    """The spec of a model by name or folder, at the size asked for or its own.
+
+    torch is imported only where no table and no file says it.
+    """
+    return sized(_spec_named(name), image_px)
+
+
+def sized(spec: ModelSpec, image_px: tuple[int, int] | None) -> ModelSpec:
+    """The spec at another image size; None: its own."""
+    if image_px is None:
+        return spec
+    from vitrim.spec import at_size
+
+    return at_size(spec, image_px)
+
+
+def _spec_named(name: str) -> ModelSpec:
     family, _, rest = name.partition(":")
     if family in TABLES:
         from vitrim import architectures

@@ -21,10 +21,19 @@ from vitrim.files import refuse_locked
     help="Whose checkpoint: timm (local-dir:), hf (from_pretrained), torchvision or t2t (a state dict).",
 )
 @click.option("--out", type=click.Path(path_type=Path), required=True, metavar="PLACE", help="Folder or file to make.")
+@options.IMAGE_PX
 @options.FORCE
 @options.SOURCE
 @options.OUTPUT
-def export(model: str, kind: str, out: Path, force: bool, weights: options.Weights, output: options.Output) -> None:
+def export(
+    model: str,
+    kind: str,
+    out: Path,
+    image_px: tuple[int, int] | None,
+    force: bool,
+    weights: options.Weights,
+    output: options.Output,
+) -> None:
     """Write MODEL as another library's own checkpoint, with the same answers.
 
     Where that library cannot say the model, the block in the way is named. vitrim export small/ --format timm --out for-timm/
@@ -35,5 +44,5 @@ def export(model: str, kind: str, out: Path, force: bool, weights: options.Weigh
         raise ConfigError(f"--out {str(out)!r} is there already. Pass --force to replace it, or choose another name.")
     refuse_locked(out)
     options.check_place(out)
-    place = write(weights.load(model), kind, out, force=force)
+    place = write(weights.load(model, image_px), kind, out, force=force)
     output.tell({"format": kind, "out": str(place)}, f"wrote {place} for {kind}")

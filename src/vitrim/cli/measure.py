@@ -30,11 +30,13 @@ if TYPE_CHECKING:
 )
 @click.option("--runs", type=options.COUNT, default=20, show_default=True, help="Samples of each model.")
 @click.option("--dtype", type=options.Named("float32", "bfloat16", "float16"), default="float32", show_default=True)
+@options.IMAGE_PX
 @options.COMPUTE
 @options.OUTPUT
 def measure(
     model: str,
     against: str | None,
+    image_px: tuple[int, int] | None,
     device: str | None,
     output: options.Output,
     **how: Any,
@@ -50,26 +52,35 @@ def measure(
     from vitrim.counting import cost
 
     names = [model] if against is None else [against, model]
-    networks = {name: for_timing(name) for name in names}
+    networks = {name: for_timing(name, image_px) for name in names}
     with progress_on_stderr(output.quiet) as progress:
         rows = timing.measure(networks, device=where, progress=progress, **how)
     macs = {name: cost(network).macs for name, network in networks.items()}
     gains = [] if against is None else timing.speedups(rows, against, macs)
     if output.as_json:
-        tables.show_json({"rows": rows, "speedups": gains, "macs": macs})
+        tables.show_json(
+            {
+                "rows": rows,
+                "speedups": gains,
+                "macs": macs,
+                "image_px": {n: v.spec.image_px for n, v in networks.items()},
+            }
+        )
     else:
-        show_times(rows, gains)
+        sizes = dict.fromkeys(tables.size_text(network.spec) for network in networks.values())
+        show_times(rows, gains, " and ".join(sizes))
 
 
-def for_timing(name: str) -> Vit:
-    """A model to time; a named one needs no published weights, since they change no time."""
+def for_timing(name: str, image_px: tuple[int, int] | None = None) -> Vit:
+    """A model to time, with the positions of its size; a named one needs no published weights, since they change no time."""
     from vitrim.sources import FOREIGN, load
+    from vitrim.surgery import with_own_positions
 
-    return load(name, pretrained=name.partition(":")[0] not in FOREIGN)
+    return with_own_positions(load(name, pretrained=name.partition(":")[0] not in FOREIGN, image_px=image_px))
 
 
-def show_times(rows: Sequence[dict[str, Any]], gains: Sequence[dict[str, Any]]) -> None:
-    """Times, the speed-up beside the ideal one, and the setting they hold for."""
+def show_times(rows: Sequence[dict[str, Any]], gains: Sequence[dict[str, Any]], size: str) -> None:
+    """Times, the speed-up beside the ideal one, and the setting they hold for.  size: of the images."""
     from vitrim.timing import busy
 
     gained = {(gain["model"], gain["batch"]): gain for gain in gains}
@@ -80,7 +91,7 @@ def show_times(rows: Sequence[dict[str, Any]], gains: Sequence[dict[str, Any]]) 
         if gain := gained.get((row["model"], row["batch"])):
             body[-1] += [f"{gain['ideal']:.2f}", f"{gain['measured']:.2f}", tables.share_text(gain["realised"], 1)]
     heads = ["model", "batch", "median ms", "quartiles", *(["ideal x", "measured x", "realised"] if gains else [])]
-    tables.show_table("time of one forward pass", heads, body)
+    tables.show_table(f"time of one forward pass, {size}", heads, body)
     first = rows[0]
     tables.say(
         f"{first['runtime']}, {first['dtype']}, {first['device_name']}, {first['threads']} threads, "

@@ -95,6 +95,20 @@ COUNT = Number(int, least=1)
 COUNT_OR_NONE = Number(int, least=0)
 POSITIVE = Number(float, above=0)
 MEGABYTES = Number(float, above=0, most=MOST // 10**6)
+
+
+class Sides(click.ParamType):  # type: ignore[type-arg]
+    """Height and width in pixels, or one number for both: "224" or "224,448" -> (224, 448)."""
+
+    name = "PX[,PX]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        found = value if isinstance(value, tuple) else COUNTS.convert(value, param, ctx)
+        if len(found) > 2:
+            self.fail(f"{value!r} is more than height and width; expected 224, or 224,448.", param, ctx)
+        return int(found[0]), int(found[-1])
+
+
 SHARE = Listed(Number(float, above=0, most=1))
 COUNTS = Listed(COUNT)
 
@@ -151,8 +165,8 @@ class Weights:
     no_pretrained: bool = False
     no_verify: bool = False
 
-    def load(self, name: str) -> Vit:
-        """A model by name or folder."""
+    def load(self, name: str, image_px: tuple[int, int] | None = None) -> Vit:
+        """A model by name or folder, at the size asked for or its own."""
         if self.checkpoint is not None and self.no_pretrained:
             raise click.UsageError("--checkpoint and --no-pretrained contradict each other; pass one of them.")
         if self.checkpoint_key is not None and self.checkpoint is None:
@@ -166,6 +180,7 @@ class Weights:
             pretrained=not self.no_pretrained,
             checkpoint=self.checkpoint,
             checkpoint_key=self.checkpoint_key,
+            image_px=image_px,
             verify=not self.no_verify,
         )
 
@@ -246,6 +261,12 @@ SOURCE = bundle(
     ),
     click.option("--no-pretrained", is_flag=True, help="Random weights instead of the published ones."),
     click.option("--no-verify", is_flag=True, help="Do not compare with the source's own network on a random image."),
+)
+IMAGE_PX = click.option(
+    "--image-px",
+    type=Sides(),
+    metavar="H,W",
+    help="Size of the images it runs at, or one number for both sides; its positions are resized once. Its own by default.",
 )
 PREPARED = bundle(
     "prepared",

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 @options.BROKEN
 @settings.IMAGES
 @settings.PLANNED_BY
+@options.IMAGE_PX
 @options.SOURCE
 @options.PREPARED
 @options.DEVICE
@@ -42,6 +43,7 @@ def plan(
     data: str | None,
     on_broken: str | None,
     device: str | None,
+    image_px: tuple[int, int] | None,
     limits: options.Limits,
     weights: options.Weights,
     prepared: options.Prepared,
@@ -69,18 +71,13 @@ def plan(
         if len(own) > 1:
             raise click.UsageError(f"--data goes with one method; {method} are several.")
         from vitrim import data as opened
+        from vitrim.surgery import with_own_positions
 
         ((name, given),) = own.items()
         given = {"device": options.device_named(device), **given}
-        rows = predicted(
-            prepared.on(weights.load(model)),
-            name,
-            budgets,
-            opened.skipping(data, on_broken or "raise"),
-            given,
-            output.quiet,
-        )
-        show_predictions(model, name, rows, output.as_json)
+        network = prepared.on(with_own_positions(weights.load(model, image_px)))
+        rows = predicted(network, name, budgets, opened.skipping(data, on_broken or "raise"), given, output.quiet)
+        show_predictions(model, name, rows, network.spec, output.as_json)
         return
     seen = [
         weights.checkpoint,
@@ -93,16 +90,23 @@ def plan(
         raise click.UsageError(
             "--checkpoint, --checkpoint-key, --no-pretrained, --images, --axes, --score, --device, --on-broken, --mean, --std, --size and --seed go with --data; without it only the shape counts."
         )
-    spec = spec_named(model)
+    from vitrim.spec import at_size
+
+    spec = spec_named(model, image_px)
+    spec = at_size(spec, spec.image_px)  # as `compress` takes it: with the positions of its own size
     rows = [planned(name, spec, budget, given) for budget in budgets for name, given in own.items()]
     if output.as_json:
         from vitrim import counting
 
         whole = counting.cost(spec)
-        tables.show_json({"model": model, "macs": whole.macs, "params": whole.params, "plans": rows})
+        tables.show_json(
+            {"model": model, "image_px": spec.image_px, "macs": whole.macs, "params": whole.params, "plans": rows}
+        )
         return
     heads = ["method", "budget", "asks MACs", "asks params", "reaches MACs", "reaches params", "needs", "within reach"]
-    tables.show_table(f"{model}: what each method would reach", heads, [plan_row(row) for row in rows])
+    tables.show_table(
+        f"{model}, {tables.size_text(spec)}: what each method would reach", heads, [plan_row(row) for row in rows]
+    )
     note_refusals(rows)
 
 
@@ -142,14 +146,18 @@ def out_of_reach(spec: ModelSpec, method: str, config: Any, budget: Budget) -> s
     return None
 
 
-def show_predictions(model: str, method: str, rows: list[dict[str, Any]], as_json: bool) -> None:
+def show_predictions(model: str, method: str, rows: list[dict[str, Any]], spec: ModelSpec, as_json: bool) -> None:
     """A row for each budget: predicted divergence, stream, and what each block would keep."""
     if as_json:
-        tables.show_json({"model": model, "method": method, "predictions": rows})
+        tables.show_json({"model": model, "image_px": spec.image_px, "method": method, "predictions": rows})
         return
     body = [prediction_row(row) for row in rows]
     heads = ["budget", "MACs", "params", "predicted loss", "stream", "tokens", "blocks: q/k rank / v rank / MLP units"]
-    tables.show_table(f"{model}: what {method} expects (divergence of the outputs from the dense ones)", heads, body)
+    tables.show_table(
+        f"{model}, {tables.size_text(spec)}: what {method} expects (divergence of the outputs from the dense ones)",
+        heads,
+        body,
+    )
     note_refusals(rows)
 
 

@@ -116,7 +116,7 @@ def show_cost(name: str, spec: ModelSpec, cost: Cost, *, against: tuple[str, Cos
             + [count_text(n) for n in (part.attention_macs, part.mlp_macs, part.macs, part.params)]
         )
     rows.append(["head", "", "", "", "", "", "", "", count_text(cost.head_macs), count_text(cost.head_params)])
-    show_table(name, heads, rows)
+    show_table(f"{name}, {size_text(spec)}", heads, rows)
     say(f"MACs         {cost.macs:,} ({count_text(cost.macs)}; the papers' FLOPs)")
     if cost.padding_macs:
         say(
@@ -126,11 +126,19 @@ def show_cost(name: str, spec: ModelSpec, cost: Cost, *, against: tuple[str, Cos
     say(f"parameters   {cost.params:,} ({count_text(cost.params)})")
     say(f"memory       {cost.memory_bytes / 1e6:.1f} MB (weights and peak activations at batch 1, estimated)")
     say(f"file         {cost.file_bytes / 1e6:.1f} MB (float32)")
+    if any(spec.unread_px):
+        down, right = spec.unread_px
+        say(f"not read     {down} px at the bottom and {right} px at the right, which no patch covers")
     if against is not None:
         other, dense = against
         say(
             f"against      {other}: {share_text(cost.macs, dense.macs)} of its MACs, {share_text(cost.params, dense.params)} of its parameters"
         )
+
+
+def size_text(spec: ModelSpec) -> str:
+    """At which image size a network runs: "224 x 224 px"."""
+    return f"{spec.image_px[0]} x {spec.image_px[1]} px"
 
 
 def needs_text(needs: Needs) -> str:

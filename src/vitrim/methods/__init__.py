@@ -135,7 +135,8 @@ def compress(
     teacher: Vit | None = None,
     on_broken: str = "raise",
 ) -> Compressed:
-    """The method that the config belongs to, alone: no recovery. `model` is left as it was.
+    """The method that the config belongs to, alone: no recovery. `model` is left as it was; where its positions are for another
+    image size than its own, the method is given them resized, once.
 
     data: whatever `vitrim.data.open` takes; None where the method needs none. on_broken: "raise" stops at an image that cannot be
     read, "skip" leaves it out and says so. seed: instead of the config's own.
@@ -147,6 +148,7 @@ def compress(
     """
     from vitrim import data as opened
     from vitrim.model import Vit
+    from vitrim.surgery import with_own_positions
 
     if not isinstance(model, Vit):
         raise VitrimError(
@@ -161,6 +163,7 @@ def compress(
     taught = {} if teacher is None else {"teacher": teacher}
     for network in (model, *taught.values()):
         _finite(network, f"{method.name}: the model is not cut")
+    model = with_own_positions(model)
     place = None if folder is None else Path(folder)
     data = None if data is None else opened.skipping(data, on_broken)
     with _in_memory(method):

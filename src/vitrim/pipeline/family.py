@@ -21,11 +21,10 @@ from vitrim.files import is_marked, locked, names_in, refuse_foreign
 from vitrim.methods.method import MethodConfig
 from vitrim.model import Vit
 from vitrim.pipeline.folder import check_place, written_or_said
-from vitrim.pipeline.reference import given_spec, reference_of
+from vitrim.pipeline.reference import dense_of, given_spec, reference_of
 from vitrim.pipeline.running import RunResult, run
 from vitrim.progress import Progress
 from vitrim.result import Compressed
-from vitrim.sources import load
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +89,7 @@ def _run_family(
     made = [name for name in (reporting.family.SUMMARY, "report.html") if (folder / name).exists()]
     refuse_foreign(folder, ours=is_marked(folder / reporting.family.SUMMARY), taken=made)
     refuse_foreign(scoring, ours=checkpoints.are_in(scoring), taken=names_in(scoring))
-    dense = load(model) if isinstance(model, str | Path) else model
+    dense = dense_of(model, settings.get("image_px"))
     reference = reference_of(dense, settings.get("relative_to", "given"))
     asked = [budget.of(reference) for budget in budgets]
     method = methods.method_of(method_config)

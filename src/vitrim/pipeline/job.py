@@ -53,6 +53,7 @@ class Asked:
     relative_to: Literal["given", "original"]
     tail: bool
     init: str | None
+    image_px: tuple[int, int] | None
     compressor: Callable[..., Compressed]
 
 
@@ -117,6 +118,7 @@ class Job:
             "method": self.method.name,
             "settings": plain(asked.config),
             "data": {"train": self.train.fingerprint(), "validation": self.held.fingerprint()},
+            **({} if asked.image_px is None else {"image_px": list(asked.image_px)}),
             **({"on_broken": "skip"} if self.train.on_broken == "skip" else {}),
             "recover": None if self.recovery is None else plain(self.recovery),
             "evaluate": plain(asked.judging),

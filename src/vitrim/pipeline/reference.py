@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 from vitrim import surgery
 from vitrim.counting import Cost, cost
@@ -10,7 +11,15 @@ from vitrim.errors import ConfigError
 from vitrim.freezing import frozen
 from vitrim.methods.method import MethodConfig
 from vitrim.model import Vit
-from vitrim.spec import ModelSpec
+from vitrim.sources import load
+from vitrim.spec import ModelSpec, at_size, sides
+
+
+def dense_of(model: str | Path | Vit, image_px: int | tuple[int, int] | None) -> Vit:
+    """The model that a job cuts, at the size asked for (None: its own), with the positions of that size."""
+    if isinstance(model, Vit):
+        return surgery.with_own_positions(model, None if image_px is None else sides(image_px))
+    return surgery.with_own_positions(load(model, image_px=image_px))
 
 
 def reference_of(dense: Vit, relative_to: str) -> Cost:
@@ -23,7 +32,8 @@ def reference_of(dense: Vit, relative_to: str) -> Cost:
             "relative_to='original': the model does not say what it was cut from. Pass relative_to='given', or absolute limits "
             "(max_macs, max_params)."
         )
-    return cost(ModelSpec.from_dict(original["spec"]))
+    spec = ModelSpec.from_dict(original["spec"])
+    return cost(spec if spec.image_px == dense.spec.image_px else at_size(spec, dense.spec.image_px))
 
 
 def limited(config: MethodConfig, reference: Cost) -> MethodConfig:

@@ -20,12 +20,12 @@ from vitrim.pipeline.configs import EvaluateConfig, MeasureConfig, RecoverConfig
 from vitrim.pipeline.folder import Folder, check_place, written_or_said
 from vitrim.pipeline.forecast import forecast, later
 from vitrim.pipeline.job import Asked, Job, name_of
+from vitrim.pipeline.reference import dense_of
 from vitrim.pipeline.stages import STAGES, final
 from vitrim.pipeline.summary import summary
 from vitrim.progress import Progress
 from vitrim.result import Compressed
-from vitrim.sources import load
-from vitrim.spec import ModelSpec
+from vitrim.spec import ModelSpec, sides
 
 log = logging.getLogger("vitrim.pipeline")
 
@@ -62,6 +62,7 @@ def run(
     relative_to: Literal["given", "original"] = "given",
     exact_tail: bool = True,
     init: str | None = None,
+    image_px: int | tuple[int, int] | None = None,
     on_broken: str = "raise",
     progress: Progress | None = None,
     compressor: Callable[..., Compressed] = compress_by,
@@ -74,6 +75,7 @@ def run(
     one that it descends from.  exact_tail: let only the prefix tokens through the last block where the classifier reads no
     other: the same outputs for fewer operations, which the method may then spend elsewhere.
     init: a method of closed forms, such as auto, that first cuts to twice the budget; the other then starts from there.
+    image_px: size of the images that the network is for, as in `vitrim.load`: the budget counts there. None: the model's own.
     on_broken: "raise" stops at an image that cannot be read, "skip" leaves it out and says so.
     resume: go on at the first stage that has no result.  force: replace the run in `out`.
     compressor: called as `vitrim.compress`; a family's has done the work for all members.
@@ -92,7 +94,8 @@ def run(
         folder = Folder(place, resume=resume, force=force)
         asked = Asked(
             name=name_of(model),
-            dense=load(model) if isinstance(model, str | Path) else model,
+            dense=dense_of(model, image_px),
+            image_px=None if image_px is None else sides(image_px),
             config=method_config,
             data=opened.skipping(data, on_broken),
             recovery=recover,

@@ -10,6 +10,7 @@ both networks on a random image, and every number of the module must have found 
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import tempfile
@@ -19,13 +20,15 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ArtifactError, SourceError, did_you_mean
 from ..files import is_marked, locked, names_in, refuse_foreign, replace_within
-from ..spec import has_own_positions, sides
+from ..spec import sides
 
 if TYPE_CHECKING:
     from torch import nn
 
     from ..model import Vit
     from ..spec import ModelSpec, Preprocess
+
+LOG = logging.getLogger("vitrim.sources")
 
 FOREIGN = {
     "timm": "timm",
@@ -70,11 +73,19 @@ def load(
     size = None if image_px is None else sides(image_px)
     given: dict[str, Any] = {"pretrained": pretrained, "checkpoint": checkpoint, "checkpoint_key": checkpoint_key}
     model = _loaded(str(name), **given, classes=classes, verify=verify, any_size=size is not None)
-    if size is None or (size == model.spec.image_px and has_own_positions(model.spec)):
-        return model
-    from ..surgery import resized
+    if size is not None:
+        from ..surgery import with_own_positions
 
-    return resized(model, size)
+        model = with_own_positions(model, size)
+    if any(model.spec.unread_px):
+        down, right = model.spec.unread_px
+        LOG.warning(
+            "%s: no patch covers the last %d px at the bottom and %d px at the right: they are not read.",
+            name,
+            down,
+            right,
+        )
+    return model
 
 
 def _loaded(
@@ -174,12 +185,11 @@ def write(model: Vit, format: str, out: str | Path, *, force: bool = False) -> P
     Blocks of which nothing is left are left out, and positions made for another grid are resized once; no output changes.
     Raises SourceError naming the block (counted without those) that the family cannot say.
     """
-    from ..surgery import resized, without_empty
+    from ..surgery import with_own_positions, without_empty
 
     if format not in FORMATS:
         raise SourceError(f"format={format!r}{did_you_mean(format, FORMATS)}; expected one of {', '.join(FORMATS)}.")
-    if not has_own_positions(model.spec):
-        model = resized(model, model.spec.image_px)
+    model = with_own_positions(model)
     place = Path(out)
     if os.path.lexists(place) and not force:
         raise SourceError(f"{place.name!r} is there already; pass force (--force) to replace it, or another place.")

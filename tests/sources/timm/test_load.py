@@ -400,13 +400,13 @@ def test_a_checkpoint_of_another_size_is_exact_at_its_own_and_resized_once_when_
     torch.save(module.state_dict(), tmp_path / "large.pth")
     name: dict[str, Any] = {"name": "timm:deit_tiny_patch16_224", "checkpoint": tmp_path / "large.pth"}
     own = vitrim.load(**name, image_px=64)
-    assert "resized_from_px" not in own.provenance
+    assert "positions_made_for_px" not in own.provenance
     assert_same(module, own)
     model = vitrim.load(**name, image_px=(32, 48))
     assert (model.spec.image_px, model.spec.position.grid) == ((32, 48), (2, 3))
     assert model.config.preprocess is not None
     assert model.config.preprocess.size_px == (32, 48)
-    assert model.provenance["resized_from_px"] == [64, 64]
+    assert model.provenance["positions_made_for_px"] == [64, 64]
     x = torch.randn(2, 3, 32, 48)
     module.set_input_size(img_size=(32, 48))
     assert torch.allclose(model(x), module.float()(x), atol=1e-5)
