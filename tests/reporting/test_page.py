@@ -173,6 +173,13 @@ def test_on_a_narrow_screen_wide_tables_stand_as_lists_whose_cells_say_their_col
     assert "min-width: 6" not in css
 
 
+def test_a_network_that_was_kept_as_cut_is_not_called_recovered(result: dict[str, Any]) -> None:
+    text = page.render({**result, "recovery": {**result["recovery"], "kept": "cut"}})
+    assert "kept: as cut" in text
+    assert "after recovery" not in text
+    assert "after recovery" in page.render(result)
+
+
 def test_shares_stand_beside_the_number_of_images_that_they_count(result: dict[str, Any]) -> None:
     said = " ".join(Page(page.render(result)).text)
     assert "1\u202f065" in said  # 88.75 % after recovery

@@ -233,7 +233,9 @@ def show_run(result: Mapping[str, Any]) -> None:
         [title, show(dense[key]), show(small[key]), tables.share_text(small[key], dense[key])]
         for key, title, show in COSTS
     ]
-    rows += accuracy_rows(result["metrics"], result.get("difference"))
+    kept = (result.get("recovery") or {}).get("kept") != "cut"
+    last = "recovered" if kept else "kept as cut"  # where the recovery made it worse
+    rows += accuracy_rows(result["metrics"], result.get("difference"), last)
     for gain in (result.get("timing") or {}).get("speedups", ()):
         rows.append(speed_row(gain, result["timing"]["rows"]))
     method, px = result["method"], result["specs"]["compressed"]["image_px"]
@@ -265,8 +267,10 @@ def show_family(found: Mapping[str, Any]) -> None:
     tables.show_table(f"{found['model']}: a family", heads, rows)
 
 
-def accuracy_rows(metrics: Mapping[str, Any], difference: Mapping[str, Any] | None) -> list[list[str]]:
-    """What stands for quality, before, after the cut, and after the recovery."""
+def accuracy_rows(
+    metrics: Mapping[str, Any], difference: Mapping[str, Any] | None, last: str = "recovered"
+) -> list[list[str]]:
+    """What stands for quality, before, after the cut, and after the recovery.  last: what the final network is."""
     from vitrim.tasks.task import METRICS, QUALITY, seen
 
     dense, cut, recovered = (metrics.get(state) or {} for state in ("dense", "compressed", "recovered"))
@@ -279,7 +283,7 @@ def accuracy_rows(metrics: Mapping[str, Any], difference: Mapping[str, Any] | No
         before = tables.counted_text(metric, dense.get(key), count)
         rows.append([f"{metric.short}, before recovery", before, tables.counted_text(metric, cut[key], count), ""])
         if recovered.get(key) is not None:
-            rows.append([f"{metric.short}, recovered", before, tables.counted_text(metric, recovered[key], count), ""])
+            rows.append([f"{metric.short}, {last}", before, tables.counted_text(metric, recovered[key], count), ""])
     if difference and rows:
         rows[0 if not recovered else 1][3] = (
             f"{seen(difference)} ({difference['low']:+.2f} to {difference['high']:+.2f})"

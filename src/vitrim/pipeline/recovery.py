@@ -123,7 +123,7 @@ def better_again(
     before = score(model, device=None if config.device == "cpu" else fast)
     fitted, objective = train_again(model, teacher, images, config, validate=score, **how)
     last: dict[str, Any] = next((line for line in reversed(fitted.history) if line["kind"] == "validate"), {})
-    after = {key: last[key] for key in METRICS if key in last}
+    after = {key: last[key] for key in (*METRICS, "count") if key in last}
     key, warnings = quality(after), []
     worse = _as_first_says(key is not None and before[key] > after[key])
     if worse:

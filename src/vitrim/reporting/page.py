@@ -21,15 +21,17 @@ STATES = {"dense": "dense", "compressed": "after the cut", "recovered": "after r
 
 def render(result: Result) -> str:
     """The whole page of one result (laid out as the package says)."""
-    states = states_of(result)
+    states, titles = states_of(result), dict(STATES)
+    if lookup(result, "recovery/kept") == "cut":
+        titles["recovered"] = "kept: as cut"  # the recovery made it worse
     return fill(
         "page.html",
         result,
         method=method_name(result),
         headline=headline(result),
         tiles=tiles(result),
-        STATES=STATES,
-        states=[STATES[state] for state in states],
+        STATES=titles,
+        states=[titles[state] for state in states],
         rows=before_after(result, states),
         kept=kept(result),
         narrower=(lookup(result, "specs/compressed/width") or 0) < (lookup(result, "specs/dense/width") or 0),
