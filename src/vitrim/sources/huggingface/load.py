@@ -32,7 +32,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from ...errors import SourceError
 from ...model import Vit
 from ...spec import ModelSpec, Preprocess, ProblemType
-from .. import files, parity
+from .. import bounds, files, parity
 from ..places import Told, filled
 from ..states import MERGE, WRAPPERS
 from . import read
@@ -133,6 +133,9 @@ def load(
     if left:
         told["left_out"] = list(left)
     design = read.DESIGNS[kind.__name__]
+    if checkpoint is None and Path(name).is_dir():
+        with quiet():
+            bounds.check_room(lambda: kind(config), Path(name))
     if checkpoint is not None:
         path = Path(checkpoint)
         how: dict[str, Any] = {"extra": bool(left), "any_size": any_size, "key": checkpoint_key}
@@ -170,8 +173,7 @@ def describe(name: str, classes: int | None = None) -> ModelSpec:
     """The spec of a folder or Hub name from its configuration alone, without weights: for costs and plans."""
     kind, config, _ = _described(name)
     _set_classes(kind, config, classes)
-    with torch.device("meta"):
-        module = kind(config)
+    module = bounds.outline(lambda: kind(config), Path(name))
     spec = read.spec_of(module)
     preprocess = _preprocess(name, None, spec.channels) if read.DESIGNS[kind.__name__].any_size else None
     return spec if preprocess is None else replace(spec, image_px=preprocess.size_px)
@@ -196,6 +198,8 @@ def _described(name: str) -> tuple[Any, Any, tuple[str, ...]]:
         raise SourceError(f"the folder {name!r} has no config.json; expected a folder that save_pretrained wrote.")
     if not path.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1 or path.is_file()):
         raise SourceError(f"there is no folder {name!r}; expected a folder that save_pretrained wrote, or a Hub name.")
+    if path.is_dir():
+        bounds.check_config(path)
     with quiet(), fetching(name, "configuration"):
         data, _ = PreTrainedConfig.get_config_dict(name)
     model_type, named = str(data.get("model_type", "")), list(data.get("architectures") or ())

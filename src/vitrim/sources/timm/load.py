@@ -27,7 +27,7 @@ from ... import architectures
 from ...errors import SourceError, did_you_mean
 from ...model import Vit
 from ...spec import ModelSpec, Preprocess
-from .. import files, parity
+from .. import bounds, files, parity
 from ..places import Told, filled
 from ..states import WRAPPERS
 from .read import ADVICE, family, refused, spec_of, weights_of
@@ -65,6 +65,11 @@ def load(
     any_size: a checkpoint of another image size than the name's is taken at its own; else it is refused.
     """
     _check_name(name)
+    if name.startswith("local-dir:"):
+        folder = Path(name.partition(":")[2])
+        if (folder / bounds.CONFIG).is_file():
+            bounds.check_config(folder)
+            bounds.check_room(lambda: _create(name), folder)
     weights, labels = "random", None
     left: tuple[str, ...] = ()
     if checkpoint is not None:

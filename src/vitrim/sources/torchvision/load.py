@@ -30,7 +30,7 @@ from ...errors import SourceError, did_you_mean
 from ...foreign import read_json
 from ...model import Vit
 from ...spec import ModelSpec, Preprocess
-from .. import files, parity
+from .. import bounds, files, parity
 from ..places import Told, filled
 from .read import ADVICE, refused, spec_of, weights_of
 
@@ -215,6 +215,7 @@ def _from_folder(
 ) -> Vit:
     """The model that `write` left in a folder."""
     try:
+        bounds.check_config(folder)
         values = read_json(folder / files.CONFIG, error=SourceError, mend="It is damaged.")
         builder = partial(VisionTransformer, **values["kwargs"])
         labels = None if values["labels"] is None else tuple(values["labels"])
@@ -226,6 +227,7 @@ def _from_folder(
             f"{folder.name!r} is no folder that `vitrim export --format torchvision` wrote ({error}). Name one of "
             f"{', '.join(names())}, with --checkpoint PATH for your own weights."
         ) from error
+    bounds.check_room(builder, folder)
     path = folder / files.WEIGHTS if checkpoint is None else Path(checkpoint)
     if pretrained or checkpoint is not None:
         module = _filled(builder, path, f"torchvision's VisionTransformer of {folder.name!r}", classes, checkpoint_key)
