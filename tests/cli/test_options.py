@@ -134,6 +134,7 @@ def test_the_same_preprocessing_gives_the_same_scores_whether_it_is_told_or_kept
         ("--size 9", "does not say how its images are prepared"),
         ("--mean 0.5,0.5 --std 0.5", "3 channels"),
         ("--mean 0.5 --std 0.5 --size 7", "below the 8 px"),
+        ("--mean 0.5 --std 0.5 --size 1000000000", "before the crop"),
         ("--mean 123 --std 58", "--mean"),
         ("--mean nan --std 0.5", "--mean"),
         ("--mean 0.5 --std 0", "--std"),

@@ -15,7 +15,7 @@ from PIL import Image, features
 from vitrim import data
 from vitrim.errors import DataError
 
-from .pictures import encoded
+from .pictures import encoded, parquet
 
 RED = encoded(Image.new("RGB", (8, 8), (255, 0, 0)))
 
@@ -89,3 +89,11 @@ def test_a_pipe_in_place_of_data_is_refused_and_not_waited_for(name: str, tmp_pa
     os.mkfifo(tmp_path / name)
     with pytest.raises(DataError, match="pipe"):
         data.open(tmp_path / name.split("/")[0])
+
+
+def test_shards_in_a_folder_named_like_a_file_are_read_and_hidden_files_are_not(tmp_path: Path) -> None:
+    (tmp_path / "photos.parquet").mkdir()
+    parquet(tmp_path / "photos.parquet" / "part-0.parquet", [RED] * 3, [0, 1, 0])
+    (tmp_path / "photos.parquet" / "._part-0.parquet").write_bytes(b"what a system leaves")
+    for place in (tmp_path, tmp_path / "photos.parquet"):
+        assert len(data.open(place, split="all")) == 3

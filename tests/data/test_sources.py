@@ -163,7 +163,9 @@ def test_a_dataset_gives_images_names_and_one_sentence_when_it_fails():
         images[3]
 
 
-def test_a_hub_name_goes_through_datasets_and_its_absence_names_the_extra(monkeypatch):
+def test_a_hub_name_goes_through_datasets_and_its_absence_names_the_extra(monkeypatch, tmp_path):
+    beside = tmp_path / "3.png"
+    beside.write_bytes(encoded(Image.new("RGB", (5, 4))))
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(DataError, match=r"vitrim\[data\]"):
         data.open("hf:someone/flowers")
@@ -189,6 +191,8 @@ def test_a_hub_name_goes_through_datasets_and_its_absence_names_the_extra(monkey
         def __getitem__(self, at: int | str) -> object:
             if isinstance(at, str):
                 return [i % 2 for i in range(self.count)]
+            if at == 3:  # a data set from files on this machine
+                return {"image": {"bytes": None, "path": str(beside)}, "label": at % 2}
             return {"image": {"bytes": jpeg(at), "path": None}, "label": at % 2}
 
     def load_dataset(name: str, config: str | None) -> dict[str, Part]:
@@ -200,7 +204,7 @@ def test_a_hub_name_goes_through_datasets_and_its_absence_names_the_extra(monkey
     monkeypatch.setitem(sys.modules, "datasets", fake)
     images = data.open("hf:someone/flowers", split="test")
     assert (len(images), images.classes, labels_of(images)) == (4, ("rose", "tulip"), [0, 1, 0, 1])
-    assert images[1][0].size == (32, 32)
+    assert [images[row][0].size for row in (1, 3)] == [(32, 32), (5, 4)]
     assert len(data.open("hf:someone/flowers", split="validation")) == 2
     with pytest.raises(DataError, match=r"cannot be loaded \(offline\)"):
         data.open("hf:nobody/nothing")

@@ -18,7 +18,7 @@ from vitrim.data.hub import HubSource
 from vitrim.data.images import Images, Skipping, Source, skipping
 from vitrim.data.labels import match_labels, readable
 from vitrim.data.loading import batch_count, batches, calibration
-from vitrim.data.parquet import ParquetSource
+from vitrim.data.parquet import ParquetSource, parquet_files
 from vitrim.data.pixels import crop_flip, in_memory
 from vitrim.data.reading import suggest_workers
 from vitrim.data.splits import choose, validation_rows
@@ -174,6 +174,6 @@ def _path_source(path: Path, labelled: bool | None) -> Source:
             f"{printable(path.name)} is a named pipe, a socket or a device; expected a folder of images or a .parquet file. "
             "Write it to a file first."
         )
-    if next(path.rglob("*.parquet"), None) is not None:
+    if parquet_files(path):
         return ParquetSource(path)
     return FolderSource(path, labelled=labelled)

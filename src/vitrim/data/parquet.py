@@ -40,13 +40,19 @@ class _Columns:
     names: tuple[str, ...] | None
 
 
+def parquet_files(folder: Path) -> list[Path]:
+    """Those below a folder; hidden names are passed over, and folders that other programs name like files."""
+    found = (file for file in folder.rglob("*.parquet") if not file.is_dir())
+    return sorted(file for file in found if not any(part.startswith(".") for part in file.relative_to(folder).parts))
+
+
 class ParquetSource(Source):
     """Rows of one or several Parquet files, train first."""
 
     def __init__(self, path: Path, *, name: str | None = None) -> None:
         self.root = path if path.is_dir() else path.parent
         self.name = name or printable(path.name)
-        paths = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
+        paths = parquet_files(path) if path.is_dir() else [path]
         said = splits_of_files([file.relative_to(self.root).as_posix() for file in paths])
         splits = dict(zip(paths, said, strict=True))
         self.paths = sorted(paths, key=lambda file: (in_order(splits[file]), file.as_posix()))
