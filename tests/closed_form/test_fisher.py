@@ -9,7 +9,7 @@ import torch
 from tests.specs import close, images, make, vit
 from vitrim.closed_form import fisher
 from vitrim.model import Gates, Vit
-from vitrim.spec import Pool
+from vitrim.spec import Config, Pool
 
 SPEC = vit(blocks=2, width=8, heads=1, head_dim=8, hidden=8, classes=3)
 
@@ -65,6 +65,20 @@ def test_the_predicted_divergence_of_a_small_change_is_the_measured_one(encoder)
     after = fisher.outcome(_changed(model, x, change), classifies=not encoder)
     measured = fisher.divergence(grads.outcome, after, classifies=not encoder)
     assert torch.allclose(predicted, measured, rtol=0.15)
+
+
+def test_with_several_labels_each_is_told_by_itself():
+    model, x = make(SPEC), images(SPEC, 4)
+    model.config = Config(spec=SPEC, problem_type="multi_label_classification")
+    generator = torch.Generator().manual_seed(0)
+    grads = fisher.gradients(model, x, ("block:0",), draws=4000, generator=generator)
+    change = 1e-3 * torch.randn(4, 17, 8, generator=generator, dtype=torch.float64)
+    p, q = (logits.sigmoid() for logits in (model(x, gates=Gates(policy="open")), _changed(model, x, change)))
+    measured = (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).sum(1)
+    assert torch.allclose(grads.cost("block:0", change).mean(0), measured, rtol=0.15)
+    said = model(x).detach()  # raised by 2, which a softmax does not see
+    assert fisher.apart(said, said + 2.0, classifies=True) < 1e-12
+    assert fisher.apart(said, said + 2.0, classifies=True, several=True) > 0.1
 
 
 @torch.no_grad()

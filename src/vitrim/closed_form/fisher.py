@@ -4,6 +4,7 @@ A classifier's outputs are its class probabilities p, and the unit is the diverg
 signs e, the gradients g of sum_c sqrt(p_c) e_c log p_c (p held fixed) have E[g g^T] = J^T (diag p - p p^T) J, so that
 1/2 E[(sum over tokens of g . d)^2] is, to second order, the divergence that a change d of the stream causes. It takes the
 direction of d into account, and the tokens together: errors that cancel on the way to the class token cost nothing.
+Where an image has several labels, each has two outcomes of its own, and the sums run over the outcomes of all.
 An encoder's output is its feature divided by its length, the unit the squared error of that, and E[(g . d)^2] estimates it.
 
 Shapes: B batch, N tokens, D width, K draws of signs.
@@ -21,8 +22,13 @@ from torch.nn import functional as F
 from vitrim.model import OPEN, Vit
 
 
-def outcome(result: Tensor, *, classifies: bool) -> Tensor:
-    """What divergences are measured on: log-probabilities, or features divided by their length.  [B, ...] -> [B, C]"""
+def outcome(result: Tensor, *, classifies: bool, several: bool = False) -> Tensor:
+    """What divergences are measured on: log-probabilities, or features divided by their length.  [B, ...] -> [B, C]
+
+    several: an image has several labels, each of which applies or not: [B, C] -> [B, 2 C].
+    """
+    if several:
+        return torch.cat([F.logsigmoid(result), F.logsigmoid(-result)], dim=-1)
     return result.log_softmax(-1) if classifies else F.normalize(result.flatten(1), dim=-1)
 
 
@@ -34,9 +40,9 @@ def divergence(before: Tensor, after: Tensor, *, classifies: bool) -> Tensor:
     return (before - after).square().sum(-1)
 
 
-def apart(before: Tensor, after: Tensor, *, classifies: bool) -> float:
+def apart(before: Tensor, after: Tensor, *, classifies: bool, several: bool = False) -> float:
     """The mean divergence over images, from what two networks answered, [B, ...]."""
-    ours, theirs = (outcome(answer.double(), classifies=classifies) for answer in (before, after))
+    ours, theirs = (outcome(answer.double(), classifies=classifies, several=several) for answer in (before, after))
     return float(divergence(ours, theirs, classifies=classifies).mean())
 
 
@@ -85,7 +91,7 @@ def gradients(model: Vit, x: Tensor, names: Sequence[str], *, draws: int, genera
     with torch.enable_grad():
         found = model(x.to(like).requires_grad_(), gates=OPEN, want=(*names, "logits"))
         streams = [found[name] for name in names]
-        answer = outcome(found["logits"], classifies=classifies)
+        answer = outcome(found["logits"], classifies=classifies, several=model.config.multi_label)
         scale = (answer.detach() / 2).exp() if classifies else torch.ones_like(answer)
     drawn = list(signed(answer, scale, streams, draws, generator))
     of = {

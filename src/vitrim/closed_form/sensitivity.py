@@ -82,7 +82,7 @@ def sensitivity(
         with torch.enable_grad():
             start = x.to(like).detach().requires_grad_()  # a graph from the images on, whatever parameters are frozen
             found = model(start, gates=OPEN, want=(*names, "logits"))
-            answer = outcome(found["logits"], classifies=bool(model.spec.outputs))
+            answer = outcome(found["logits"], classifies=bool(model.spec.outputs), several=model.config.multi_label)
             scale = answer.detach().exp().sqrt() if model.spec.outputs else torch.ones_like(answer)
         for gradients in signed(answer, scale, [found[name] for name in names], draws, generator):
             for name, g in zip(names, gradients, strict=True):

@@ -42,6 +42,11 @@ class Run:
     def classifies(self) -> bool:
         return bool(self.base.spec.outputs)
 
+    @cached_property
+    def several(self) -> bool:
+        """Whether an image has several labels."""
+        return self.base.config.multi_label
+
     def tell(self, stage: str, done: int, total: int, **facts: Any) -> None:
         if self.progress is not None:
             self.progress(stage, done, total, **facts)

@@ -104,7 +104,8 @@ class Job(Run):
     @torch.no_grad()
     def answer(self, model: Vit, x: Tensor) -> Tensor:
         """What the model answers to a batch, [B, C] on the CPU. Raises DataError where it is not finite."""
-        found = fisher.outcome(model(x.to(next(model.parameters())), gates=OPEN), classifies=self.classifies).cpu()
+        said = model(x.to(next(model.parameters())), gates=OPEN)
+        found = fisher.outcome(said, classifies=self.classifies, several=self.several).cpu()
         if not torch.isfinite(found).all():
             raise DataError("auto: the model's output is not finite. Check the weights and the images' normalisation.")
         return found
@@ -398,14 +399,14 @@ def batch_losses(job: Job, library: Sequence[Piece], x: Tensor, generator: torch
 
     Also the state in which the generator is left.
     """
-    base, classifies = job.base, job.classifies
+    base, classifies, several = job.base, job.classifies, job.several
     x = x.to(next(base.parameters()))
     grads: fisher.Gradients | None = None
     if job.config.score == "fisher":
         grads = fisher.gradients(base, x, cf.places(base), draws=job.config.draws, generator=generator)
     rows: list[list[tuple[str, int, float]]] = []
     with torch.no_grad():
-        before = fisher.outcome(base(x, gates=OPEN), classifies=classifies)
+        before = fisher.outcome(base(x, gates=OPEN), classifies=classifies, several=several)
         stream = base.embed(x)
         for i, (block, found) in enumerate(zip(base.blocks, library, strict=True)):
             entry = block.start(stream)
@@ -415,7 +416,8 @@ def batch_losses(job: Job, library: Sequence[Piece], x: Tensor, generator: torch
                 if grads is not None:
                     lost = grads.cost(place, change).mean(0)
                 else:
-                    after = fisher.outcome(_outcome_after(base, i, place, entry, change), classifies=classifies)
+                    said = _outcome_after(base, i, place, entry, change)
+                    after = fisher.outcome(said, classifies=classifies, several=several)
                     lost = fisher.divergence(before, after, classifies=classifies)
                 rows[i].append((part, size, float(lost.sum())))
 

@@ -372,7 +372,8 @@ def _probe(
         alone: Ranks = [{part: rank} if j == i else {} for j in range(len(factors))]
         after = _answers(applied(model, factors, alone, variant="", share=True), batches)
         tail = max(sum(energy[rank:]), cf.TINY * sum(energy), 1e-300)
-        found[i][part] = fisher.apart(before, after, classifies=bool(model.spec.outputs)) / tail
+        kind = {"classifies": bool(model.spec.outputs), "several": model.config.multi_label}
+        found[i][part] = fisher.apart(before, after, **kind) / tail
         if progress is not None:
             progress("probe", done, len(places))
     # a truncation whose effect drowns in rounding still counts for something, or its ranks would be given away

@@ -241,7 +241,8 @@ def mismatch(teacher: Vit, student: Vit, x: Tensor, batch_size: int) -> float:
         torch.cat([cf.answers(net, net.embed(part.to(like)), 0).cpu() for part in x.split(batch_size)])
         for net in (teacher, student)
     )
-    return fisher.apart(before, after, classifies=bool(teacher.spec.outputs))
+    kind = {"classifies": bool(teacher.spec.outputs), "several": teacher.config.multi_label}
+    return fisher.apart(before, after, **kind)
 
 
 def by_finetuning(job: Job, budget: Budget) -> tuple[Vit, list[Keep | None], list[dict[str, Any]], dict[str, Any]]:

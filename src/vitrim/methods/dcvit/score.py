@@ -220,7 +220,7 @@ def _measure(s: Scoring, index: int, run: Callable[[Stream], Stream]) -> float:
         for number, stream in enumerate(s.held.batches(s.job.device))
         if number in s.probes
     ]
-    return fisher.apart(torch.cat(s.answers), torch.cat(found), classifies=s.job.classifies)
+    return fisher.apart(torch.cat(s.answers), torch.cat(found), classifies=s.job.classifies, several=s.job.several)
 
 
 @torch.no_grad()
