@@ -59,6 +59,7 @@ WRITERS = {
     "train": "train --model model --data photos --steps 1 --out OUT --resume",
     "recover": "recover model --teacher model --data photos --steps 1 --out OUT --resume",
     "report": "report run --out OUT/thesis.tex",
+    "report in place": "report OUT",
 }
 
 

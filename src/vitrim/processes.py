@@ -24,8 +24,8 @@ def not_told() -> list[str]:
 
 
 def index() -> int:
-    """Which of them this is, from 0. Raises ConfigError."""
-    return _number("RANK", default=0, least=0)
+    """Which of them this is, from 0: alone, the first, whatever else the environment says. Raises ConfigError."""
+    return _number("RANK", default=0, least=0) if count() > 1 else 0
 
 
 def is_first() -> bool:

@@ -8,7 +8,7 @@ import click
 
 from vitrim.cli import options
 from vitrim.errors import ConfigError
-from vitrim.files import refuse_foreign
+from vitrim.files import is_marked, refuse_foreign
 
 
 @click.command()
@@ -25,7 +25,8 @@ def report(folder: Path, out: Path | None, output: options.Output) -> None:
         raise ConfigError(f"--out {str(place)!r} is a folder; expected a file, such as report.html.")
     from vitrim.reporting import is_page, write
 
-    if out is not None:
-        refuse_foreign(out, ours=is_page(out))
+    records = ("provenance.json", "family.json", "stages/config.json")
+    run = out is None and any(is_marked(folder / name) for name in records)  # pages of before say nothing of themselves
+    refuse_foreign(place, ours=run or is_page(place))
     written = write(folder, place)
     output.tell({"report": str(written)}, f"wrote {written}; open it in a browser")

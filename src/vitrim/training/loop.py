@@ -500,7 +500,8 @@ def _accelerator(config: TrainConfig, out: Path | None) -> accelerate.Accelerato
     if found.num_processes != config.world_size:
         raise TrainingError(
             f"world_size={config.world_size} was asked for, and Accelerate counts {found.num_processes} process(es) on "
-            f"device={config.device!r}: each would train a model of its own. Train with device='cpu' or on GPUs."
+            f"device={config.device!r}: expected as many, or each would train a model of its own. Start with torchrun, and "
+            "train with device='cpu' or on GPUs."
         )
     return found
 
