@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.specs import make, vit
 from vitrim.errors import SpecError
@@ -41,3 +43,24 @@ def test_a_size_that_the_stem_cannot_take_is_refused_with_the_nearest() -> None:
         resized(make(vit(stem=stem)), (17, 19))
     with pytest.raises(SpecError, match="smaller than a patch"):
         resized(make(vit()), (3, 16))
+
+
+class Operators(TorchDispatchMode):
+    """Names of the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_forward_pass_of_a_network_with_its_own_positions_resizes_any() -> None:
+    """The ONNX exporter has no operator for the bicubic resizing with antialiasing."""
+    model = make(vit(position=Position(grid=(5, 5))))
+    for network, there in ((model, True), (resized(model, (16, 16)), False)):
+        with torch.no_grad(), Operators() as seen:
+            network(torch.zeros(1, 3, 16, 16, dtype=torch.float64))
+        assert any("upsample_bicubic2d" in name for name in seen.names) is there

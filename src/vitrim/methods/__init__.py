@@ -184,6 +184,9 @@ def compress_family(
     """A smaller model for each budget, in their order; a method with `family` scores once for all. As `compress` otherwise."""
     method, place = METHODS[method_of(config)], None if folder is None else Path(folder)
     _finite(model, f"{method.name}: the model is not cut")
+    from vitrim.surgery import with_own_positions
+
+    model = with_own_positions(model)
     if method.family is not None:
         with _in_memory(method):
             made = method.family(model, config, budgets, data=data, progress=progress, folder=place, resume=resume)
