@@ -166,6 +166,9 @@ def test_parquet_columns_that_are_no_labels_or_stand_twice_are_refused(tmp_path:
         "2 columns are named 'label'": whole.append_column("label", pa.array([1, 1])),
         "2 columns are named 'image'": whole.append_column("image", whole.column("image")),
         "of type datetime": whole.set_column(1, "label", pa.array([0, 1], pa.timestamp("s"))),
+        "labels of type timestamp[ns] cannot be read": whole.set_column(
+            1, "label", pa.array([1, 2], pa.timestamp("ns"))
+        ),
         "a struct": whole.set_column(1, "label", pa.array([{"a": 1}, {"a": 2}])),
     }
     for words, table in tables.items():

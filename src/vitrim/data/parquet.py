@@ -74,7 +74,7 @@ class ParquetSource(Source):
             self.opened = []
         if (label := self.columns.label) is not None:
             columns = [self._read_column(file, label) for file in range(len(self.paths))]
-            values = _values([chunk for column in columns for chunk in column.chunks])
+            values = _values([chunk for column in columns for chunk in column.chunks], self.name)
             self.take_labels(read_targets(values, self.columns.names, name=self.name).numbered())
 
     def _count_rows(self, splits: dict[Path, str]) -> None:
@@ -197,11 +197,17 @@ def _columns(schema: pa.Schema, name: str) -> _Columns:
     return _Columns(image, label, _class_names(features.get(label, {})))
 
 
-def _values(chunks: Sequence[pa.Array]) -> Sequence[Any] | np.ndarray:
+def _values(chunks: Sequence[pa.Array], name: str) -> Sequence[Any] | np.ndarray:
     """What the chunks of a column hold; whole numbers without gaps as an array."""
     if chunks and all(pa.types.is_integer(chunk.type) and chunk.null_count == 0 for chunk in chunks):
         return np.concatenate([chunk.to_numpy(zero_copy_only=False) for chunk in chunks])
-    return [value for chunk in chunks for value in chunk.to_pylist()]
+    try:
+        return [value for chunk in chunks for value in chunk.to_pylist()]
+    except (ValueError, OverflowError) as error:  # moments that Python's own types cannot say
+        kind = chunks[0].type
+        raise DataError(
+            f"{name}: labels of type {kind} cannot be read; expected class numbers, class names, or lists of them."
+        ) from error
 
 
 def _holds_images(kind: pa.DataType) -> bool:
