@@ -19,7 +19,7 @@ from vitrim.errors import BudgetError, ConfigError, DataError, TrainingError, Vi
 from vitrim.methods import configure
 from vitrim.methods.uvc.config import UvcConfig
 from vitrim.methods.uvc.objective import rows_of
-from vitrim.methods.uvc.run import compress, floor, judged, plan, tolerance
+from vitrim.methods.uvc.run import check, compress, floor, judged, plan, tolerance
 from vitrim.space import Choice
 from vitrim.spec import ModelSpec, spec_hash
 from vitrim.surgery import Keep, cut
@@ -185,6 +185,16 @@ def test_missing_images_labels_and_too_few_of_them_are_refused() -> None:
         compress(tiny(kinds()["encoder"]), quick(distill=False), data=pictures())
     with pytest.raises(VitrimError, match=r"blocks 0 to 2"):
         compress(tiny(WIDE), quick(freeze=("blocks.7",)), data=pictures())
+
+
+def test_few_images_are_searched_on_in_a_batch_that_they_fill_and_it_is_said() -> None:
+    config = UvcConfig(budget=Budget(keep_macs=0.6), steps=4, device="cpu", log_every=1)  # of 128 images, by its preset
+    model = tiny()
+    check(model.spec, config, pictures(44))
+    made = compress(model, config, data=pictures(44))
+    assert made.report["warnings"][0] == "There are 44 training images, so one step takes 40 of them."
+    with pytest.raises(DataError, match="batch_size=64"):
+        check(model.spec, replace(config, batch_size=64), pictures(44))
 
 
 def test_a_teacher_alone_needs_no_labels() -> None:
