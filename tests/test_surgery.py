@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.specs import make, vit
+from tests.specs import close, images, make, vit
 from vitrim.errors import SpecError
 from vitrim.model import Vit
 from vitrim.spec import Config, Position, Preprocess, T2TTransformer
-from vitrim.surgery import resized
+from vitrim.surgery import resized, without_dead
 
 
 def test_a_resized_network_is_given_images_of_its_size_and_says_where_it_comes_from() -> None:
@@ -64,3 +64,44 @@ def test_no_forward_pass_of_a_network_with_its_own_positions_resizes_any() -> No
         with torch.no_grad(), Operators() as seen:
             network(torch.zeros(1, 3, 16, 16, dtype=torch.float64))
         assert any("upsample_bicubic2d" in name for name in seen.names) is there
+
+
+def test_units_that_change_nothing_are_left_out_exactly() -> None:
+    """Two MLP units, a value dim of each head, a query/key dim of each by another side; then a whole head."""
+    spec = vit(hidden=24, heads=2, head_dim=8)
+    model, x = make(spec), images(spec)
+    first, second = model.blocks
+    with torch.no_grad():
+        first.mlp.fc2.weight[:, [3, 5]] = 0
+        first.attention.out.weight[:, [1, 8 + 4, 8 + 5]] = 0
+        for row in (2, 16 + 8 + 6):  # a query of head 0, a key of head 1
+            first.attention.qkv[row] = 0
+        first.attention.q_bias[2] = first.attention.k_bias[8 + 6] = 0
+        second.attention.qkv[2] = 0  # its bias stays, and head 1 has no such dim
+        second.attention.out.weight[:, 8:] = 0
+    small = without_dead(model)
+    a, m = small.spec.blocks[0].attention, small.spec.blocks[0].mlp
+    assert a is not None
+    assert m is not None
+    assert (a.heads, a.qk_dim, a.v_dim, m.hidden) == (2, 7, 7, 22)
+    a = small.spec.blocks[1].attention
+    assert a is not None
+    assert (a.heads, a.qk_dim, a.v_dim) == (1, 8, 8)
+    assert small.spec.blocks[1].mlp == spec.blocks[1].mlp
+    assert close(small(x), model(x))
+    assert without_dead(small) is small
+    assert without_dead(model, skip=[(0, "attention"), (0, "mlp"), (1, "attention")]) is model
+
+
+def test_a_part_that_changes_nothing_keeps_a_unit() -> None:
+    model = make(vit())
+    for block in model.blocks:
+        torch.nn.init.zeros_(block.mlp.fc2.weight)
+        torch.nn.init.zeros_(block.attention.out.weight)
+    small, x = without_dead(model), images(vit())
+    assert close(small(x), model(x))
+    assert all(
+        (b.attention.heads, b.attention.v_dim, b.mlp.hidden) == (1, 1, 1)
+        for b in small.spec.blocks
+        if b.attention and b.mlp
+    )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .errors import SpecError
 from .freezing import Half
-from .model import Masks, Vit
+from .model import Attention, Masks, Vit
 from .spec import (
     AttentionSpec,
     BlockSpec,
@@ -192,6 +192,56 @@ def without_empty(model: Vit) -> Vit:
     if len(there) < len(blocks):
         step = SelectionStep(method="without_empty", parent=spec_hash(model.spec), blocks=(None,) * len(blocks))
     return with_spec(model, replace(model.spec, blocks=tuple(blocks[i] for i in there)), state, step)
+
+
+@torch.no_grad()
+def without_dead(model: Vit, *, skip: Collection[Half] = ()) -> Vit:
+    """The same network without units that change nothing; `model` itself where there are none.
+
+    Such are MLP units, value dims and heads whose columns in the last linear are zero, and query/key dims of which one side is zero.
+    All heads of a block keep equally many dims, and every part at least one unit. skip: halves that stay as they are.
+    """
+    keeps: list[Keep | None] = []
+    for i, (spec, block) in enumerate(zip(model.spec.blocks, model.blocks, strict=True)):
+        parts: dict[str, Any] = {}
+        if spec.mlp is not None and (i, "mlp") not in skip:
+            (units,) = _alive(block.mlp.reader.weight.any(dim=0)[None])
+            parts |= {"hidden": units} if len(units) < spec.mlp.hidden else {}
+        if (a := spec.attention) is not None and (i, "attention") not in skip:
+            mixed = block.attention.out.weight.any(dim=0).view(a.heads, a.v_dim)
+            (heads,) = _alive(mixed.any(dim=1)[None])
+            values, pairs = _alive(mixed[list(heads)]), _alive(_scored(block.attention)[list(heads)])
+            parts |= {"heads": heads} if len(heads) < a.heads else {}
+            parts |= {"v": values} if len(values[0]) < a.v_dim else {}
+            parts |= {"qk": pairs} if len(pairs[0]) < a.qk_dim and a.qk_norm == "none" else {}
+        keeps.append(Keep(**parts) if parts else None)
+    if not any(keeps):
+        return model
+    whole = [
+        (i, half)
+        for i, keep in enumerate(keeps)
+        for half, cuts in (("mlp", ("hidden",)), ("attention", ("heads", "v", "qk")))
+        if keep is None or all(getattr(keep, name) is None for name in cuts)
+    ]
+    return cut(model, keeps, method="without_dead", skip=whole)
+
+
+def _scored(attention: Attention) -> Tensor:
+    """Whether a query/key dim adds to any score.  [H, Q]"""
+    a = attention.spec
+    sides = [attention.qkv[: a.heads * a.qk_dim], attention.qkv[a.heads * a.qk_dim : 2 * a.heads * a.qk_dim]]
+    found = []
+    for rows, bias in zip(sides, (attention.q_bias, attention.k_bias), strict=True):
+        alive = rows.any(dim=1)
+        found.append(alive if bias is None else alive | bias.bool())
+    return (found[0] & found[1]).view(a.heads, a.qk_dim)
+
+
+def _alive(alive: Tensor) -> tuple[Indices, ...]:
+    """For each row the units to keep: those that are alive, and the first others up to as many as the fullest row has, at least one."""
+    count = max(1, int(alive.sum(dim=1).max()))
+    order = alive.int().argsort(dim=1, descending=True, stable=True)[:, :count].sort(dim=1).values
+    return tuple(tuple(row) for row in order.tolist())
 
 
 def masked_twin(model: Vit, keeps: Sequence[Keep | None]) -> Masks:

@@ -1,11 +1,20 @@
 """`vitrim plan`."""
 
 import json
+import re
+from pathlib import Path
+from typing import Any
 
+import pytest
 from click.testing import CliRunner
 
 from tests.cli.kit import run
+from tests.specs import vit
+from vitrim import artifact, methods, pipeline
 from vitrim.cli import main
+from vitrim.errors import BudgetError
+from vitrim.methods import METHODS
+from vitrim.model import build
 
 
 def test_predictions_name_the_tokens_and_the_budgets_that_are_out_of_reach() -> None:
@@ -53,3 +62,42 @@ def test_a_plan_counts_at_the_image_size_asked_for_and_says_so() -> None:
     assert values["macs"] == cost["macs"]
     assert values["plans"][0]["limits"]["macs"] == cost["macs"] // 2
     assert "112 x 112 px" in run(*words, "--image-px", "112").stdout
+
+
+def named_share(sentence: str) -> float:
+    found = re.search(r"shares (\S+) to 1", sentence)
+    assert found is not None, sentence
+    return float(found[1])
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("limit", ["keep_macs", "keep_params"])
+def test_the_share_that_a_refusal_names_works_and_a_hair_less_does_not(method: str, limit: str, tmp_path: Path) -> None:
+    """Of the model given, though an exact tail comes before the method: by the command, by `run`, and from Python alone."""
+
+    def refused(share: float) -> str | None:
+        flag = f"--{limit.replace('_', '-')}"
+        done = run("plan", "--model", folder, "--method", method, flag, f"{share:.9g}", "--json")
+        (row,) = json.loads(done.stdout)["plans"]
+        return None if row["refused"] is None else str(row["refused"])
+
+    dense = build(vit(blocks=3, width=32, heads=2, head_dim=16, hidden=64))
+    folder = artifact.save(dense, tmp_path / "dense")
+    less = 1e-4
+    least = named_share(refused(less) or "")
+    assert refused(least) is None
+    hair = 0.989 * least  # three digits: a hundredth at most
+    assert named_share(refused(hair) or "") == least
+
+    def config(share: float) -> Any:
+        return methods.configure(method, {"budget": {limit: share}})
+
+    with pytest.raises(BudgetError) as said:
+        pipeline.run(dense, config(less), data="sample", out=tmp_path / "small")
+    assert named_share(str(said.value)) == least
+    with pytest.raises(BudgetError) as said:
+        methods.plan(method, dense.spec, config(less))
+    alone = named_share(str(said.value))
+    methods.plan(method, dense.spec, config(alone))
+    with pytest.raises(BudgetError):
+        methods.plan(method, dense.spec, config(0.989 * alone))

@@ -173,3 +173,15 @@ def test_the_report_is_plain_json_and_names_its_warnings_as_sentences(method: st
     assert json.loads(json.dumps(small.report)) == small.report
     assert json.loads(json.dumps(small.history)) == small.history
     assert all(isinstance(text, str) and text.endswith(".") for text in small.report.get("warnings", ()))
+
+
+def test_units_that_change_nothing_are_not_paid_for(method: str) -> None:
+    """Whatever the slack of the budget: a third of each MLP, the first block's whole but for two units."""
+    model = known(SPEC)
+    with torch.no_grad():
+        for block, alive in zip(model.blocks, (2, 40, 40), strict=True):
+            block.mlp.fc2.weight[:, alive:] = 0
+    small = methods.compress(model, configured(method, 0.97), data=data_for(SPEC, method)).model
+    for block in small.blocks:
+        if block.spec.mlp is not None and block.spec.mlp.hidden > 1:
+            assert block.mlp.reader.weight.any(dim=0).all()

@@ -218,6 +218,22 @@ def _finite(model: Vit, where: str) -> None:
         raise DataError(f"{where}: {bad}; expected finite weights. Check the model and the images' normalisation.")
 
 
+def _without_dead(made: Compressed, given: Vit, config: MethodConfig) -> Compressed:
+    """The same without units that change nothing, which no budget should pay for; a network that was not cut stays as it is."""
+    from vitrim.counting import cost
+    from vitrim.freezing import frozen
+    from vitrim.surgery import without_dead
+
+    if made.spec == given.spec:
+        return made
+    smaller = without_dead(made.model, skip=frozen(given.spec, config.freeze))
+    if smaller is made.model:
+        return made
+    saved = cost(made.spec).macs - cost(smaller.spec).macs
+    said = f"Units that change nothing were left out, exactly: {saved:,} MACs below what the budget had paid for."
+    return replace(made, model=smaller, report={**made.report, "warnings": [*made.report.get("warnings", ()), said]})
+
+
 def _finished(made: Compressed, given: Vit, config: MethodConfig) -> Compressed:
     """The same, told where it comes from, its warnings logged. Raises BudgetError where no training could make use of it,
     DataError where closed forms went astray."""
@@ -232,6 +248,7 @@ def _finished(made: Compressed, given: Vit, config: MethodConfig) -> Compressed:
         asked = config if budget is None else replace(config, budget=Budget(**budget.to_dict()))
         own = {"method": made.method, "variant": made.variant, "config": plain(asked), "seed": config.seed}
         made.model.provenance = descended(given.provenance, given.spec) | own
+        made = _without_dead(made, given, config)
     if same_for_all(made.model) and not same_for_all(given):
         limits = {} if budget is None else budget.to_dict()
         doubled = ((key, min(1.0, 2 * n) if key.startswith("keep_") else 2 * n) for key, n in limits.items())
