@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from types import TracebackType
 
 import numpy as np
 import torch
@@ -136,6 +137,13 @@ def none_readable(images: Images) -> DataError:
 
 def _quiet(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is the main process's to report
+    sys.excepthook = _unless_left  # a thread of multiprocessing's reports there what it could not hand over
+
+
+def _unless_left(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Says nothing where the main process ended first: that is its own to tell."""
+    if not issubclass(kind, ConnectionError):
+        sys.__excepthook__(kind, error, trace)
 
 
 def _processors() -> int:
