@@ -93,6 +93,18 @@ class Job:
         return task_of(self.dense.spec)
 
     @cached_property
+    def has_test_split(self) -> bool:
+        """Whether the data on this disk has one; others are not asked, which could fetch a split that nobody wants."""
+        data = self.asked.data
+        if not isinstance(data, str | Path) or str(data).startswith("hf:"):
+            return False
+        try:
+            opened.open(data, split="test", labelled=self.held.labelled or False)
+        except DataError:
+            return False
+        return True
+
+    @cached_property
     def reference(self) -> Cost:
         """Of the dense model."""
         return cost(self.dense)

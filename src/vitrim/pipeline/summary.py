@@ -10,8 +10,7 @@ from typing import Any
 import torch
 
 from vitrim import __version__
-from vitrim import data as opened
-from vitrim.errors import DataError, SourceError
+from vitrim.errors import SourceError
 from vitrim.foreign import command
 from vitrim.pipeline.folder import STAGES
 from vitrim.pipeline.job import Job
@@ -84,11 +83,6 @@ def _picked(stage: Mapping[str, Any], *names: str, **renamed: str) -> dict[str, 
 def _onward(job: Job, final: ModelSpec) -> dict[str, Any]:
     """What the next commands need to know: a split to score, a picture to show and a library to export to, where there are any."""
     asked = job.asked
-    try:
-        opened.open(asked.data, split="test", labelled=job.held.labelled or False)
-        split = "test"
-    except DataError:
-        split = "validation"
     keys = job.held.keys if isinstance(asked.data, str | Path) and Path(asked.data).is_dir() else ()
     picture = next((key for key in keys[:1] if (Path(asked.data) / key).is_file()), None)
     left = replace(final, blocks=tuple(block for block in final.blocks if block.attention or block.mlp or block.steps))
@@ -97,6 +91,7 @@ def _onward(job: Job, final: ModelSpec) -> dict[str, Any]:
         library = "timm"
     except SourceError:
         library = None
+    split = "test" if job.has_test_split else "validation"
     return {"split": split, "picture": picture, "library": library, "predicts": job.task.predicts}
 
 
