@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.specs import close, images, make, vit
 from vitrim.errors import SpecError
@@ -45,19 +44,7 @@ def test_a_size_that_the_stem_cannot_take_is_refused_with_the_nearest() -> None:
         resized(make(vit()), (3, 16))
 
 
-class Operators(TorchDispatchMode):
-    """Names of the operators that run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
-def test_no_forward_pass_of_a_network_with_its_own_positions_resizes_any() -> None:
+def test_no_forward_pass_of_a_network_with_its_own_positions_resizes_any(monkeypatch: pytest.MonkeyPatch) -> None:
     """The ONNX exporter has no operator for the bicubic resizing with antialiasing."""
     model = make(vit(position=Position(grid=(5, 5))))
     for network, there in ((model, True), (resized(model, (16, 16)), False)):
@@ -105,3 +92,15 @@ def test_a_part_that_changes_nothing_keeps_a_unit() -> None:
         for b in small.spec.blocks
         if b.attention and b.mlp
     )
+
+
+    folded = resized(model, (16, 16))
+    asked: list[Any] = []
+    monkeypatch.setattr(
+        torch.nn.functional, "interpolate", lambda *args, **_: asked.append(args) or torch.zeros(1, 16, 4, 4)
+    )
+    x = torch.zeros(1, 3, 16, 16, dtype=torch.float64)
+    folded(x)
+    assert not asked
+    model(x)
+    assert len(asked) == 1
