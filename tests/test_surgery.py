@@ -93,7 +93,6 @@ def test_a_part_that_changes_nothing_keeps_a_unit() -> None:
         if b.attention and b.mlp
     )
 
-
     folded = resized(model, (16, 16))
     asked: list[Any] = []
     monkeypatch.setattr(
