@@ -410,3 +410,14 @@ def test_a_checkpoint_of_another_size_is_exact_at_its_own_and_resized_once_when_
     x = torch.randn(2, 3, 32, 48)
     module.set_input_size(img_size=(32, 48))
     assert torch.allclose(model(x), module.float()(x), atol=1e-5)
+
+
+def test_a_local_folder_of_another_size_than_its_config_says_is_refused_and_not_resampled(
+    tiny: Any, tmp_path: Path
+) -> None:
+    from vitrim.sources import write
+
+    write(vitrim.from_model(tiny()), "timm", tmp_path / "own")
+    save_file(tiny(img_size=64).state_dict(), tmp_path / "own" / "model.safetensors")
+    with pytest.raises(SourceError, match=r"made for images of 64 x 64 px.*--image-px 64 "):
+        vitrim.load(f"timm:local-dir:{tmp_path / 'own'}")

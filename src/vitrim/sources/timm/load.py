@@ -29,7 +29,6 @@ from ...model import Vit
 from ...spec import ModelSpec, Preprocess
 from .. import bounds, files, parity
 from ..places import Told, filled
-from ..states import WRAPPERS
 from .read import ADVICE, family, refused, spec_of, weights_of
 
 LOG = logging.getLogger("vitrim.sources")
@@ -75,7 +74,7 @@ def load(
     if checkpoint is not None:
         weights = Path(checkpoint).name
         module, left = _with_checkpoint(name, Path(checkpoint), classes, any_size=any_size, key=checkpoint_key)
-    elif pretrained and (file := _in_wrappers(name)) is not None:
+    elif pretrained and (file := _local_weights(name)) is not None:
         module, left = _with_checkpoint(name, file, classes, any_size=any_size, key=None)
         weights, labels = "pretrained", _labels(module)
     elif pretrained:
@@ -135,17 +134,17 @@ def _create(name: str, *, pretrained: bool = False, **options: Any) -> Any:
         ) from error
 
 
-def _in_wrappers(name: str) -> Path | None:
-    """The weights of a local folder whose names carry the parts that wrappers add inside, which timm does not know."""
+def _local_weights(name: str) -> Path | None:
+    """The weights of a local folder, which timm itself would resample and drop parts of without a word."""
     file = Path(name.removeprefix("local-dir:")) / files.WEIGHTS
     if not name.startswith("local-dir:") or not file.is_file():
         return None
     try:
         with safe_open(file, "pt") as weights:
-            names = list(weights.keys())
+            weights.keys()
     except (SafetensorError, OSError):
         return None  # timm's own loading says what it is
-    return file if any(part in WRAPPERS for key in names for part in key.split(".")) else None
+    return file
 
 
 def _with_checkpoint(
