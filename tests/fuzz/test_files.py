@@ -6,11 +6,14 @@ import json
 import struct
 from typing import Any
 
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save
 
 from tests.fuzz.arena import VALUES, Arena, damaged, examples, mutated
 from tests.reporting.conftest import whole_result
+from tests.sources.test_bounds import PLAIN, TIMM, VIT
 from vitrim import methods, reporting
 from vitrim.config import keys
 from vitrim.pipeline import RecoverConfig
@@ -21,6 +24,7 @@ def text_of(value: Any) -> bytes:
     return json.dumps(value).encode("utf-8", "surrogatepass")
 
 
+WEIGHTS = save({"w": torch.zeros(250)})
 READERS = (
     ("cost", "model"),
     ("predict", "model", "photos/cat/0.png"),
@@ -128,3 +132,23 @@ def test_a_damaged_picture_is_answered_or_refused(arena: Arena, data: st.DataObj
     with arena.changed("photos/cat/0.png", data.draw(damaged(whole))):
         arena.play("predict", "model", "photos/cat/0.png")
         arena.play("evaluate", "model", "--data", "photos", "--split", "all")
+
+
+FOLDERS = {
+    "hf": VIT | {"id2label": {"0": "a", "1": "b"}, "hidden_act": "gelu", "layer_norm_eps": 1e-12},
+    "timm:local-dir": TIMM,
+    "torchvision": {"kwargs": PLAIN, "labels": None, "preprocess": None},
+}
+
+
+@given(st.data(), st.sampled_from(sorted(FOLDERS)))
+@examples(90)
+def test_a_mutated_config_of_another_library_is_answered_or_refused(
+    arena: Arena, data: st.DataObject, family: str
+) -> None:
+    """Beside a kilobyte of weights, so that nothing large is built whatever the config says."""
+    config = data.draw(mutated(FOLDERS[family]))
+    with arena.changed("theirs/config.json", text_of(config)), arena.changed("theirs/model.safetensors", WEIGHTS):
+        arena.play("cost", f"{family}:theirs")
+        arena.play("predict", f"{family}:theirs", "photos/cat/0.png")
+    (arena.root / "theirs").rmdir()
