@@ -47,6 +47,7 @@ def test_members_carry_their_kind_and_later_fields_are_left_out_at_their_default
         ({"titel": "a"}, "drawing: unknown field 'titel'; did you mean 'title'?"),
         ({"title": 3}, "drawing.title: expected str, got 3"),
         ({"shapes": [{"kind": "circel", "radius": 1}]}, r"drawing.shapes\[0\]: kind='circel'; did you mean 'circle'?"),
+        ({"shapes": [{"kind": ["circle"]}]}, r"drawing.shapes\[0\]: kind=\['circle'\]"),
         ({"shapes": [{"kind": "circle"}]}, r"drawing.shapes\[0\]: missing 'radius'"),
         ({"shapes": [{"kind": "square", "side": True}]}, r"drawing.shapes\[0\].side: expected int, got True"),
         ({"shapes": 3}, "drawing.shapes: expected a list, got 3"),

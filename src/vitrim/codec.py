@@ -129,7 +129,7 @@ class Codec:
     def _union(self, members: list[Any], value: Any, where: str) -> Any:
         names = {self.kinds[member]: member for member in members}
         name = self._object(value, where).get("kind")
-        if name not in names:
+        if not isinstance(name, str) or name not in names:
             raise self.error(f"{where}: kind={name!r}{did_you_mean(str(name), names)}; known: {', '.join(names)}.")
         return self._dataclass(names[name], {k: v for k, v in value.items() if k != "kind"}, where)
 

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -135,13 +136,13 @@ def mutated(draw: Callable[[Any], Any], tree: Any) -> Any:
             holder = holder[key]
         how = draw(st.sampled_from(["other", "other", "other", "gone", "twice"]))
         if how == "other":
-            holder[way[-1]] = draw(VALUES)
+            holder[way[-1]] = deepcopy(draw(VALUES))
         elif how == "gone":
             del holder[way[-1]]
         elif isinstance(holder, list):
-            holder.extend([holder[way[-1]]] * draw(st.sampled_from([1, 3, 2000])))
+            holder.extend([deepcopy(holder[way[-1]])] * draw(st.sampled_from([1, 3, 2000])))
         else:
-            holder[draw(st.sampled_from(["x", "", "\x1b[31m", "kind", "schema"]))] = holder[way[-1]]
+            holder[draw(st.sampled_from(["x", "", "\x1b[31m", "kind", "schema"]))] = deepcopy(holder[way[-1]])
         if not isinstance(tree, dict) or not tree:
             break
     return tree
