@@ -97,3 +97,57 @@ def test_shards_in_a_folder_named_like_a_file_are_read_and_hidden_files_are_not(
     (tmp_path / "photos.parquet" / "._part-0.parquet").write_bytes(b"what a system leaves")
     for place in (tmp_path, tmp_path / "photos.parquet"):
         assert len(data.open(place, split="all")) == 3
+
+
+def test_folders_without_pictures_that_hold_other_files_and_those_of_systems_are_no_classes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = class_folders(tmp_path, ant=["0.png"], bee=["0.png"], docs=["a.txt"])
+    (root / "bee" / "@eaDir").mkdir()
+    (root / "bee" / "@eaDir" / "small.jpg").write_bytes(RED)
+    class_folders(root, **{"@eaDir": ["small.jpg"]})
+    with caplog.at_level(logging.WARNING, "vitrim.data"):
+        images = data.open(root, split="all")
+    assert images.classes == ("ant", "bee")
+    assert images.keys == ("ant/0.png", "bee/0.png")
+    assert "no image in the folder docs: taken for no class" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [("photos/train", "photos/test"), ("seg_train/seg_train", "seg_test/seg_test"), ("a=train", "a=test")],
+)
+def test_splits_are_found_in_one_folder_around_them_and_in_folders_of_their_own_names(
+    train: str, test: str, tmp_path: Path
+) -> None:
+    class_folders(tmp_path, **{f"{folder}/{name}": ["0.png"] for folder in (train, test) for name in ("ant", "bee")})
+    for split in ("all", "test"):
+        images = data.open(tmp_path, split=split, labelled=True)
+        assert images.classes == ("ant", "bee")
+        assert images.labels is not None
+        assert images.labels.tolist() == [0, 1] * (2 if split == "all" else 1)
+
+
+def test_one_class_written_in_two_ways_is_refused_and_two_of_one_split_are_two(tmp_path: Path) -> None:
+    class_folders(tmp_path / "letters", **{f"{split}/{name}": ["0.png"] for split in ("train", "val") for name in "aA"})
+    assert data.open(tmp_path / "letters", split="val").classes == ("A", "a")
+    class_folders(tmp_path / "pets", **{"train/Cat": ["0.png"], "train/dog": ["0.png"], "val/cat": ["0.png"]})
+    with pytest.raises(DataError, match="one class is written in several ways, 'Cat', 'cat'"):
+        data.open(tmp_path / "pets", split="val")
+
+
+def test_a_picture_beside_class_folders_is_named_as_what_hides_the_classes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class_folders(tmp_path, ant=["0.png"], bee=["0.png"])
+    (tmp_path / "cover.png").write_bytes(RED)
+    with caplog.at_level(logging.WARNING, "vitrim.data"):
+        assert data.open(tmp_path, split="all").labels is None
+    assert "1 of 3 images lie beside them (the first is cover.png)" in caplog.text
+
+
+def test_archives_and_tables_are_told_what_to_become(tmp_path: Path) -> None:
+    for ending, words in {".tar": "Unpack archives first", ".arrow": "Write such tables as Parquet first"}.items():
+        class_folders(tmp_path / ending, shards=[f"train-0{ending}"])
+        with pytest.raises(DataError, match=words):
+            data.open(tmp_path / ending)

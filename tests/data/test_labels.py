@@ -51,3 +51,13 @@ def test_wordnet_ids_are_read_out_as_words_and_other_names_as_they_are():
     assert data.readable(["n01440764", "n02123045"]) == ("tench", "tabby")
     assert data.readable(["cat", "n01440764"]) == ("cat", "n01440764")
     assert data.readable([]) == ()
+
+
+def test_any_name_of_a_class_is_enough_where_no_other_has_it_however_accents_are_encoded() -> None:
+    model = ["tench, Tinca tinca", "goldfish", "crane, bird", "crane, machine", "caf\u00e9"]
+    assert data.match_labels(model, ["Tinca_tinca", "cafe\u0301", "machine"]).tolist() == [0, 4, 3]
+    with pytest.raises(DataError, match=r"'crane' \(1 in all\) of the data is"):
+        data.match_labels(model, ["crane"])
+    assert data.match_labels(["owl", "owl", "cat"], ["cat"]).tolist() == [2]
+    with pytest.raises(DataError, match="is not told apart by name"):
+        data.match_labels(["owl", "owl", "cat"], ["owl"])

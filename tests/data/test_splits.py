@@ -6,11 +6,12 @@ import sys
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.data.pictures import class_folder, jpeg, parquet
 from vitrim import data
-from vitrim.data.splits import split_of_path, splits_of_files
+from vitrim.data.splits import choose, split_of_path, splits_of_files
 from vitrim.errors import DataError
 
 
@@ -123,3 +124,8 @@ def test_splits_of_a_hub_set_keep_their_names(monkeypatch: pytest.MonkeyPatch) -
     assert data.open("hf:a/b", split="test", labelled=True)[1][1] == 1
     with pytest.raises(DataError, match="which split is 'holdout'"):
         data.open("hf:a/b")
+
+
+def test_a_split_without_rows_is_refused() -> None:
+    with pytest.raises(DataError, match="its test split holds no images"):
+        choose({"train": np.arange(3), "test": np.arange(0)}, "test", seed=0, name="set")

@@ -14,6 +14,7 @@ from PIL import Image
 
 from vitrim.data.decoding import decode
 from vitrim.data.images import Source, consecutive
+from vitrim.data.labels import loose
 from vitrim.data.splits import SPLITS, in_order, split_named, split_of_word
 from vitrim.errors import DataError
 from vitrim.foreign import printable
@@ -26,8 +27,12 @@ SUFFIXES = frozenset(
     )
 )
 """What is taken for a picture. One that Pillow cannot read is refused or skipped by name; it is never passed over."""
-PASSED_OVER = frozenset({"__MACOSX", "lost+found"})
-"""Folders that systems leave behind."""
+PASSED_OVER = frozenset(
+    {"__MACOSX", "lost+found", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "__pycache__"}
+)
+"""Folders that systems leave behind, some with small copies of the pictures."""
+ARCHIVES = frozenset({".tar", ".zip", ".tgz", ".gz", ".xz", ".bz2", ".7z", ".rar"})
+TABLES = frozenset({".arrow", ".tfrecord", ".npz", ".npy", ".pkl", ".h5", ".hdf5", ".feather", ".lmdb"})
 _SHOWN = 5
 
 log = logging.getLogger("vitrim.data")
@@ -38,9 +43,10 @@ class FolderSource(Source):
 
     Subfolders named like splits (train, val, dev, test, eval, ..., training_set) are the splits if train is among them, if there is no
     other subfolder, or if any holds folders itself; the other subfolders are then splits of their own names, which `choose` asks about.
+    One folder around all splits, and a split's folder within itself (train/train/), are gone through.
     Below that, the first folder level is the class where all images lie in such folders and there are at least two of them;
-    photos nested in any other way have no labels. A folder of that level without a
-    picture is a class all the same, as in torchvision's ImageFolder, so that the others keep their numbers; the log names it.
+    photos nested in any other way have no labels. An empty folder of that level is a class all the same, so that the others keep
+    their numbers; one that holds files but no picture is none. The log names both.
     """
 
     def __init__(self, root: Path, *, labelled: bool | None = None) -> None:
@@ -56,9 +62,11 @@ class FolderSource(Source):
         self.paths = [path for paths in found.values() for path in paths]
         if not self.paths:
             beside = f" (it holds {_counted(others)})" if others else ""
+            unpack = " Unpack archives first." if ARCHIVES & {*others} else ""
+            unpack += " Write such tables as Parquet first." if TABLES & {*others} else ""
             raise DataError(
                 f"{self.name}: no images in this folder{beside}; expected files such as .jpg or .png, one subfolder for each class "
-                "(or photos in any nesting, for methods without labels), or .parquet files."
+                f"(or photos in any nesting, for methods without labels), or .parquet files.{unpack}"
             )
         self.splits = consecutive({split: len(paths) for split, paths in found.items()})
         if others:
@@ -66,22 +74,30 @@ class FolderSource(Source):
         if labelled is not False:
             self._name_classes(every.folders, parts)
 
-    def _name_classes(self, there: list[str], parts: Mapping[str, str]) -> None:
+    def _name_classes(self, there: Mapping[str, bool], parts: Mapping[str, str]) -> None:
         """A class for every path that has a folder of its own; a split whose photos lie loose stays unlabelled.
 
-        there: all folders, with pictures or without.  parts: what the paths of each split begin with.
+        there: all folders, and whether a file lies below.  parts: what the paths of each split begin with.
         """
-        level = 0 if "" in parts.values() else 1
-        folders = [names[level] if len(names := path.split("/")) > level + 1 else None for path in self.paths]
-        loose = np.array([folder is None for folder in folders])
-        named = {split: rows for split, rows in self.splits.items() if not loose[rows].any()}
+        within = {split: [self.paths[row][len(parts[split]) :] for row in rows] for split, rows in self.splits.items()}
+        found = {split: [path.partition("/")[0] if "/" in path else None for path in within[split]] for split in within}
+        folders = [folder for split in found for folder in found[split]]
+        named = {split: rows for split, rows in self.splits.items() if None not in found[split]}
         known = [split for split in named if split in SPLITS] or list(named)
+        self._tell_beside(found)
         full = {str(folders[row]) for split in known for row in named[split]}
         if len(full) < 2:
             return
-        starts = tuple(parts[split] for split in known)
-        bare = {path.split("/")[level] for path in there if path.count("/") == level and path.startswith(starts)}
-        classes = sorted(full | bare)
+        self._refuse_alike({split: {str(folder) for folder in found[split]} for split in known})
+        others = {
+            path[len(parts[split]) :]: filled
+            for split in known
+            for path, filled in there.items()
+            if path.startswith(parts[split]) and "/" not in path[len(parts[split]) :]
+        }
+        if stray := sorted(printable(name) for name, filled in others.items() if filled and name not in full):
+            log.warning("%s: no image in the folder %s: taken for no class.", self.name, _listed(stray))
+        classes = sorted(full | {name for name, filled in others.items() if not filled})
         if empty := [printable(name) for name in classes if name not in full]:
             log.warning(
                 "%s: no image in the class folder%s %s, which keep%s the place among %d classes; remove what is no class.",
@@ -96,6 +112,32 @@ class FolderSource(Source):
         self._labels = np.full(len(self.paths), -1, dtype=np.int64)
         for rows in named.values():
             self._labels[rows] = [index.get(str(folders[row]), -1) for row in rows]
+
+    def _tell_beside(self, found: Mapping[str, Sequence[str | None]]) -> None:
+        """Say which pictures beside folders of classes keep these from being read as such."""
+        for split, folders in found.items():
+            if len(count := Counter(folders)) > 2 and None in count:
+                row = int(self.splits[split][folders.index(None)])
+                log.warning(
+                    "%s: no class is read from the folders, since %d of %d images lie beside them (the first is %s); move "
+                    "them into a class folder or out of here.",
+                    self.name,
+                    count[None],
+                    len(folders),
+                    self.key(row),
+                )
+
+    def _refuse_alike(self, found: Mapping[str, set[str]]) -> None:
+        """Raise DataError for a class that two splits write differently ("Cat", "cat"): it would be two classes."""
+        written: dict[str, set[str]] = {}
+        for name in {name for names in found.values() for name in names}:
+            written.setdefault(loose(name), set()).add(name)
+        for names in written.values():
+            if len(names) > 1 and not any(len(names & there) > 1 for there in found.values()):
+                raise DataError(
+                    f"{self.name}: one class is written in several ways, {_listed([repr(name) for name in sorted(names)])}; "
+                    "expected the same folder name in every split. Rename one."
+                )
 
     def key(self, row: int) -> str:
         return printable(self.paths[row])
@@ -126,10 +168,11 @@ def _listed(words: Sequence[str]) -> str:
     return ", ".join(words[:_SHOWN]) + more
 
 
-def _split_folders(paths: list[str], name: str) -> dict[str, str]:
-    """Split -> what its paths begin with; {"train": ""} where the subfolders are no splits."""
-    nested = {path.split("/")[0]: False for path in paths if "/" in path}
-    for path in paths:
+def _split_folders(paths: list[str], name: str, around: str = "") -> dict[str, str]:
+    """Split -> what its paths begin with; {"train": ""} where the subfolders are no splits.  around: what all paths begin with."""
+    inner = [path[len(around) :] for path in paths]
+    nested = {path.split("/")[0]: False for path in inner if "/" in path}
+    for path in inner:
         if path.count("/") > 1:
             nested[path.split("/")[0]] = True
     exact = {child: split_named(child) for child in nested}
@@ -137,9 +180,12 @@ def _split_folders(paths: list[str], name: str) -> dict[str, str]:
     if all(words.values()) and ("train" in words.values() or any(exact.values())):
         exact = words
     elif not any(exact.values()) or ("train" not in exact.values() and not any(nested.values())):
-        return {"train": ""}
+        if [*nested.values()] != [True] or not all("/" in path for path in inner):
+            return {"train": ""}
+        below = _split_folders(paths, name, f"{around}{next(iter(nested))}/")
+        return below if set(below) <= set(SPLITS) else {"train": ""}
     said = [(split or child, child) for child, split in exact.items()]
-    splits = {split: f"{child}/" for split, child in said}
+    splits = {split: _repeated(f"{around}{child}/", split, paths) for split, child in said}
     if len(splits) < len(said):
         raise DataError(
             f"{name}: several subfolders for one split among {', '.join(child for _, child in said)}; "
@@ -148,18 +194,27 @@ def _split_folders(paths: list[str], name: str) -> dict[str, str]:
     return splits
 
 
+def _repeated(start: str, split: str, paths: list[str]) -> str:
+    """What a split's paths begin with, where an archive was unpacked into a folder of its own name ("train/train/")."""
+    below = [path[len(start) :] for path in paths if path.startswith(start)]
+    children = {path.split("/")[0] for path in below}
+    if len(children) == 1 and all("/" in path for path in below) and split_of_word(child := children.pop()) == split:
+        return _repeated(f"{start}{child}/", split, paths)
+    return start
+
+
 @dataclass(frozen=True)
 class _Found:
-    """Relative paths (with "/") of the pictures and of the folders below a folder, and its other files by ending."""
+    """Relative paths (with "/") of the pictures below a folder, of its folders with whether a file lies below, and its other files by ending."""
 
     pictures: list[str]
-    folders: list[str]
+    folders: dict[str, bool]
     others: Counter[str]
 
 
 def _walk(root: Path) -> _Found:
     """What lies below; linked folders are followed once."""
-    found = _Found([], [], Counter())
+    found = _Found([], {}, Counter())
     seen: set[str] = set()
     for folder, folders, files in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
@@ -170,7 +225,9 @@ def _walk(root: Path) -> _Found:
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in PASSED_OVER)
         within = Path(folder).relative_to(root).as_posix()
         start = "" if within == "." else f"{within}/"
-        found.folders.extend(f"{start}{name}" for name in folders)
+        found.folders.update({f"{start}{name}": False for name in folders})
+        if any(not file.startswith(".") for file in files):
+            found.folders.update({start[:end]: True for end, sign in enumerate(start) if sign == "/"})
         for file in files:
             suffix = os.path.splitext(file)[1].lower()
             if file.startswith("."):

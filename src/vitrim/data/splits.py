@@ -19,7 +19,7 @@ WORDS = {
 """As the `datasets` library reads them."""
 _NAMES = {word: split for split, words in WORDS.items() for word in words}
 _UNSURE = ("holdout", "heldout")  # say that this is a split, and not which
-_SEPARATORS = re.compile(r"[-._ 0-9]+")
+_SEPARATORS = re.compile(r"[-._= 0-9]+")  # "=": a table partitioned by its split, "split=train"
 _VALIDATION = 0x5641_4C49  # keeps these draws apart from others with the same seed
 
 
@@ -95,6 +95,8 @@ def choose(splits: Mapping[str, np.ndarray], split: str, *, seed: int, name: str
     if wanted is None:
         raise DataError(f"unknown split {split!r}; expected one of train, validation, test, all.")
     if wanted in splits and (wanted != "train" or "validation" in splits):
+        if len(splits[wanted]) == 0:
+            raise DataError(f"{name}: its {wanted} split holds no images; expected at least one. Choose another split.")
         return splits[wanted]
     there = ", ".join(sorted(splits, key=in_order))
     if others := [repr(part) for part in sorted(splits) if part not in SPLITS]:
