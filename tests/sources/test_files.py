@@ -40,6 +40,21 @@ def test_safetensors_and_pickled_files_give_the_same_tensors(tmp_path: Path) -> 
     assert is_state(read(tmp_path / "code.pth", STATE))  # torch.save names a folder in the file so, as TorchScript does
 
 
+def test_a_file_is_read_by_how_it_begins_whatever_its_ending(tmp_path: Path) -> None:
+    save_file(STATE, tmp_path / "pytorch_model.bin")
+    assert is_state(files.read(tmp_path / "pytorch_model.bin"))
+    for zipped in (True, False):
+        torch.save(STATE, tmp_path / "x.safetensors", _use_new_zipfile_serialization=zipped)
+        assert is_state(files.read(tmp_path / "x.safetensors"))
+
+
+def test_an_address_in_place_of_a_file_is_said_to_be_one() -> None:
+    with pytest.raises(SourceError, match="it is an address: download the file"):
+        files.read(Path("https://example.com/weights.pth"))
+    with pytest.raises(SourceError, match=r"is not there; expected a \.safetensors"):
+        files.read(Path("weights.pth"))
+
+
 @pytest.mark.parametrize(
     "key", ["state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "net", "any_name"]
 )
@@ -107,9 +122,9 @@ def test_whole_numbers_are_refused_where_weights_are_expected() -> None:
         reconciled({"pos": torch.ones(1, dtype=torch.int8)})
 
 
-@pytest.mark.parametrize("odd", [torch.ones(1).to_sparse(), torch.ones(1, device="meta")])
+@pytest.mark.parametrize("odd", [torch.ones(1).to_sparse(), torch.ones(1, device="meta"), torch.ones(1) * 1j])
 def test_tensors_without_dense_numbers_are_refused(tmp_path: Path, odd: torch.Tensor) -> None:
-    with pytest.raises(SourceError, match=r"sparse, quantised or without numbers: pos\."):
+    with pytest.raises(SourceError, match=r"sparse, complex, quantised or without numbers: pos\."):
         reconciled({"pos": odd})
     with pytest.raises(SourceError, match=r"weights twice"):  # which torch cannot compare
         read(tmp_path / "x.pth", {"a": torch.ones(2, device="meta"), "module.a": torch.ones(2, device="meta")})
@@ -126,7 +141,7 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [([1, 2], "holds a list"), ({}, "holds nothing"), ({"lr": 0.1}, "holds no tensors")],
+    [([1, 2], "holds no tensors"), ("text", "holds a str"), ({}, "holds nothing"), ({"lr": 0.1}, "holds no tensors")],
 )
 def test_files_without_weights_are_refused(tmp_path: Path, content: Any, words: str) -> None:
     with pytest.raises(SourceError, match=words):

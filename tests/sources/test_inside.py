@@ -118,3 +118,29 @@ def test_a_model_of_transformers_with_more_around_it_is_found() -> None:
     x = torch.randn(1, 3, 32, 32)
     with torch.no_grad():
         assert torch.allclose(model(x), encoder(x).last_hidden_state[:, 0], atol=1e-5)
+
+
+def test_a_classifier_in_a_list_with_dropout_is_the_classifier() -> None:
+    module = vit()
+    module.head = nn.Sequential(nn.Dropout(0.5), nn.Linear(24, 7)).eval()
+    assert gives(vitrim.from_model(module), module)
+    assert type(module.head) is nn.Sequential
+    module.head = nn.Sequential(nn.LayerNorm(24), nn.Linear(24, 7))
+    with pytest.raises(SourceError, match="more than one linear"):
+        vitrim.from_model(module)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: "vit_tiny", r"not a str\. .*vitrim\.load"),
+        (lambda: None, "not a NoneType"),
+        (lambda: vit().state_dict(), "not a OrderedDict"),
+        (lambda: type(vit()), "not VisionTransformer"),
+        (lambda: vit().to("meta"), "has no numbers: it is on the device 'meta'"),
+        (lambda: vitrim.from_model(vit()), "vitrim's own already"),
+    ],
+)
+def test_what_is_no_module_with_numbers_is_refused_by_what_it_is(make: Any, said: str) -> None:
+    with pytest.raises(SourceError, match=said):
+        vitrim.from_model(make())

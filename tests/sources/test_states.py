@@ -37,7 +37,7 @@ def under(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {f"{prefix}.{name}": value for name, value in state.items()}
 
 
-def chosen(found: Mapping[str, Any], key: str | None = None) -> dict[str, Tensor]:
+def chosen(found: Any, key: str | None = None) -> dict[str, Tensor]:
     return states.chosen(states.row_of(found, file="x.pth"), EXPECTED, file="x.pth", key=key)
 
 
@@ -90,6 +90,7 @@ AVERAGED = {
         "dino_loss": {"center": torch.ones(1, 2)},
     },
     "target encoder": {"encoder": under("module", RAW), "target_encoder": under("module", MEAN)},
+    "an optimizer of Lightning's": {"state_dict": RAW, "optimizer_states": [{"opt": {}, "ema": tuple(MEAN.values())}]},
     "a list": {"model": RAW, "ema": {"decay": 0.9, "shadow_params": list(MEAN.values()), "collected_params": []}},
 }
 
@@ -98,7 +99,7 @@ AVERAGED = {
 def test_averaged_weights_are_taken_and_said(name: str, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "vitrim.sources"):
         assert same(chosen(AVERAGED[name]), MEAN)
-    assert "averaged" in caplog.text or "shadow_params" in caplog.text
+    assert "averaged" in caplog.text or "the weights are those in" in caplog.text
     assert "--checkpoint-key" in caplog.text
 
 
@@ -171,6 +172,19 @@ def test_an_optimizer_is_named_and_no_set_of_weights(caplog: pytest.LogCaptureFi
     assert same(chosen({"model": RAW, "optimizer": by_name}), RAW)
 
 
+def test_sets_in_a_list_are_sets_by_their_numbers() -> None:
+    for alone in ([RAW], (RAW, 3), [{"state_dict": RAW}, {"epoch": 3}]):
+        assert same(chosen(alone), RAW)
+    with pytest.raises(SourceError, match=r"2 complete sets of weights \('kept\.0', 'kept\.1'\)"):
+        chosen({"kept": [RAW, MEAN]})
+    assert same(chosen({"kept": [RAW, MEAN]}, "kept.1"), MEAN)
+
+
+@pytest.mark.parametrize("name", ["momentum", "avg"])
+def test_an_optimizers_lists_are_no_averaged_weights(name: str) -> None:
+    assert same(chosen({"model": RAW, "optimizer": {name: list(MEAN.values())}}), RAW)
+
+
 @pytest.mark.parametrize("prefix", ["", "model.", "a.b."])
 def test_tensors_of_the_training_beside_the_models_are_named(prefix: str, caplog: pytest.LogCaptureFixture) -> None:
     state = {f"{prefix}{name}": value for name, value in RAW.items()}
@@ -196,10 +210,37 @@ def test_a_classifier_around_a_backbone_is_used_unless_something_may_stand_betwe
     assert same(
         chosen({"backbone": inner, "head": {"weight": torch.ones(9, 4)}}), {**inner, "head.weight": torch.ones(9, 4)}
     )
+    assert same(
+        chosen({**under("backbone", inner), "head.1.weight": torch.ones(9, 4)}),
+        {**inner, "head.weight": torch.ones(9, 4)},
+    )  # dropout stands before it
     found = {**under("backbone", inner), **outer, "neck.weight": torch.ones(4, 4)}
     with pytest.raises(SourceError, match=r"head\.weight, but also neck\.weight.*--checkpoint-key backbone"):
         chosen(found)
     assert same(chosen(found, "backbone"), inner)
+
+
+@pytest.mark.parametrize(
+    "behind",
+    [
+        {"fc.weight": torch.ones(9, 4)},
+        {"head.0.weight": torch.ones(8, 4), "head.2.weight": torch.ones(9, 8)},
+        {"head.0.weight": torch.ones(4, 4), "head.2.weight": torch.ones(9, 4)},
+    ],
+)
+def test_a_classifier_that_has_no_place_is_left_with_a_warning(
+    behind: dict[str, Tensor], caplog: pytest.LogCaptureFixture
+) -> None:
+    inner = {name: value for name, value in RAW.items() if not name.startswith("head.")}
+    assert same(chosen({**under("backbone", inner), **behind}), inner)
+    assert "those under 'backbone'; not read: " in next(
+        line.message for line in caplog.records if line.levelno == logging.WARNING
+    )
+    caplog.clear()
+    chosen(
+        {"model": RAW, "optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}}, "rng": torch.ones(3, dtype=torch.uint8)}
+    )
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("numbers", [("0.0", "0.1", "1.2"), ("0.0", "0.1", "1.0"), ("0.0", "1.1", "2.2")])

@@ -68,11 +68,11 @@ def load(
     drops the classifier, which changes no other number.  verify: compare with the foreign module on a random image.
     image_px: the size of the images it is to run at, height and width or one number for both; positions are resized to it
     once, in float32, from the size that they were made for. A checkpoint may then be of another size than the name's, which
-    is refused without.
+    is refused without: of a square one, or of the very size.
     """
     size = None if image_px is None else sides(image_px)
     given: dict[str, Any] = {"pretrained": pretrained, "checkpoint": checkpoint, "checkpoint_key": checkpoint_key}
-    model = _loaded(str(name), **given, classes=classes, verify=verify, any_size=size is not None)
+    model = _loaded(str(name), **given, classes=classes, verify=verify, image_px=size)
     if size is not None:
         from ..surgery import with_own_positions
 
@@ -96,9 +96,9 @@ def _loaded(
     checkpoint_key: str | None,
     classes: int | None,
     verify: bool,
-    any_size: bool,
+    image_px: tuple[int, int] | None,
 ) -> Vit:
-    """The model at the size that its weights were made for."""
+    """The model at the size that its weights were made for.  image_px: the size asked for; None: that of the name."""
     family, colon, rest = text.partition(":")
     if checkpoint_key is not None and checkpoint is None:
         raise SourceError(
@@ -114,7 +114,7 @@ def _loaded(
             checkpoint_key=checkpoint_key,
             classes=classes,
             verify=verify,
-            any_size=any_size,
+            image_px=image_px,
         )
         if checkpoint_key is not None:
             model.provenance = {**model.provenance, "checkpoint_key": checkpoint_key}

@@ -30,6 +30,7 @@ class Family:
     name: of the class or family, for sentences.
     fills_width: heads times head width must be the width of the stream.  any_scale: of the scores, else `qk_dim ** -0.5`.
     every_bias: linears behind the queries, keys and values have a bias each, and these have one in all blocks or none.
+    whole_patches: images of sizes that leave a rest beside the patches do not run.
     prefix: a regular expression over the kinds of the prefix tokens, such as `cls( reg)*`.
     prefix_rows: the position table must have rows for them.  any_grid: the table may be for another size than the image.
     channels, eps: None where any will do.
@@ -39,6 +40,7 @@ class Family:
     stems: tuple[type[Stem], ...] = (ConvStem,)
     channels: int | None = None
     square: bool = False
+    whole_patches: bool = False
     prefix: str = "cls"
     positions: Collection[str] = ("none", "learned", "fixed")
     prefix_rows: bool = False
@@ -162,6 +164,8 @@ def _around(spec: ModelSpec, family: Family) -> Iterator[str]:
         not in (None, spec.channels),
         f"its images of {spec.image_px} px in patches of {spec.patch_px} are not square": family.square
         and not len(set(spec.image_px)) == len(set(spec.patch_px)) == 1,
+        f"its images of {spec.image_px} px are no whole number of patches of {spec.patch_px}": family.whole_patches
+        and any(spec.unread_px),
         f"its prefix tokens are {spec.prefix!r}": re.fullmatch(family.prefix, " ".join(spec.prefix)) is None,
         f"its position table is {position.kind!r}, not {_either(family.positions)}": position.kind
         not in family.positions,

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import pickle
 import re
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ SPLIT = tuple(
     for parts in (("q", "k", "v"), ("query", "key", "value"))
 )
 """Names under which files hold queries, keys and values apart, beside where a family joins them."""
+EXPECTED = "expected a .safetensors, .pth or .pt file"
 CONVERT = "Only weights of PyTorch are read: load the model in its library, and save a state dict with the names of timm's or transformers' model by torch.save"
 BEGINNINGS = (
     (b"\x1f\x8b", "compressed by gzip. Unpack it first"),
@@ -120,7 +122,7 @@ def read(path: Path, expected: Mapping[str, Tensor] | None = None, *, key: str |
     expected: a family's own tensors by name, by which a set of weights is known.  key: path of the set in the file.
     """
     found = _opened(path)
-    row = row_of(found, file=path.name) if isinstance(found, Mapping) else None
+    row = row_of(found, file=path.name) if isinstance(found, (Mapping, list, tuple)) else None
     if row is None or not row.tensors:
         what = "nothing" if found in (None, {}) else "no tensors" if row else f"a {type(found).__name__}"
         raise SourceError(f"{path.name} holds {what}, not weights by name. Save them by {SAVE}.")
@@ -153,9 +155,9 @@ def reconciled(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, f
         for key, value in state.items()
         if key in expected and expected[key].is_floating_point() and not value.is_floating_point()
     ]
-    if odd := [key for key, value in state.items() if key in expected and not is_plain(value)]:
+    if odd := [key for key, value in state.items() if key in expected and (not is_plain(value) or value.is_complex())]:
         raise SourceError(
-            f"{file} holds tensors that are sparse, quantised or without numbers: {listed(odd)}. Save dense weights in floating point."
+            f"{file} holds tensors that are sparse, complex, quantised or without numbers: {listed(odd)}. Save dense weights in floating point."
         )
     if whole:
         raise SourceError(
@@ -227,6 +229,19 @@ def another_size(path: Path, own: Sequence[int], name: str, asked: Sequence[int]
     )
 
 
+def table_px(
+    patches: int, own: tuple[int, int], patch_px: Sequence[int], asked: tuple[int, int] | None
+) -> tuple[int, int]:
+    """The image size (height, width) of a file whose positions are for so many patches: a square, or the size asked for.
+
+    own: the size that the name says, taken where it has as many, and where nothing fits: the comparison of shapes says so then.
+    """
+    height, width = patch_px
+    side = math.isqrt(max(patches, 0))
+    sizes = [own, (side * height, side * width), *([] if asked is None else [asked])]
+    return next((size for size in sizes if (size[0] // height) * (size[1] // width) == patches > 0), own)
+
+
 def px(sides: Sequence[int]) -> str:
     """Height and width, for a sentence."""
     return f"{sides[0]} x {sides[1]} px"
@@ -286,6 +301,7 @@ def check(path: Path, state: Mapping[str, Tensor], expected: Mapping[str, tuple[
     if faults := misfits(missing, unexpected, shapes):
         only_heads = not missing and not shapes and all(_is_head(key) for key in unexpected)
         mend = " Or leave every classifier out (classes=0)." if only_heads else advice(unexpected)
+        mend = mend if missing or unexpected else oblong(shapes)
         if any(0 in found[key] for key, *_ in shapes):
             mend = " Its tensors are empty, as DeepSpeed's ZeRO-3 leaves them: make one file of the folder by its zero_to_fp32.py."
         raise SourceError(f"{path.name} does not fit {model}; {faults}. Name the model that it was saved from.{mend}")
@@ -303,6 +319,13 @@ def misfits(
     return "; ".join(f"{what}: {listed(names)}" for what, names in kinds.items() if names)
 
 
+def oblong(shapes: Collection[tuple[str, Iterable[int], Iterable[int]]]) -> str:
+    """What to do where positions alone have another shape; "" for other tensors.  shapes: as of `misfits`."""
+    if not shapes or not all(re.search(r"(^|\.)pos", name) or "position" in name for name, *_ in shapes):
+        return ""
+    return " If it was made for images that are no squares, pass their height and width: --image-px H,W (image_px=)."
+
+
 def advice(names: Iterable[str]) -> str:
     """What to do about tensors that do not fit, by whose names they have; "" for names of no known kind."""
     every = list(names)
@@ -314,19 +337,29 @@ def _opened(path: Path) -> Any:
     if path.is_dir():
         raise _folder(path)
     if not path.is_file():
-        raise SourceError(f"checkpoint {str(path)!r} is not there; expected a .safetensors, .pth or .pt file.")
+        mend = "it is an address: download the file, and name it here" if re.match(r"[a-z]+:/", str(path)) else EXPECTED
+        raise SourceError(f"checkpoint {str(path)!r} is not there; {mend}.")
     if path.name.endswith(".index.json"):
         return _shards(path)
     if (arrays := _arrays(path)) is not None:
         return arrays
     if other := _foreign(path):
         raise SourceError(f"{path.name} is {other}.")
-    if path.suffix != ".safetensors":
+    if not _is_safetensors(path):
         return _unpickled(path)
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise SourceError(f"{path.name} is no whole safetensors file ({error}). Copy or download it again.") from None
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Whether a file is read as safetensors: by how it begins, and by its ending where that says nothing."""
+    with open(path, "rb") as file:
+        first = file.read(9)
+    if first[8:] == b"{":
+        return True
+    return path.suffix == ".safetensors" and not first.startswith((b"PK\3\4", b"\x80"))
 
 
 def _folder(path: Path) -> SourceError:
@@ -346,7 +379,7 @@ def _folder(path: Path) -> SourceError:
     endings = (".safetensors", ".safetensors.index.json", ".pth", ".pt", ".bin", ".ckpt", ".tar")
     there = sorted(name for name in files if name.endswith(endings))
     hint = f"; there is {listed(there)}" if there else ""
-    return SourceError(f"checkpoint {path.name!r} is a folder; expected a .safetensors, .pth or .pt file in it{hint}.")
+    return SourceError(f"checkpoint {path.name!r} is a folder; {EXPECTED} in it{hint}.")
 
 
 def _shards(path: Path) -> dict[str, Any]:
@@ -430,8 +463,9 @@ def _foreign(path: Path) -> str:
 
 def _unpickled(path: Path) -> Any:
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # DeiT's files carry their training arguments
-            return torch.load(path, map_location="cpu", weights_only=True)
+        # DeiT's files carry their training arguments; opened, since torch takes a path by its ending
+        with torch.serialization.safe_globals([argparse.Namespace]), open(path, "rb") as file:
+            return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if named := re.search(r"GLOBAL ([\w.]+)|class '?([\w.]+)", str(error)):
             raise SourceError(

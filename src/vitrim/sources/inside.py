@@ -8,11 +8,11 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterator
-from typing import Any
 
 from torch import nn
 
 from ..errors import SourceError
+from ..model import Vit
 from .states import listed
 
 WRAPPERS = {
@@ -49,9 +49,17 @@ def family_of(module: nn.Module) -> str | None:
 def found(module: nn.Module) -> tuple[nn.Module, str]:
     """The Vision Transformer in a module, and its family; of one that holds none, the module itself, for a family to refuse.
 
-    Raises SourceError where there are several, or where the parameters of one are spread over processes.
+    Raises SourceError where there are several, where the parameters of one are spread over processes or without numbers, and
+    for anything but a foreign module.
     """
+    if not isinstance(module, nn.Module):
+        what = module.__name__ if isinstance(module, type) else f"a {type(module).__name__}"
+        raise SourceError(
+            f"from_model takes a module of PyTorch, not {what}. A name, a folder or a file of weights goes to vitrim.load."
+        )
     module = unwrapped(module)
+    if isinstance(module, Vit):
+        raise SourceError("this model is vitrim's own already: use it as it is.")
     inside = [("", module)] if family_of(module) else list(_inside(module))
     if len(inside) > 1:
         names = ", ".join(name for name, _ in inside)
@@ -63,6 +71,10 @@ def found(module: nn.Module) -> tuple[nn.Module, str]:
         ours = type(module).__module__.startswith("transformers.")
         return module, "huggingface" if ours else "timm"
     name, inner = inside[0]
+    if any(value.is_meta for value in inner.state_dict().values()):
+        raise SourceError(
+            f"this {type(inner).__name__} has no numbers: it is on the device 'meta'. Load its weights before."
+        )
     if name:
         mine = {id(one) for one in inner.modules()}
         beside = [
@@ -72,7 +84,7 @@ def found(module: nn.Module) -> tuple[nn.Module, str]:
         ]
         left = f", without {listed(beside)}" if beside else ""
         LOG.warning("%s: the %s at %r in it is taken%s.", type(module).__name__, type(inner).__name__, name, left)
-    return without_wrappers(inner), family_of(inner) or "timm"
+    return with_plain_classifiers(without_wrappers(inner)), family_of(inner) or "timm"
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
@@ -93,13 +105,34 @@ def without_wrappers(module: nn.Module) -> nn.Module:
     """The module itself, or a copy with the same parameters where wrappers stand inside it."""
     if not any(type(part).__name__ in (*WRAPPERS, *SHARDED) for part in module.modules()):
         return module
-    kept: dict[int, Any] = {id(one): one for one in (*module.parameters(), *module.buffers())}
-    module = copy.deepcopy(module, kept)
+    module = _sharing(module)
     for part in list(module.modules()):
         for name, child in part.named_children():
             if (inner := unwrapped(child)) is not child:
                 setattr(part, name, inner)
     return module
+
+
+def with_plain_classifiers(module: nn.Module) -> nn.Module:
+    """The module itself, or a copy with the same parameters where one linear stands in a list with dropout, which is left out."""
+    plain = {}
+    for name, child in module.named_children():
+        if type(child) is nn.Sequential:
+            layers = [layer for layer in child if type(layer) not in (nn.Dropout, nn.Identity)]
+            if len(layers) == 1 and type(layers[0]) is nn.Linear:
+                plain[name] = layers[0]
+    if not plain or family_of(module) == "torchvision":  # whose heads are such a list
+        return module
+    module = _sharing(module)
+    for name in plain:
+        layers = getattr(module, name)
+        setattr(module, name, next(layer for layer in layers if type(layer) is nn.Linear))
+    return module
+
+
+def _sharing(module: nn.Module) -> nn.Module:
+    """A copy of a module with the same parameters."""
+    return copy.deepcopy(module, {id(one): one for one in (*module.parameters(), *module.buffers())})
 
 
 def _inside(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -35,6 +35,8 @@ WRAPPERS = (
 """Parts of names that wrappers add: data parallel, torch.compile, FSDP, activation checkpointing, FairScale, Fabric."""
 AVERAGED = {"ema", "swa", "averaged", "average", "avg", "polyak", "shadow", "momentum", "target"}
 """Words in the name of an averaged set; `teacher` is one beside a `student`."""
+MOMENTS = {"momentum", "average", "averaged", "avg"}
+"""Those of `AVERAGED` that an optimizer calls its own lists by, which are no weights."""
 TRAINING = re.compile(
     r"(.*_)?(criterion|loss|losses|loss_fn|metrics?|optimizers?|dino_loss|ibot_loss)(_.*)?|(decoder|predictor|projector)(_.*)?"
 )
@@ -60,11 +62,11 @@ class Row:
     averaged: set[str] = field(default_factory=set)
 
 
-def row_of(found: Mapping[Any, Any], *, file: str) -> Row:
-    """Everything that is a tensor, by name. Raises SourceError where names stand there twice, or adapters not yet merged."""
+def row_of(found: Any, *, file: str) -> Row:
+    """Everything that is a tensor in mappings and lists of them, by name. Raises SourceError where names stand there twice, or adapters not yet merged."""
     row, before = Row(), dict[str, str]()
     try:
-        _collect(found, "", "", row, before, file)
+        _collect(_numbered(found) or {}, "", "", row, before, file)
     except RecursionError:
         raise SourceError(f"{file} holds mappings within mappings without end. Save weights alone by {SAVE}.") from None
     if adapters := [name for name in row.tensors if ADAPTER.search(name)]:
@@ -104,7 +106,14 @@ def chosen(row: Row, expected: Mapping[str, Tensor], *, file: str, key: str | No
         _check_averaged(groups, prefix, sets, len(state), file)
     told = [f"{place} ({count} tensors)" if count > 1 else place for place, count in groups.items()]
     if told:
-        LOG.info("%s: the weights are those under %r; not read: %s.", file, prefix or ".", listed(told))
+        odd = any(row.tensors[name].is_floating_point() and not _is_training(name) for name in left)
+        LOG.log(
+            logging.WARNING if odd else logging.INFO,
+            "%s: the weights are those under %r; not read: %s.",
+            file,
+            prefix or ".",
+            listed(told),
+        )
     elif prefix and prefix != (home := row.home[sets[prefix][0]]):
         LOG.info("%s: every name begins with %r, which is left out.", file, f"{_rest(prefix, home)}.")
     return state
@@ -135,13 +144,20 @@ def _collect(found: Mapping[Any, Any], path: str, spelt: str, row: Row, before: 
                     "alone by torch.save(model.state_dict(), ...)."
                 )
             row.tensors[name], row.home[name], before[name] = value.detach(), path, full
-        elif isinstance(value, Mapping):
-            _collect(value, name, full, row, before, file)
         elif isinstance(value, (list, tuple)) and value and all(isinstance(one, Tensor) for one in value):
             row.lists[name] = [one.detach() for one in value]
+        elif (inner := _numbered(value)) is not None:
+            _collect(inner, name, full, row, before, file)
     for key in (key for key in found if not isinstance(key, str)):  # an optimizer's state, by the parameter's number
         if isinstance(found[key], Mapping):
             _collect(found[key], _joined(path, str(key)), f"{spelt}.{key}", row, before, file)
+
+
+def _numbered(value: Any) -> Mapping[Any, Any] | None:
+    """A mapping itself, or a list's members by their number; None for anything else."""
+    if isinstance(value, (list, tuple)):
+        return {str(i): one for i, one in enumerate(value)}
+    return value if isinstance(value, Mapping) else None
 
 
 def _joined(*parts: str) -> str:
@@ -328,6 +344,11 @@ def _is_averaged(row: Row, prefix: str, sets: Iterable[str]) -> bool:
     )
 
 
+def _is_moments(place: str) -> bool:
+    """Whether an optimizer's averages stand there, which are none of weights."""
+    return bool(OPTIMIZER.search(place)) and not _words(place) & (AVERAGED - MOMENTS)
+
+
 def _is_averaged_beside(words: set[str], beside: set[str]) -> bool:
     return bool((words - beside) & AVERAGED) or ("teacher" in words and "student" in beside)
 
@@ -361,12 +382,14 @@ def _around(
     while outer:
         outer = outer.rpartition(".")[0]
         beside = [name for name in left if name not in elsewhere and (not outer or _rest(name, outer) != name)]
+        plain = {name: _without_places(_rest(name, outer)) for name in beside}
         found = {
             rest: name
-            for name in beside
-            if (rest := _rest(name, outer)) in expected
+            for name, rest in plain.items()
+            if rest in expected
             and rest not in state
             and row.tensors[name].shape[1:] == expected[rest].shape[1:]
+            and list(plain.values()).count(rest) == 1
         }
         if not found:
             continue
@@ -387,6 +410,11 @@ def _around(
     return {}
 
 
+def _without_places(name: str) -> str:
+    """A tensor's name without its part's place in a list: `head.weight` of `head.1.weight`, where dropout is before it."""
+    return re.sub(r"(\.\d+)+(?=\.(weight|bias)$)", "", name)
+
+
 def _by_order(
     row: Row, state: dict[str, Tensor], *, file: str, asked: bool, path: str | None
 ) -> tuple[dict[str, Tensor], list[str]]:
@@ -397,7 +425,7 @@ def _by_order(
     shapes = [value.shape for value in state.values()]
     alike = [place for place, values in row.lists.items() if [value.shape for value in values] == shapes]
     if path is None and not asked:
-        averaged = [place for place in alike if _words(place) & AVERAGED]
+        averaged = [place for place in alike if _words(place) & AVERAGED and not _is_moments(place)]
         if len(averaged) > 1:
             raise SourceError(
                 f"{file} keeps several lists of averaged weights ({', '.join(averaged)}). Name one by --checkpoint-key KEY "
@@ -415,6 +443,11 @@ def _by_order(
         "%s: the weights are those in %r, in the order of the others; --checkpoint-key names another set.", file, path
     )
     return dict(zip(state, row.lists[path], strict=True)), [other for other in row.lists if other != path]
+
+
+def _is_training(name: str) -> bool:
+    """Whether a tensor belongs to the training: an optimizer, a loss, what pretraining puts behind the encoder."""
+    return bool(OPTIMIZER.search(name)) or any(TRAINING.fullmatch(part) for part in name.split("."))
 
 
 def _grouped(left: Iterable[str], prefix: str) -> dict[str, int]:
@@ -439,6 +472,7 @@ def _check_averaged(groups: Mapping[str, int], prefix: str, sets: Iterable[str],
         place
         for place, many in groups.items()
         if _is_averaged_beside(_words(place), _words(prefix))
+        and not _is_moments(place)
         and 2 * many >= count
         and not any(f"{of}.".startswith(f"{place}.") for of in sets)
     ]

@@ -206,7 +206,10 @@ def test_adapters_added_numbers_and_other_classifiers_are_refused() -> None:
     with pytest.raises(SourceError, match="does not have: prompt"):
         vitrim.from_model(module)
     module = small("vit")
-    module.classifier = nn.Sequential(nn.Dropout(), nn.Linear(24, 5))
+    module.classifier = nn.Sequential(nn.Dropout(), nn.Linear(24, 5)).eval()
+    model, x = vitrim.from_model(module), torch.randn(2, 3, 24, 24)
+    assert torch.allclose(model(x), module(x).logits, atol=1e-5)
+    module.classifier = nn.Sequential(nn.LayerNorm(24), nn.Linear(24, 5))
     with pytest.raises(SourceError, match="more than one linear"):
         vitrim.from_model(module)
     module = small("vit")

@@ -204,11 +204,27 @@ def test_a_model_built_here_goes_to_transformers(tmp_path: Path) -> None:
     assert type(assert_back(randomised(build(spec)), tmp_path / "back")) is DeiTForImageClassification
 
 
-def test_a_folder_that_is_there_and_a_border_are_refused(tmp_path: Path) -> None:
-    model = vitrim.from_model(small("vit"))
+def test_a_folder_that_is_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="is there already"):
-        source.write(model, tmp_path)
-    border = Preprocess(mean=(0.5,) * 3, std=(0.5,) * 3, size_px=(24, 24), crop_mode="border")
-    with pytest.raises(SourceError, match="crop_mode='border'"):
-        source.write(vitrim.from_model(small("vit"), border), tmp_path / "m")
-    assert not (tmp_path / "m").exists()
+        source.write(vitrim.from_model(small("vit")), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "said"),
+    [
+        ("vit", {"size_px": (24, 24), "crop_mode": "border"}, "crop_mode='border'"),
+        ("vit_oblong", {"crop_mode": "center"}, "crop that keeps their proportions"),
+    ],
+)
+def test_a_preprocessing_that_no_image_processor_does_is_left_out_and_said(
+    name: str, settings: dict[str, Any], said: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    module = small(name)
+    size = vitrim.from_model(module).spec.image_px
+    preprocess = Preprocess(mean=(0.5,) * 3, std=(0.5,) * 3, **{"size_px": size, **settings})
+    folder = source.write(vitrim.from_model(module, preprocess), tmp_path / "m")
+    assert said in caplog.text
+    assert not (folder / "preprocessor_config.json").exists()
+    squashed = replace(preprocess, crop_mode="squash")
+    source.write(vitrim.from_model(module, squashed), tmp_path / "s")
+    assert vitrim.load(f"hf:{tmp_path / 's'}").config.preprocess == squashed

@@ -421,3 +421,20 @@ def test_a_local_folder_of_another_size_than_its_config_says_is_refused_and_not_
     save_file(tiny(img_size=64).state_dict(), tmp_path / "own" / "model.safetensors")
     with pytest.raises(SourceError, match=r"made for images of 64 x 64 px.*--image-px 64 "):
         vitrim.load(f"timm:local-dir:{tmp_path / 'own'}")
+
+
+def test_a_checkpoint_made_for_images_that_are_no_squares_is_taken_at_the_very_size(tiny: Any, tmp_path: Path) -> None:
+    module = tiny(img_size=(64, 32))  # 4 by 2 patches
+    torch.save(module.state_dict(), tmp_path / "oblong.pth")
+    name: dict[str, Any] = {"name": "timm:deit_tiny_patch16_224", "checkpoint": tmp_path / "oblong.pth"}
+    assert_same(module, vitrim.load(**name, image_px=(64, 32)))
+    for asked in (None, (96, 32)):
+        with pytest.raises(SourceError, match=r"pos_embed .*images that are no squares.*--image-px H,W"):
+            vitrim.load(**name, image_px=asked)
+
+
+def test_class_names_are_not_guessed_from_their_number(tmp_path: Path) -> None:
+    small: dict[str, Any] = {"img_size": 32, "embed_dim": 24, "depth": 1, "num_heads": 3}
+    module = randomised(timm.create_model("vit_tiny_patch16_224", num_classes=1000, **small))
+    folder = vitrim.sources.write(vitrim.from_model(module), "timm", tmp_path / "out")
+    assert vitrim.load(f"timm:local-dir:{folder}").config.labels is None

@@ -229,7 +229,7 @@ def test_adapters_and_added_numbers_are_refused() -> None:
     with pytest.raises(SourceError, match="does not have: prompt"):
         vitrim.from_model(module)
     module = small("deit_tiny_patch16_224")
-    module.head = nn.Sequential(nn.Dropout(), nn.Linear(24, 5))
+    module.head = nn.Sequential(nn.LayerNorm(24), nn.Linear(24, 5))
     with pytest.raises(SourceError, match="more than one linear"):
         vitrim.from_model(module)
 

@@ -119,3 +119,11 @@ def test_the_block_or_part_that_torchvision_cannot_say_is_named(tmp_path: Path) 
     with pytest.raises(SourceError, match="its pooling is 'mean'"):
         source.write(pooled, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_size_that_torchvision_does_not_run_is_refused() -> None:
+    model = surgery.resized(vitrim.from_model(small()), (33, 33))
+    with pytest.raises(
+        SourceError, match=r"torchvision cannot say this model: its images of \(33, 33\) px are no whole number"
+    ):
+        source.to_torchvision(model)

@@ -37,7 +37,7 @@ from ..places import Told, filled
 from ..states import MERGE, WRAPPERS
 from . import read
 from .processor import processor_preprocess
-from .write import quiet
+from .write import TOWERS, quiet
 
 LOG = logging.getLogger("vitrim.sources")
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
@@ -121,12 +121,13 @@ def load(
     checkpoint_key: str | None = None,
     classes: int | None = None,
     verify: bool = True,
-    any_size: bool = False,
+    image_px: tuple[int, int] | None = None,
 ) -> Vit:
     """A model by its folder or its name on the Hub (`google/vit-base-patch16-224`).
 
     pretrained: its own weights, through `from_pretrained`.
-    any_size: a checkpoint of another image size than the configuration's is taken at its own; else it is refused.
+    image_px: the size asked for: a checkpoint of another image size than the configuration's is then taken at its own; else it
+    is refused.
     """
     kind, config, left = _described(name)
     told: dict[str, Any] = {"source": f"hf:{name}", "transformers": transformers.__version__}
@@ -138,7 +139,7 @@ def load(
             bounds.check_room(lambda: kind(config), Path(name))
     if checkpoint is not None:
         path = Path(checkpoint)
-        how: dict[str, Any] = {"extra": bool(left), "any_size": any_size, "key": checkpoint_key}
+        how: dict[str, Any] = {"extra": bool(left), "image_px": image_px, "key": checkpoint_key}
         module = _with_checkpoint(kind, config, path, classes, told, **how)
         told["weights"] = path.name
     elif pretrained:
@@ -161,9 +162,9 @@ def load(
             module.pooler = None
         told["weights"] = "random"
     spec = read.spec_of(module)
-    preprocess = _preprocess(name, None if design.any_size or any_size else spec.image_px, spec.channels)
+    preprocess = _preprocess(name, None if design.any_size or image_px else spec.image_px, spec.channels)
     if (
-        preprocess is not None and any_size and not design.any_size
+        preprocess is not None and image_px and not design.any_size
     ):  # the processor is for the name's size, not the file's
         preprocess = replace(preprocess, size_px=spec.image_px)
     return from_module(module.eval(), preprocess=preprocess, verify=verify, provenance=told)
@@ -248,7 +249,7 @@ def _with_checkpoint(
     told: dict[str, Any],
     *,
     extra: bool,
-    any_size: bool,
+    image_px: tuple[int, int] | None,
     key: str | None,
 ) -> Any:
     """A module filled from a local file. Raises SourceError listing keys that are missing, too many or misshapen.
@@ -276,11 +277,12 @@ def _with_checkpoint(
         _set_classes(kind, config, classes)
     with torch.device("meta"):
         made = kind(config)
-    if (size := _image_px(made, state)) is not None:
-        if not any_size:
-            raise files.another_size(path, size, kind.__name__, read.spec_of(made).image_px)
+    own = read.spec_of(made).image_px
+    if (size := _image_px(made, state, image_px)) != own:
+        if image_px is None:
+            raise files.another_size(path, size, kind.__name__, own)
         vision = getattr(config, "vision_config", config)
-        vision.image_size = size[0] if isinstance(vision.image_size, int) else list(size)
+        vision.image_size = size[0] if size[0] == size[1] else list(size)
     module, info = _from_pretrained(kind, config, None, {key: value.float() for key, value in state.items()})
     _check_loaded(module, info, f"the weights in {path.name}", kind.__name__, extra=extra)
     return module
@@ -302,19 +304,17 @@ def _names(kind: Any, config: Any) -> dict[str, Tensor]:
     return {**{key.removeprefix(begin): value for key, value in expected.items()}, **expected}
 
 
-def _image_px(module: Any, state: Mapping[str, Tensor]) -> tuple[int, int] | None:
-    """The image size for which a file's position table was made, where that is another than the module's: a square."""
+def _image_px(module: Any, state: Mapping[str, Tensor], asked: tuple[int, int] | None) -> tuple[int, int]:
+    """The image size for which a file's position table was made; the module's own where the file does not say."""
     encoder, _ = read.encoder_of(module)
     name = read.parts_of(encoder).position
     rows, spec = encoder.get_parameter(name).shape[-2], read.spec_of(module)
     tables = [v for k, v in state.items() if v.dim() in (2, 3) and k.endswith(".".join(name.split(".")[-2:]))]
-    if len(tables) != 1 or tables[0].shape[-2] == rows:
-        return None
-    patches = tables[0].shape[-2] - (rows - math.prod(spec.position.grid))
-    side = math.isqrt(max(patches, 0))
-    if not side or side * side != patches:
-        return None  # other prefix tokens, or no square: the comparison of shapes says so
-    return side * spec.patch_px[0], side * spec.patch_px[1]
+    if len(tables) != 1:
+        return spec.image_px
+    front = rows - math.prod(spec.position.grid)
+    asked = None if read.DESIGNS[read.class_name(encoder)].package in TOWERS else asked  # whose images are squares
+    return files.table_px(tables[0].shape[-2] - front, spec.image_px, spec.patch_px, asked)
 
 
 def _from_pretrained(
@@ -338,7 +338,7 @@ def _check_loaded(module: Any, info: Mapping[str, Any], what: str, name: str, *,
     unexpected = [key for key in info["unexpected_keys"] if not (extra and read.OTHER_PARTS.match(key))]
     faults = files.misfits(sorted(missing), sorted(unexpected), sorted(info["mismatched_keys"]))
     if faults:
-        hint = files.advice(unexpected)
+        hint = files.advice(unexpected) or ("" if missing else files.oblong(info["mismatched_keys"]))
         raise SourceError(f"{what} do not fit {name}; {faults}. Name the model that they were saved from.{hint}")
 
 

@@ -7,7 +7,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from ...errors import SourceError
 from ...spec import Preprocess
 
 LOG = logging.getLogger("vitrim.sources")
@@ -221,12 +220,18 @@ def share_of(inner: int, outer: int) -> float:
     return share if share > 1 or math.floor(inner / share) == outer else inner / (outer + 0.5)
 
 
-def processor_of(preprocess: Preprocess) -> dict[str, Any]:
-    """An image processor's settings. Raises SourceError for a border, which no image processor pads."""
+def unsaid_by_processors(preprocess: Preprocess) -> str:
+    """What of a preprocessing no image processor does, for a sentence; "" where one does all of it."""
     if preprocess.crop_mode == "border":
-        raise SourceError(
-            "preprocess: crop_mode='border' has no image processor in transformers; take 'center' or 'squash'."
-        )
+        return "a border around the image (crop_mode='border')"
+    height, width = preprocess.size_px
+    if preprocess.crop_mode == "center" and height != width:
+        return f"images of {height} x {width} px by a crop that keeps their proportions (crop_mode='center')"
+    return ""
+
+
+def processor_of(preprocess: Preprocess) -> dict[str, Any]:
+    """An image processor's settings, where one can say them (`unsaid_by_processors`)."""
     height, width = preprocess.size_px
     before = {"height": math.floor(height / preprocess.crop), "width": math.floor(width / preprocess.crop)}
     squash = preprocess.crop_mode == "squash"

@@ -8,6 +8,7 @@ SigLIP's, which fill the width of the stream; the dense softmax scale then goes 
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.utils import logging
+from transformers.utils import logging as transformers_logging
 
 from ... import surgery
 from ...errors import SourceError
@@ -26,9 +27,10 @@ from ...spec import MlpSpec, ModelSpec
 from ..expressible import ENCODER, KINDS, ON_POOL, Family, any_half, halves, refusal, unsayable
 from ..files import MARK, write_folder
 from ..places import QKV, given, numbers_of
-from .processor import processor_of
+from .processor import processor_of, unsaid_by_processors
 from .read import DESIGNS, class_named, parts_of, places_of, spec_of
 
+LOG = logging.getLogger("vitrim.sources")
 ACTIVATIONS = {kind: kind for kind in KINDS if kind != "swiglu"} | {"gelu_tanh": "gelu_pytorch_tanh"}
 TOWERS = ("clip", "siglip")
 """Packages whose heads fill the width, whose images are square, and whose linears all have biases."""
@@ -53,6 +55,7 @@ def to_module(model: Vit) -> nn.Module:
 def write(model: Vit, out: Path) -> Path:
     """A folder that `from_pretrained` reads: `config.json` with the labels, weights, image settings. Gives the folder.
 
+    Image settings that no image processor of transformers has are left out, which the log says.
     Written whole or not at all. Raises SourceError as `to_module` does, and where something is there already.
     """
     module: Any = to_module(model)
@@ -63,7 +66,14 @@ def write(model: Vit, out: Path) -> Path:
     module.config.update(MARK)
     if model.config.multi_label:
         module.config.problem_type = model.config.problem_type
-    processor = None if model.config.preprocess is None else processor_of(model.config.preprocess)
+    preprocess = model.config.preprocess
+    if preprocess is not None and (fault := unsaid_by_processors(preprocess)):
+        LOG.warning(
+            "no image processor of transformers makes %s: none is written; prepare images for the exported model as vitrim does.",
+            fault,
+        )
+        preprocess = None
+    processor = None if preprocess is None else processor_of(preprocess)
 
     def put(staging: Path) -> None:
         with quiet():
@@ -79,15 +89,15 @@ def write(model: Vit, out: Path) -> Path:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without transformers' progress bars and reports: what matters of them is raised. Its settings are put back."""
-    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    bars, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     try:
         yield
     finally:
-        logging.set_verbosity(level)
+        transformers_logging.set_verbosity(level)
         if bars:
-            logging.enable_progress_bar()
+            transformers_logging.enable_progress_bar()
 
 
 def _candidates(model: Vit) -> list[str]:

@@ -37,12 +37,12 @@ def load(
     checkpoint_key: str | None = None,
     classes: int | None = None,
     verify: bool = True,
-    any_size: bool = False,
+    image_px: tuple[int, int] | None = None,
 ) -> Vit:
     """A published T2T-ViT by its builder's name (`t2t_vit_14`).
 
     pretrained: their weights are on no hub that vitrim reads, so give the downloaded file; False: random ones.
-    checkpoint: such a file, of any square image size (so `any_size` changes nothing) and with a classifier of any size, or of
+    checkpoint: such a file, of any square image size (so `image_px` changes nothing) and with a classifier of any size, or of
     UVC's copy of the network.
     verify: a file is held against the names and shapes of the network; there is no module of theirs to run beside it.
     """

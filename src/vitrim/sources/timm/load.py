@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import logging
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -56,12 +55,12 @@ def load(
     checkpoint_key: str | None = None,
     classes: int | None = None,
     verify: bool = True,
-    any_size: bool = False,
+    image_px: tuple[int, int] | None = None,
 ) -> Vit:
     """A timm model by name (`deit_small_patch16_224`, with or without a tag, or `hf-hub:USER/NAME`).
 
     pretrained: the published weights, fetched by timm from the Hub.
-    any_size: a checkpoint of another image size than the name's is taken at its own; else it is refused.
+    image_px: the size asked for: a checkpoint of another image size than the name's is then taken at its own; else it is refused.
     """
     _check_name(name)
     if name.startswith("local-dir:"):
@@ -73,15 +72,15 @@ def load(
     left: tuple[str, ...] = ()
     if checkpoint is not None:
         weights = Path(checkpoint).name
-        module, left = _with_checkpoint(name, Path(checkpoint), classes, any_size=any_size, key=checkpoint_key)
+        module, left = _with_checkpoint(name, Path(checkpoint), classes, image_px=image_px, key=checkpoint_key)
     elif pretrained and (file := _local_weights(name)) is not None:
-        module, left = _with_checkpoint(name, file, classes, any_size=any_size, key=None)
-        weights, labels = "pretrained", _labels(module)
+        module, left = _with_checkpoint(name, file, classes, image_px=image_px, key=None)
+        weights, labels = "pretrained", _labels(name, module)
     elif pretrained:
         weights, module = "pretrained", _create(name, pretrained=True)
         if not files.stays(classes, getattr(module, "num_classes", 0), f"the weights of {name!r} have"):
             module.reset_classifier(0)
-        labels = _labels(module)
+        labels = _labels(name, module)
     else:
         options: dict[str, Any] = {} if classes is None else {"num_classes": classes}
         module = _create(name, **options)
@@ -148,11 +147,11 @@ def _local_weights(name: str) -> Path | None:
 
 
 def _with_checkpoint(
-    name: str, path: Path, classes: int | None, *, any_size: bool, key: str | None
+    name: str, path: Path, classes: int | None, *, image_px: tuple[int, int] | None, key: str | None
 ) -> tuple[nn.Module, tuple[str, ...]]:
     """A timm module filled from a local file, and the file's tensors that are no part of it (of a text tower, say).
 
-    any_size: the file's own image size instead of the name's.  key: path of the weights in the file.
+    image_px: the size asked for, beside which the file's own may be another than the name's.  key: path of the weights in the file.
     Raises SourceError listing keys that are missing, too many or misshapen.
     """
     with torch.device("meta"):
@@ -168,7 +167,7 @@ def _with_checkpoint(
             "together with the classifier (classes=0)."
         )
     state, left = _renamed(state, module, path, heads=classes != 0)
-    if made := _as_made(name, module, state, path, any_size=any_size):
+    if made := _as_made(name, module, state, path, image_px=image_px):
         with torch.device("meta"):
             module = _create(name, **made)
     state, found = files.with_classifier(state, "head.weight", classes, file=path.name)
@@ -181,11 +180,11 @@ def _with_checkpoint(
 
 
 def _as_made(
-    name: str, module: VisionTransformer, state: Mapping[str, Tensor], path: Path, *, any_size: bool
+    name: str, module: VisionTransformer, state: Mapping[str, Tensor], path: Path, *, image_px: tuple[int, int] | None
 ) -> dict[str, Any]:
     """Arguments under which timm builds the network that the file was saved from, where its name alone does not.
 
-    Raises SourceError for another patch, and for another image size unless `any_size`: no number is resampled here.
+    Raises SourceError for another patch, and for another image size where none was asked for: no number is resampled here.
     """
     patch, made = tuple(module.patch_embed.patch_size), dict[str, Any]()
     kernel = state.get("patch_embed.proj.weight")
@@ -194,10 +193,10 @@ def _as_made(
             f"{path.name} was made for patches of {files.px(kernel.shape[2:])}, and {name!r} has {files.px(patch)}. Name the model "
             f"that it was saved from{_fitting(name, state)}."
         )
-    size = _image_px(module, state)
-    if size is not None and not any_size:
-        raise files.another_size(path, size, name, tuple(module.patch_embed.img_size), _fitting(name, state))
-    if size is not None:
+    size, own = _image_px(module, state, image_px), tuple(module.patch_embed.img_size)
+    if size != own:
+        if image_px is None:
+            raise files.another_size(path, size, name, own, _fitting(name, state))
         made["img_size"] = size
     pooled = "fc_norm.weight" in state and "norm.weight" not in state  # as fine-tuned MAEs are saved
     if pooled and module.global_pool == "token" and not isinstance(module, VisionTransformerDistilled):
@@ -206,17 +205,14 @@ def _as_made(
     return made
 
 
-def _image_px(module: VisionTransformer, state: Mapping[str, Tensor]) -> tuple[int, int] | None:
-    """The image size for which a file's position table was made, where that is another than the module's: a square."""
-    table, own = state.get("pos_embed"), module.pos_embed
-    if table is None or own is None or table.dim() != 3 or table.shape[1] == own.shape[1]:
-        return None
-    patches = table.shape[1] - (own.shape[1] - module.patch_embed.num_patches)
-    side = math.isqrt(max(patches, 0))
-    if not side or side * side != patches:
-        return None  # other prefix tokens, or no square: the comparison of shapes says so
-    height, width = module.patch_embed.patch_size
-    return side * height, side * width
+def _image_px(module: VisionTransformer, state: Mapping[str, Tensor], asked: tuple[int, int] | None) -> tuple[int, int]:
+    """The image size for which a file's position table was made; the module's own where the file does not say."""
+    table, own, embed = state.get("pos_embed"), module.pos_embed, module.patch_embed
+    height, width = embed.img_size
+    if table is None or own is None or table.dim() != 3:
+        return height, width
+    front = own.shape[1] - embed.num_patches
+    return files.table_px(table.shape[1] - front, (height, width), embed.patch_size, asked)
 
 
 def _fitting(name: str, state: Mapping[str, Tensor]) -> str:
@@ -313,12 +309,13 @@ def _preprocess(module: nn.Module, spec: ModelSpec) -> Preprocess | None:
     )
 
 
-def _labels(module: nn.Module) -> tuple[str, ...] | None:
-    """Class names of published weights: the Hub's own list, or ImageNet's WordNet ids; None where timm does not know."""
+def _labels(name: str, module: nn.Module) -> tuple[str, ...] | None:
+    """Class names of published weights: the list beside them, or ImageNet's WordNet ids for timm's own; None where nobody says."""
     cfg, classes = getattr(module, "pretrained_cfg", {}), getattr(module, "num_classes", 0)
     if (names := cfg.get("label_names")) and len(names) == classes:
         return tuple(str(name) for name in names)
-    subset = infer_imagenet_subset(module) if classes else None
+    timms_own = ":" not in name or name.partition(":")[2].startswith("timm/")
+    subset = infer_imagenet_subset(module) if classes and timms_own else None  # timm goes by their count alone
     if subset is None or len(known := ImageNetInfo(subset).label_names()) != classes:
         return None
     return tuple(known)

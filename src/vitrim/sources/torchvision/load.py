@@ -66,12 +66,12 @@ def load(
     checkpoint_key: str | None = None,
     classes: int | None = None,
     verify: bool = True,
-    any_size: bool = False,
+    image_px: tuple[int, int] | None = None,
 ) -> Vit:
     """A torchvision model by name (`vit_b_16`, `vit_b_16.IMAGENET1K_V1`), or the folder that `write` made.
 
     pretrained: the published weights, fetched by torchvision; the default ones where the name says none.
-    checkpoint: its image size is kept too, whatever it is, so `any_size` changes nothing.
+    checkpoint: its image size is kept too, whatever it is, so `image_px` changes nothing.
     """
     if "/" in name or (Path(name).is_dir() and name not in names()):
         return _from_folder(

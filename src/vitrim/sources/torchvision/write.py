@@ -23,6 +23,7 @@ FAMILY = Family(
     name="torchvision",
     channels=3,
     square=True,
+    whole_patches=True,
     kinds=("gelu",),
     last_norms=((True, False), (False, True)),  # behind the class token's pooling it is the last norm by another name
     reads=(ON_POOL,),
