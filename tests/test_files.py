@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import os
+import resource
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ from tests.cli.kit import run as command
 from tests.test_bad_input import SPEC, contents, draw_images, save_model
 from vitrim import artifact, checkpoints, files, sources
 from vitrim.architectures import t2t
-from vitrim.errors import ArtifactError, ConfigError, VitrimError
+from vitrim.errors import ArtifactError, ConfigError, SourceError, VitrimError
 from vitrim.model import Vit, build
 from vitrim.sources import load
 from vitrim.spec import Config
@@ -264,3 +267,62 @@ def test_a_place_that_cannot_be_read_is_told(small: Vit, tmp_path: Path) -> None
 
 
 assert SPEC.classes == 3  # as the photos above have
+
+
+def test_a_folder_whose_name_is_no_utf8_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with (
+        pytest.raises(ConfigError, match=r"the name is no UTF-8.*choose another place"),
+        files.locked(Path("caf\udce9/x")),
+    ):
+        raise AssertionError("was let in")
+    assert list(tmp_path.iterdir()) == []
+    Path("caf\udce9").mkdir()
+    with pytest.raises(ArtifactError, match=r"the name is no UTF-8.*rename it"):
+        load("caf\udce9")
+    Path("caf\udce9.safetensors").write_bytes(b"x")
+    with pytest.raises(SourceError, match="the name is no UTF-8"):
+        load("timm:test_vit", checkpoint="caf\udce9.safetensors")
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """As on a disk that is full: longer files cannot be written."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("size", [0, 4096])
+@pytest.mark.parametrize("name", ["new/a.pth", "new/a.safetensors", "folder"])
+def test_an_export_to_a_full_disk_is_one_sentence_and_leaves_nothing(
+    name: str, size: int, small: Vit, tmp_path: Path
+) -> None:
+    model, kind = (small, "timm") if name == "folder" else (tokens_to_token(), "t2t")
+    with (
+        files_of_at_most(size),
+        pytest.raises(VitrimError, match=rf"'({name}|[^']*{Path(name).name})' could not|File too large"),
+    ):
+        sources.write(model, kind, tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_that_cannot_be_written_does_not_stay(tmp_path: Path) -> None:
+    with files_of_at_most(0), pytest.raises(ArtifactError, match="cannot be written"), files.locked(tmp_path):
+        raise AssertionError("was let in")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_replaces_an_exported_file_with_force(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    artifact.save(tokens_to_token(), tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    words = ["export", "model", "--format", "t2t", "--out", "a.pth"]
+    assert command(*words).exit_code == 0
+    assert command(*words).exit_code == 2
+    done = command(*words, "--force")
+    assert done.exit_code == 0, done.output

@@ -35,6 +35,7 @@ from .files import (
     names_in,
     read_header,
     refuse_foreign,
+    refuse_no_utf8,
     replace_within,
     sha256,
     sync_file,
@@ -349,6 +350,7 @@ def inspect(folder: str | os.PathLike[str], *, weights: bool = True) -> Contents
     if not root.is_dir():
         what = "is a file, not a folder" if root.exists() else "does not exist"
         raise ArtifactError(f"{root}: {what}; expected a folder that vitrim saved, with {CONFIG} and {WEIGHTS} in it.")
+    refuse_no_utf8(root, error=ArtifactError)
     raw = _read_json(root, CONFIG)
     if not {"spec", "schema"} & set(raw):
         raise ArtifactError(f"{root}: {_foreign(raw)}")

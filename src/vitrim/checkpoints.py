@@ -23,7 +23,7 @@ from torch import Tensor
 from . import __version__, processes
 from .codec import plain
 from .errors import TrainingError
-from .files import is_marked, make_whole, replace_file, sync_file, write_text
+from .files import is_marked, make_whole, replace_file, sealed, sha256, sync_file, unsealed, write_text
 from .foreign import read_json
 from .model import Vit
 from .spec import ModelSpec, spec_hash
@@ -48,9 +48,10 @@ def write(folder: Path, step: int, tensors: Mapping[str, Tensor], values: Mappin
         # clones: safetensors refuses tensors that share memory, and the caller's may be views
         save_file({k: t.detach().to("cpu", copy=True).contiguous() for k, t in tensors.items()}, staging / _TENSORS)
         sync_file(staging / _TENSORS)
+        own = {**values, "sha256": sha256(staging / _TENSORS)}
         write_text(
             staging / _VALUES,
-            json.dumps({"schema": SCHEMA, "vitrim": __version__, "step": step, **values}, sort_keys=True),
+            json.dumps(sealed({"schema": SCHEMA, "vitrim": __version__, "step": step, **own}), sort_keys=True),
         )
 
     try:
@@ -59,9 +60,10 @@ def write(folder: Path, step: int, tensors: Mapping[str, Tensor], values: Mappin
             if old != final:
                 _clear(old)
     except (OSError, SafetensorError) as error:
+        onward = "start again" if newest(folder) is None else "resume: the one before it is untouched"
         raise TrainingError(
-            f"the checkpoint of step {step} could not be written to {folder.name}/ ({error}); "
-            "the one before it is untouched. Free some space or choose another output folder, then resume."
+            f"the checkpoint of step {step} could not be written to {folder.name}/ ({error}). Free some space or choose "
+            f"another output folder, then {onward}."
         ) from error
     return final
 
@@ -74,7 +76,10 @@ def newest(folder: Path) -> Path | None:
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors (on the CPU) and values of a checkpoint. Raises TrainingError if it is damaged or of a newer vitrim."""
     try:
-        values = read_json(path / _VALUES, error=TrainingError, named=_VALUES, mend="It is damaged.", finite=False)
+        found = read_json(path / _VALUES, error=TrainingError, named=_VALUES, mend="It is damaged.", finite=False)
+        values, digest = unsealed(found), sha256(path / _TENSORS)
+        if values is None or values.get("sha256", digest) != digest:
+            raise ValueError(f"{_VALUES if values is None else _TENSORS} is not what was written")
         tensors = load_file(path / _TENSORS)
     except (OSError, ValueError, SafetensorError) as error:
         raise TrainingError(

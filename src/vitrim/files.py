@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from . import processes
-from .errors import ArtifactError, ConfigError
+from .errors import ArtifactError, ConfigError, VitrimError
 from .foreign import parse_json, read_json
 
 LOCK = ".vitrim.lock"
@@ -122,6 +122,26 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+SEAL = "seal"
+"""The key under which a sealed value says what the rest of it was."""
+
+
+def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain JSON values with a mark of what they are, by which `unsealed` knows that nothing was changed since."""
+    return {**value, SEAL: _mark(value)}
+
+
+def unsealed(found: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The values that were sealed; None where they are others now. Those without a seal are of before there was one."""
+    rest = {key: value for key, value in found.items() if key != SEAL}
+    return rest if SEAL not in found or found[SEAL] == _mark(rest) else None
+
+
+def _mark(value: Mapping[str, Any]) -> str:
+    as_read = json.loads(json.dumps(value))  # keys as text, which are sorted otherwise than numbers
+    return hashlib.sha256(json.dumps(as_read, sort_keys=True).encode()).hexdigest()
+
+
 def sync_file(path: Path) -> None:
     """Flush a file that another library wrote, and give it the permissions of any new file here.
 
@@ -183,6 +203,16 @@ def refuse_foreign(place: Path, *, ours: bool, taken: Sequence[str] = ()) -> Non
         )
 
 
+def refuse_no_utf8(place: Path, *, error: type[VitrimError]) -> None:
+    """Raise the error for a name whose bytes are no UTF-8: safetensors opens no such file."""
+    try:
+        str(place).encode()
+    except UnicodeEncodeError:
+        raise error(
+            f"{str(place)!r}: the name is no UTF-8, which files of weights need; rename it, or choose another place."
+        ) from None
+
+
 @contextlib.contextmanager
 def locked(folder: Path | None) -> Iterator[None]:
     """Keep a folder to one run at a time, by a file that names its process and host. None: nothing is written, nor kept.
@@ -194,6 +224,7 @@ def locked(folder: Path | None) -> Iterator[None]:
     if folder is None or not processes.is_first():
         yield
         return
+    refuse_no_utf8(folder, error=ConfigError)
     missing = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
         try:
@@ -240,8 +271,13 @@ def _enter(folder: Path) -> bool:
                     folder,
                     holder.get("process"),
                 )
-            file.truncate(0)
-            file.write(json.dumps(_me()))
+            try:
+                file.truncate(0)
+                file.write(json.dumps(_me()))
+                file.flush()
+            except BaseException:
+                path.unlink(missing_ok=True)  # a full disk: half a lock would stay
+                raise
             return True
 
 

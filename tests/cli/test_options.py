@@ -152,3 +152,17 @@ def test_training_without_preprocessing_says_what_it_takes(photos: Path, tmp_pat
     done = run("train", "--model", saved(tmp_path / "bare", preprocess=None), *words, "--out", tmp_path / "out")
     assert done.exit_code == 0, done.output
     assert "mean 0.5 and deviation 0.5" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "flag"),
+    [("train --model model --data photos --out", "--out"), ("predict model", "IMAGE"), ("report", "FOLDER")],
+)
+def test_a_place_without_a_name_is_a_misuse(
+    words: str, flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # an empty folder, which no verb may take for what was meant
+    done = run(*words.split(), "")
+    assert done.exit_code == 2
+    assert flag in done.stderr
+    assert "it is empty; expected the name of a file or folder" in done.stderr

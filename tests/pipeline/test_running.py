@@ -331,6 +331,15 @@ def test_a_damaged_stage_file_is_named(again: Path, name: str) -> None:
         job(again, resume=True)
 
 
+@pytest.mark.parametrize("name", ["compress", "evaluate"])
+def test_an_edited_stage_file_is_refused_and_can_be_made_again(again: Path, name: str) -> None:
+    place = again / "stages" / f"{name}.json"
+    place.write_text(json.dumps(json.loads(place.read_text()) | {"seconds": "x"}))
+    (again / "stages" / "report.json").unlink()
+    with pytest.raises(ArtifactError, match=rf"{name}\.json' is not what the run wrote. Remove it and resume"):
+        job(again, resume=True)
+
+
 # ------------------------------------------------------------------------------------------------------------ warnings
 
 

@@ -555,3 +555,16 @@ def test_a_last_step_that_goes_astray_is_no_result_without_a_folder_either() -> 
 def test_settings_are_finite(name: str, value: float) -> None:
     with pytest.raises(ConfigError, match=f"{name}={value!r}; expected a finite number"):
         TrainConfig(**{name: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "change", ['"x"', '{"step": "x"}', '{"step": 1}', '{"step": 1, "kind": "train", "seconds": {}}']
+)
+def test_a_line_of_metrics_that_no_training_writes_is_refused(tmp_path: Path, change: str) -> None:
+    fit(tiny(), Supervised(), pictures(), settings(), out=tmp_path / "run")
+    place = tmp_path / "run" / "metrics.jsonl"
+    place.write_text(place.read_text() + change + "\n")
+    with pytest.raises(
+        TrainingError, match=r"run/metrics.jsonl: line \d+ is none that a training writes. Remove the file"
+    ):
+        fit(tiny(), Supervised(), pictures(), settings(), out=tmp_path / "run", resume=True)

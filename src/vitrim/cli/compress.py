@@ -50,9 +50,7 @@ RECORDED = ("schema", "vitrim", "weights", "data", "threads")
     help="What is timed: eager (default), or compile: compiled too, which takes minutes.",
 )
 @click.option("--no-measure", is_flag=True, help="Measure no latency.")
-@click.option(
-    "--config", type=click.Path(path_type=Path), metavar="FILE", help="JSON, as OUT/stages/config.json of a run."
-)
+@click.option("--config", type=options.PLACE, metavar="FILE", help="JSON, as OUT/stages/config.json of a run.")
 @click.option("--resume", is_flag=True, help="Go on with the run at --out, at its first missing stage.")
 @options.IMAGE_PX
 @options.FORCE

@@ -17,7 +17,7 @@ DEMO_CALIBRATION = 64
 
 
 @click.command()
-@click.option("--out", type=click.Path(path_type=Path), default=Path("demo"), show_default=True, help="Where to.")
+@click.option("--out", type=options.PLACE, default=Path("demo"), show_default=True, help="Where to.")
 @options.FORCE
 @click.option("--threads", type=options.COUNT, help="CPU threads; all by default.")
 @options.OUTPUT

@@ -20,7 +20,7 @@ from vitrim.files import refuse_locked
     required=True,
     help="Whose checkpoint: timm (local-dir:), hf (from_pretrained), torchvision or t2t (a state dict).",
 )
-@click.option("--out", type=click.Path(path_type=Path), required=True, metavar="PLACE", help="Folder or file to make.")
+@click.option("--out", type=options.PLACE, required=True, metavar="PLACE", help="Folder or file to make.")
 @options.IMAGE_PX
 @options.FORCE
 @options.SOURCE
@@ -43,6 +43,6 @@ def export(
     if out.exists() and not force:
         raise ConfigError(f"--out {str(out)!r} is there already. Pass --force to replace it, or choose another name.")
     refuse_locked(out)
-    options.check_place(out)
+    options.check_place(out.parent if kind == "t2t" else out)
     place = write(weights.load(model, image_px), kind, out, force=force)
     output.tell({"format": kind, "out": str(place)}, f"wrote {place} for {kind}")

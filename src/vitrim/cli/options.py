@@ -91,6 +91,16 @@ class Named(click.ParamType):  # type: ignore[type-arg]
         return str(value)
 
 
+class Place(click.Path):
+    """A file or folder; no text at all, as a shell makes of a variable that is not set, is none."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail("it is empty; expected the name of a file or folder.", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+PLACE = Place(path_type=Path)
 COUNT = Number(int, least=1)
 COUNT_OR_NONE = Number(int, least=0)
 POSITIVE = Number(float, above=0)
@@ -249,13 +259,11 @@ MACHINE = stack(
     click.option("--workers", type=COUNT_OR_NONE, help="Decoding processes; none by default."),
     SEED,
 )
-OUT = click.option("--out", type=click.Path(path_type=Path), required=True, metavar="FOLDER", help="What it becomes.")
+OUT = click.option("--out", type=PLACE, required=True, metavar="FOLDER", help="What it becomes.")
 SOURCE = bundle(
     "weights",
     Weights,
-    click.option(
-        "--checkpoint", type=click.Path(path_type=Path), help="Weights for a named model: .safetensors, .pth, .pt."
-    ),
+    click.option("--checkpoint", type=PLACE, help="Weights for a named model: .safetensors, .pth, .pt."),
     click.option(
         "--checkpoint-key", metavar="KEY", help="Which weights of it, where it holds several sets: teacher, model_ema."
     ),

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("model")
-@click.argument("files", nargs=-1, required=True, metavar="IMAGE...", type=click.Path(path_type=Path))
+@click.argument("files", nargs=-1, required=True, metavar="IMAGE...", type=options.PLACE)
 @click.option("--top", type=options.COUNT, default=5, show_default=True, help="Names for each image.")
 @options.BROKEN
 @options.SOURCE

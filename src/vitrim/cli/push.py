@@ -10,7 +10,7 @@ from vitrim.cli import options
 
 
 @click.command()
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", type=options.PLACE)
 @click.argument("repo", metavar="USER/NAME")
 @click.option("--include-report", is_flag=True, help="Send report.html too.")
 @options.OUTPUT

@@ -25,7 +25,7 @@ from vitrim.files import locked
     help="What to learn from; auto: labels and teacher where there are labels, else the teacher's tokens.",
 )
 @options.TRAINING
-@click.option("--config", type=click.Path(path_type=Path), metavar="FILE", help="JSON with keys of RecoverConfig.")
+@click.option("--config", type=options.PLACE, metavar="FILE", help="JSON with keys of RecoverConfig.")
 @click.option("--resume", is_flag=True, help="Go on with the run at --out.")
 @options.PREPARED
 @options.MACHINE

@@ -12,8 +12,8 @@ from vitrim.files import is_marked, refuse_foreign
 
 
 @click.command()
-@click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="Instead of report.html in FOLDER.")
+@click.argument("folder", type=options.PLACE)
+@click.option("--out", type=options.PLACE, metavar="FILE", help="Instead of report.html in FOLDER.")
 @options.OUTPUT
 def report(folder: Path, out: Path | None, output: options.Output) -> None:
     """Write the page about a finished run: one file, no network.

@@ -21,7 +21,7 @@ from vitrim.foreign import command
 @options.OUT
 @click.option("--resume", is_flag=True, help="Go on with the run at --out.")
 @options.TRAINING
-@click.option("--config", type=click.Path(path_type=Path), metavar="FILE", help="JSON with keys of TrainConfig.")
+@click.option("--config", type=options.PLACE, metavar="FILE", help="JSON with keys of TrainConfig.")
 @options.SOURCE
 @options.PREPARED
 @options.MACHINE
@@ -81,7 +81,7 @@ def train(
             progress=progress,
         )
     scores: dict[str, Any] = next((line for line in reversed(result.history) if line["kind"] == "validate"), {})
-    key, count = quality(scores), int(scores.get("count", 0))
+    key, count = quality(scores), int(scores.get("count") or 0)
     output.tell(
         {"out": str(out), "steps": result.steps, "seconds": round(result.seconds, 1), "validation": scores},
         f"trained {result.steps} steps in {duration_text(result.seconds)}; saved to {out}",

@@ -14,7 +14,7 @@ from vitrim import checkpoints, reporting
 from vitrim.checkpoints import replace_text
 from vitrim.codec import flat
 from vitrim.errors import ArtifactError, ConfigError
-from vitrim.files import is_marked, names_in, refuse_foreign, refuse_locked
+from vitrim.files import is_marked, names_in, refuse_foreign, refuse_locked, sealed, unsealed
 from vitrim.training.state import say_other_threads
 
 STAGES = ("plan", "compress", "recover", "evaluate", "measure", "save", "report")
@@ -60,11 +60,14 @@ class Folder:
     def stage(self, name: str, work: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], bool]:
         """The stage's result, and whether it was done just now. A result is kept only once it is whole."""
         if self._path(name).is_file():
-            return self._read(name), False
+            path = self._path(name)
+            if (kept := unsealed(self._read(name))) is None:
+                raise ArtifactError(f"{str(path)!r} is not what the run wrote. Remove it and resume.")
+            return kept, False
         began = time.monotonic()
         found = json.loads(json.dumps(work()))
         found["seconds"] = round(time.monotonic() - began, 2)
-        self._write(name, found)
+        self._write(name, sealed(found))
         return found, True
 
     def _forget(self) -> None:

@@ -16,6 +16,7 @@ from vitrim import artifact, reporting, timing
 from vitrim.checkpoints import replace_text
 from vitrim.counting import Cost, cost
 from vitrim.errors import ArtifactError, MeasureError
+from vitrim.files import sealed
 from vitrim.methods import compress as compress_by
 from vitrim.model import Vit
 from vitrim.pipeline.comparison import compare
@@ -135,7 +136,7 @@ def evaluate(job: Job, found: Found) -> dict[str, Any]:
     if job.recovery is not None:
         models["recovered"] = kept(job, "recovered")
     done = compare(models, job.held, job.asked.judging, job.progress)
-    replace_text(job.folder.stages / "samples.json", reporting.as_text(done.samples))
+    replace_text(job.folder.stages / "samples.json", reporting.as_text(sealed(done.samples)))
     return {"metrics": done.metrics, "difference": done.gap, "warnings": []}
 
 

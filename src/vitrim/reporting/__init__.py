@@ -39,6 +39,7 @@ from pathlib import Path
 from typing import Any
 
 from vitrim.errors import ArtifactError
+from vitrim.files import unsealed
 from vitrim.foreign import read_json
 from vitrim.reporting import family
 from vitrim.reporting.page import render
@@ -69,7 +70,9 @@ def read(folder: Path) -> dict[str, Any]:
 def read_samples(folder: Path) -> dict[str, Any]:
     """Samples and their note, which a run keeps apart since images are long; empty if there are none."""
     place = folder / SAMPLES
-    found = read_object(place) if place.is_file() else {}
+    found = unsealed(read_object(place)) if place.is_file() else {}
+    if found is None:
+        raise ArtifactError(f"{str(place)!r} is damaged: it is not what the run wrote. Run `vitrim compress` again.")
     cards = found.get("samples") or []
     uris = (
         [card.get("image") if isinstance(card, dict) else None for card in cards] if isinstance(cards, list) else [None]

@@ -198,14 +198,14 @@ def write(model: Vit, format: str, out: str | Path, *, force: bool = False) -> P
         if place.is_dir():
             raise SourceError(f"{place.name!r} is a folder; expected a file, such as model.pth. Give another name.")
         refuse_foreign(place, ours=place.is_file() and family.is_ours(place))
-        place.parent.mkdir(parents=True, exist_ok=True)
-        return Path(family.write(small, place))
+        with locked(place.parent):
+            return Path(family.write(small, place))
     if os.path.lexists(place) and not place.is_dir():
         raise SourceError(f"{place.name!r} is a file; expected a folder. Give another name.")
     with locked(place), tempfile.TemporaryDirectory(dir=place, prefix=".", suffix=".partial") as staging:
         found = [name for name in names_in(place) if name != Path(staging).name]
         refuse_foreign(place, ours=is_marked(place / "config.json"), taken=found)
-        made = Path(family.write(small, Path(staging) / "made"))
+        made = Path(family.write(small, Path(staging) / place.resolve().name))  # as a message names it
         new = {path.name for path in made.iterdir()}
         old = {name for name in found if re.fullmatch(EXPORTED, name)}
         names = sorted(new | old, key=lambda name: name != "config.json")  # without it nobody takes the rest for whole

@@ -14,7 +14,8 @@ import pickle
 import re
 import zipfile
 import zlib
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 
 from .. import __version__
 from ..errors import SourceError
-from ..files import make_whole, sync_file, write_json
+from ..files import make_whole, refuse_no_utf8, sync_file, write_json
 from ..foreign import read_json
 from . import flax
 from .states import MERGE, SAVE, chosen, is_plain, row_of
@@ -282,14 +283,21 @@ def write_folder(out: Path, put: Callable[[Path], None]) -> Path:
     """A folder that `put` fills, whole or not at all; gives the folder. Raises SourceError where it cannot be."""
     if out.exists():
         raise SourceError(f"{out.name!r} is there already; choose another name, or remove it.")
-    try:
+    with written_or_said(out):
         make_whole(out, put)
+    return out
+
+
+@contextmanager
+def written_or_said(out: Path) -> Iterator[None]:
+    """Tells as SourceError that a place cannot be written."""
+    try:
+        yield
     except (OSError, SafetensorError) as error:
         raise SourceError(
             f"{out.name!r} could not be written ({getattr(error, 'strerror', None) or error}); nothing is left of it. Give a "
             "folder in which files can be written."
         ) from error
-    return out
 
 
 def check(path: Path, state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], model: str) -> None:
@@ -347,6 +355,7 @@ def _opened(path: Path) -> Any:
         raise SourceError(f"{path.name} is {other}.")
     if not _is_safetensors(path):
         return _unpickled(path)
+    refuse_no_utf8(path, error=SourceError)
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:

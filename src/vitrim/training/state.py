@@ -23,9 +23,10 @@ from vitrim import checkpoints
 from vitrim.codec import flat, plain
 from vitrim.errors import TrainingError
 from vitrim.files import sync_file
-from vitrim.foreign import parse_json
+from vitrim.foreign import is_finite, parse_json
 from vitrim.model import Vit
 from vitrim.spec import spec_hash
+from vitrim.tasks.task import METRICS as FIGURES
 from vitrim.training.config import TrainConfig
 from vitrim.training.objective import Objective
 
@@ -144,11 +145,24 @@ def _cut_back(path: Path, step: int) -> list[dict[str, Any]]:
             line = parse_json(text, named=str(path), error=TrainingError, mend="", finite=False)
         except TrainingError:  # the line that was being written when the run was killed
             break
+        if not _is_logged(line):
+            raise TrainingError(
+                f"{path.parent.name}/{METRICS}: line {len(lines) + 1} is none that a training writes. Remove the file to go on "
+                "without the figures of before."
+            )
         if line["step"] > step:
             break
         lines.append(line)
     checkpoints.replace_text(path, "".join(json.dumps(line) + "\n" for line in lines))
     return lines
+
+
+def _is_logged(line: Any) -> bool:
+    """Whether a training may have written such a line: what is read of it later are numbers."""
+    if not isinstance(line, dict) or not is_finite(line.get("step")) or not {"kind", "seconds"} <= line.keys():
+        return False
+    figures = [line.get(name) for name in ("seconds", "count", "images_per_s", *FIGURES)]
+    return all(value is None or is_finite(value) for value in figures)
 
 
 @contextmanager

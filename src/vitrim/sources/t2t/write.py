@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from ...model import Vit
 from ...spec import ConvStem, Prefix, T2TPerformer, T2TTransformer
 from ...surgery import with_spec, without_empty
 from ..expressible import Family, refusal, require
-from ..files import MARK
+from ..files import MARK, written_or_said
 from ..places import given, numbers_of
 from .read import places_of, shapes_of
 
@@ -60,7 +61,7 @@ def to_state(model: Vit) -> dict[str, Tensor]:
 def write(model: Vit, out: Path) -> Path:
     """The model as a file of T2T-ViT's own state dict: safetensors by that suffix, else as `torch.save` writes it.
 
-    Written whole or not at all. Raises SourceError as `to_state` does.
+    Written whole or not at all. Raises SourceError as `to_state` does, and where it cannot be written.
     """
     state = to_state(model)
 
@@ -68,12 +69,15 @@ def write(model: Vit, out: Path) -> Path:
         if out.suffix == ".safetensors":
             save_file(state, partial, metadata=MARK)
         else:
-            torch.save(state, partial)
-            with zipfile.ZipFile(partial, "a") as archive:
+            content = io.BytesIO()  # torch's own writer does not say that a disk is full
+            torch.save(state, content)
+            with zipfile.ZipFile(content, "a") as archive:
                 archive.comment = _COMMENT
+            partial.write_bytes(content.getbuffer())
         sync_file(partial)
 
-    replace_file(out, fill)
+    with written_or_said(out):
+        replace_file(out, fill)
     return out
 
 
