@@ -226,6 +226,11 @@ def locked(folder: Path | None) -> Iterator[None]:
         return
     refuse_no_utf8(folder, error=ConfigError)
     missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    for place in missing:
+        if place.is_symlink():
+            raise ConfigError(
+                f"{str(folder)!r}: {str(place)!r} is a link to nothing. Remove it, or choose another folder."
+            )
     try:
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -139,7 +139,7 @@ def identity(config: TrainConfig, model: Vit, *, steps: int, data: str) -> dict[
 
 def _cut_back(path: Path, step: int) -> list[dict[str, Any]]:
     """Lines up to the step. What a killed run wrote after its checkpoint leaves the file: it will come again."""
-    lines = []
+    lines: list[dict[str, Any]] = []
     for text in path.read_text(encoding="utf-8").splitlines():
         try:
             line = parse_json(text, named=str(path), error=TrainingError, mend="", finite=False)
