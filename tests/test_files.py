@@ -331,6 +331,6 @@ def test_the_command_replaces_an_exported_file_with_force(tmp_path: Path, monkey
 @pytest.mark.parametrize("name", ["link", "link/x"])
 def test_a_link_to_nothing_is_no_place(name: str, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("nowhere")
-    with pytest.raises(ConfigError, match="link' is a link to nothing. Remove it"), files.locked(tmp_path / name):
+    with pytest.raises(ConfigError, match=r"link' is a link to nothing\. Remove it"), files.locked(tmp_path / name):
         raise AssertionError("was let in")
     assert [path.name for path in tmp_path.iterdir()] == ["link"]
