@@ -110,7 +110,8 @@ def bomb() -> bytes:
 
 
 REFUSED = {
-    "empty": (b"", "no known image format"),
+    "empty": (b"", "it is empty"),
+    "a pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n", "run git lfs pull"),
     "text": (b"<html>404</html>", "no known image format"),
     "cut short": (encoded(Image.fromarray(np.tile(NOISE, (20, 20, 1))), "JPEG")[:2000], "truncated"),
     "bomb": (bomb(), "exceeds limit"),

@@ -102,6 +102,51 @@ def test_string_labels_several_labels_and_unlabelled_rows_are_told_apart(tmp_pat
     assert data.open(parquet(tmp_path / "c.parquet", images, [-1, -1]), split="all").labels is None
 
 
+def test_tables_of_other_tools_tell_splits_and_labels_in_columns_and_folders(tmp_path):
+    images = [jpeg(0), jpeg(1)]
+    told = parquet(
+        tmp_path / "a.parquet", images * 2, split=pa.array(["test", "train"] * 2), Label=pa.array([2, 0, 1, 0])
+    )
+    assert {split: labels_of(data.open(told, split=split)) for split in ("test", "all")} == {
+        "test": [2, 1],
+        "all": [0, 0, 2, 1],
+    }
+    for folder in ("split=train/label=cat", "split=train/label=a%20dog", "split=test/label=cat"):
+        (tmp_path / "spark" / folder).mkdir(parents=True)
+        parquet(tmp_path / "spark" / folder / "part-0.snappy.PARQUET", images)
+    spark = data.open(tmp_path / "spark", split="test", labelled=True)
+    assert (len(spark), spark.classes, labels_of(spark)) == (2, ("a dog", "cat"), [1, 1])
+    views = pa.array(images, pa.binary_view())
+    pq.write_table(pa.table({"image": views}), tmp_path / "b.parquet")
+    assert data.open(tmp_path / "b.parquet", split="all")[1][0].size == (32, 32)
+
+
+def test_labels_that_are_no_classes_do_not_matter_where_none_are_needed(tmp_path):
+    table = parquet(tmp_path / "a.parquet", [jpeg(0), jpeg(1)], label=pa.array([0.5, 1.5]))
+    assert len(data.open(table, split="all", labelled=False)) == 2
+    with pytest.raises(DataError, match="expected a whole number"):
+        data.open(table, split="all")
+
+
+def test_names_of_classes_that_are_no_list_are_left_and_listed_features_are_read(tmp_path):
+    table = pq.read_table(parquet(tmp_path / "a.parquet", [jpeg(0), jpeg(1)], label=pa.array([[0, 1], []])))
+    for feature, classes in (
+        ('[{"_type": "ClassLabel", "names": ["a", "b", "c"]}]', ("a", "b", "c")),
+        ('{"_type": "ClassLabel", "names": 5}', ("0", "1")),
+        ('{"_type": "ClassLabel", "names": "ab"}', ("0", "1")),
+    ):
+        told = f'{{"info": {{"features": {{"label": {feature}}}}}}}'
+        pq.write_table(table.replace_schema_metadata({b"huggingface": told.encode()}), tmp_path / "b.parquet")
+        assert data.open(tmp_path / "b.parquet", split="all").classes == classes
+
+
+def test_a_split_of_which_no_image_has_a_label_is_named(tmp_path):
+    parquet(tmp_path / "train.parquet", [jpeg(0), jpeg(1)], [0, 1])
+    parquet(tmp_path / "test.parquet", [jpeg(2)], [-1])
+    with pytest.raises(DataError, match="no image of its test split has a label"):
+        data.open(tmp_path, split="test", labelled=True)
+
+
 def test_a_parquet_set_too_big_to_hold_gives_the_same_images(monkeypatch):
     held = data.open("sample", split="test")
     monkeypatch.setattr(parquet_module, "IN_MEMORY_BYTES", 0)
@@ -163,6 +208,33 @@ def test_a_dataset_gives_images_names_and_one_sentence_when_it_fails():
         images[3]
 
 
+def test_what_people_have_in_python_is_read_alike(tmp_path):
+    pictures = [Image.new("RGB", (8, 8), (row, 0, 0)) for row in range(4)]
+    files = []
+    for row, picture in enumerate(pictures):
+        files.append(tmp_path / f"{row}.png")
+        picture.save(files[-1])
+    pixels = np.stack([np.moveaxis(np.asarray(picture), 2, 0) for picture in pictures])
+    labels = ["b", "a", "b", "a"]
+    keyed = [{"image": picture, "label": label} for picture, label in zip(pictures, labels, strict=True)]
+    sources = {
+        "items with keys": keyed,
+        "tensors with keys": [
+            {"pixel_values": torch.from_numpy(x), "labels": y} for x, y in zip(pixels, labels, strict=True)
+        ],
+        "a list and labels": (pictures, labels),
+        "paths": list(zip(map(str, files), labels, strict=True)),
+        "an array and labels": (pixels, np.array(labels)),
+    }
+    for name, source in sources.items():
+        images = data.open(source, split="all", labelled=True)
+        assert (images.classes, labels_of(images)) == (("a", "b"), [1, 0, 1, 0]), name
+        assert [images[row][0].getpixel((0, 0)) for row in (0, 3)] == [(0, 0, 0), (3, 0, 0)], name
+    for source in (files, pictures, pixels, list(torch.from_numpy(pixels[:2]))):
+        images = data.open(source, split="all")
+        assert (len(images), images.labels, images[1][0].getpixel((0, 0))) == (len(source), None, (1, 0, 0))
+
+
 def test_a_hub_name_goes_through_datasets_and_its_absence_names_the_extra(monkeypatch, tmp_path):
     beside = tmp_path / "3.png"
     beside.write_bytes(encoded(Image.new("RGB", (5, 4))))
@@ -180,6 +252,9 @@ def test_a_hub_name_goes_through_datasets_and_its_absence_names_the_extra(monkey
         def __init__(self, count: int) -> None:
             self.count = count
             self.features = {"image": Image_(), "label": types.SimpleNamespace(names=["rose", "tulip"])}
+
+        def with_format(self, kind: None) -> Part:
+            return self
 
         def cast_column(self, column: str, feature: Image_) -> Part:
             assert (column, feature.decode) == ("image", False)
@@ -200,12 +275,18 @@ def test_a_hub_name_goes_through_datasets_and_its_absence_names_the_extra(monkey
             raise ConnectionError("offline")
         return {"train": Part(20), "test": Part(4)}
 
-    fake = types.SimpleNamespace(load_dataset=load_dataset, Image=Image_)
+    fake = types.SimpleNamespace(load_dataset=load_dataset)
     monkeypatch.setitem(sys.modules, "datasets", fake)
     images = data.open("hf:someone/flowers", split="test")
     assert (len(images), images.classes, labels_of(images)) == (4, ("rose", "tulip"), [0, 1, 0, 1])
     assert [images[row][0].size for row in (1, 3)] == [(32, 32), (5, 4)]
     assert len(data.open("hf:someone/flowers", split="validation")) == 2
+    monkeypatch.setitem(sys.modules, "datasets", None)  # a caller's own object needs no look at the library
+    own = data.open({"train": Part(20), "test": Part(4)}, split="test")
+    assert (own.name, own.classes, labels_of(own)) == ("Part", ("rose", "tulip"), [0, 1, 0, 1])
+    assert data.open(Part(20), split="all")[3][0].size == (5, 4)
+    assert data.open(Part(20), split="all", labelled=False).labels is None
+    monkeypatch.setitem(sys.modules, "datasets", fake)
     with pytest.raises(DataError, match=r"cannot be loaded \(offline\)"):
         data.open("hf:nobody/nothing")
 
@@ -340,6 +421,14 @@ def bad_cases(root: Path) -> dict[str, tuple[object, dict[str, object], str]]:
         "label count": ((pixels, torch.zeros(3).long()), {}, "labels of shape (3,) for 2 images"),
         "label of a measure": ((pixels, torch.tensor([0.5, 2.0])), {}, "row 0 is 0.5; expected a whole number"),
         "label type": ((pixels, 3), {}, "expected a tensor or a list"),
+        "labels by number": ((pixels, {0: 1, 1: 0}), {}, "labels of type dict"),
+        "one label": ((pixels, torch.tensor(1)), {}, "expected a tensor or a list"),
+        "labels of a list": (([Image.new("RGB", (4, 4))], [0, 1]), {}, "2 labels for 1 images"),
+        "channels last": (np.zeros((2, 4, 4, 3), np.uint8), {}, "np.moveaxis(images, 3, 1)"),
+        "text": (np.array(["a.jpg"]), {}, "an array of dtype <U5"),
+        "bytes": (b"photos", {}, "data of type bytes"),
+        "dict": ({"image": pixels}, {}, "data of type dict"),
+        "items without image": ([{"text": "a"}], {}, "no image among text"),
     }
 
 

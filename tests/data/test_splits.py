@@ -105,7 +105,13 @@ def test_splits_of_a_hub_set_keep_their_names(monkeypatch: pytest.MonkeyPatch) -
     class Part:
         def __init__(self, count: int) -> None:
             self.count = count
-            self.features = {"jpg": type("Image", (), {})(), "cls": types.SimpleNamespace()}
+            self.features = {
+                "jpg": type("Image", (), {"__init__": lambda self, decode=True: None})(),
+                "cls": types.SimpleNamespace(),
+            }
+
+        def with_format(self, kind: None) -> Part:
+            return self
 
         def cast_column(self, column: str, feature: object) -> Part:
             return self
@@ -118,7 +124,7 @@ def test_splits_of_a_hub_set_keep_their_names(monkeypatch: pytest.MonkeyPatch) -
             return labels if at == "cls" else {"jpg": {"bytes": jpeg(int(at)), "path": None}, "cls": labels[int(at)]}
 
     parts = {"train": Part(20), "eval": Part(4), "holdout": Part(6)}
-    fake = types.SimpleNamespace(load_dataset=lambda name, config: parts, Image=lambda decode: None)
+    fake = types.SimpleNamespace(load_dataset=lambda name, config: parts)
     monkeypatch.setitem(sys.modules, "datasets", fake)
     assert [len(data.open("hf:a/b", split=split)) for split in ("test", "holdout", "all")] == [4, 6, 30]
     assert data.open("hf:a/b", split="test", labelled=True)[1][1] == 1

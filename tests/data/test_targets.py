@@ -60,6 +60,8 @@ READINGS: dict[str, tuple[list[Any], list[Any], tuple[str, ...] | None, bool]] =
         None,
         True,
     ),
+    "lists of one number": ([[2], [0], [1], [2]], [2, 0, 1, 2], None, False),
+    "lists of one name": ([["dog"], ["cat"], ["dog"], ["ant"]], [2, 1, 2, 0], ("ant", "cat", "dog"), False),
     "lists of numbers": ([[0, 2], [1], [], [2, 0]], [[1, 0, 1], [0, 1, 0], [0, 0, 0], [1, 0, 1]], None, False),
     "lists of names": (
         [["dog", "ant"], ["cat"], [], ["ant"]],
@@ -124,7 +126,7 @@ def test_what_is_no_label_is_refused_with_its_row(case: str) -> None:
 
 def test_a_table_of_labels_beyond_memory_is_refused_before_it_is_made() -> None:
     with pytest.raises(DataError, match="take more than 4 GB"):
-        read_targets([[999_999], *([0] for _ in range(1100))], None, name="set")
+        read_targets([[999_999, 1], *([0] for _ in range(1100))], None, name="set")
 
 
 def test_null_nan_and_minus_one_are_no_label_and_are_counted_where_labels_are_needed(tmp_path: Path) -> None:
@@ -206,5 +208,7 @@ def test_names_of_a_dataset_are_found_through_what_holds_it() -> None:
 def test_targets_beside_the_items_are_believed_only_where_they_say_the_same() -> None:
     turned = Items([1, 1, 0], targets=[0, 0, 1], target_transform=lambda label: 1 - label)
     assert data.open(turned, split="all").labels.tolist() == [1, 1, 0]  # type: ignore[union-attr]
+    stale = Items([0, 1, 0, 1], targets=[0, 0, 1, 1])
+    assert data.open(stale, split="all").labels.tolist() == [0, 1, 0, 1]  # type: ignore[union-attr]
     named = Items(["b", "a"], targets=[1, 0])
     assert data.open(named, split="all").classes == ("a", "b")

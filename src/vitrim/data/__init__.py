@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from vitrim.config import Augment
-from vitrim.data import transforms
+from vitrim.data import hub, transforms
 from vitrim.data.arrays import DatasetSource, TensorSource
 from vitrim.data.calibration import CalibrationImages
 from vitrim.data.folders import FolderSource
-from vitrim.data.hub import HubSource
 from vitrim.data.images import Images, Skipping, Source, skipping
 from vitrim.data.labels import match_labels, readable
 from vitrim.data.loading import batch_count, batches, calibration
@@ -64,9 +66,10 @@ def open(
 ) -> Images:
     """Images of one split.
 
-    source: a folder of images or of Parquet shards, a Parquet file, "hf:NAME", "sample", a torch Dataset of (image, label),
-    a tensor [n,3,h,w] (uint8, or float in [0, 1]), a pair of it and labels, or Images, which come back as they are. What
-    `skipping` makes of one of these has on_broken="skip" with it.
+    source: a folder of images or of Parquet shards, a Parquet file, "hf:NAME", "sample", a torch Dataset or a list of (image, label)
+    or of {"image": ..., "label": ...}, a `datasets.Dataset` or a dict of them by split, a tensor or array [n,3,h,w] (uint8, or
+    float in [0, 1]), a pair of it (or of a list of images) and labels, or Images, which come back as they are. What `skipping`
+    makes of one of these has on_broken="skip" with it.
     split: train, validation (or val), test or all; a missing validation split is a tenth of train.
     seed: of that tenth, and of `limit`. It names a split, not a run: the built-in models never saw the tenth of seed 0.
     labelled: True demands labels, False does without (and takes photos from any nesting), None takes what there is.
@@ -99,12 +102,17 @@ def open(
 
 
 def _refuse_part_labelled(images: Images) -> None:
-    """Raise DataError where only some of the images have no label, which a reader of "without labels" would not look for."""
+    """Raise DataError where other images of the source have labels, which a reader of "without labels" would not look for."""
     labels = images.source.labels
     if labels is None:
         return
     lacking = unlabelled_among(labels[images.rows])
-    if 0 < len(lacking) < len(images):
+    if len(lacking) == len(images):
+        raise DataError(
+            f"{images.name}: no image of its {images.split} split has a label (all are null, NaN or -1), which are needed here. "
+            "Choose another split."
+        )
+    if len(lacking) > 0:
         raise DataError(
             f"{images.name}: {len(lacking)} of {len(images)} images have no label (null, NaN or -1; the first is "
             f"{images.source.key(int(images.rows[lacking[0]]))}), which are needed here. Label them, or leave them out."
@@ -129,16 +137,22 @@ def calibration_images(
 
 
 def _source(source: Any, labelled: bool | None) -> Source:
-    if isinstance(source, Tensor):
-        return TensorSource(source)
-    if isinstance(source, tuple | list) and len(source) == 2 and isinstance(source[0], Tensor):
-        if source[1] is not None and not (hasattr(source[1], "__len__") and hasattr(source[1], "__getitem__")):
-            raise DataError(
-                f"labels of type {type(source[1]).__name__}; expected a tensor or a list, one label for each image."
-            )
-        return TensorSource(source[0], source[1])
+    if isinstance(source, Tensor | np.ndarray):
+        return TensorSource(_as_tensor(source))
+    if isinstance(source, tuple | list) and len(source) == 2:
+        images, labels = source
+        if isinstance(images, Tensor | np.ndarray) and getattr(labels, "shape", None) != images.shape:
+            return TensorSource(_as_tensor(images), _checked(labels))
+        if isinstance(source, tuple) and isinstance(images, list):
+            if labels is None:
+                return DatasetSource(images)
+            if len(_checked(labels)) != len(images):
+                raise DataError(f"{len(labels)} labels for {len(images)} images; expected one for each.")
+            return DatasetSource([*zip(images, labels, strict=True)])
+    if hub.is_of_datasets(source):
+        return hub.HubSource(source, name=hub.name_of(source), labelled=labelled)
     if isinstance(source, Dataset) or (
-        hasattr(source, "__getitem__") and hasattr(source, "__len__") and not isinstance(source, str)
+        hasattr(source, "__getitem__") and hasattr(source, "__len__") and not isinstance(source, str | bytes | Mapping)
     ):
         return DatasetSource(source)
     if not isinstance(source, str | Path):
@@ -153,8 +167,27 @@ def _source(source: Any, labelled: bool | None) -> Source:
     if source == "sample":
         return ParquetSource(SAMPLE, name="sample")
     if isinstance(source, str) and source.startswith("hf:"):
-        return HubSource(source[3:])
-    return _path_source(Path(source).expanduser(), labelled)
+        return hub.HubSource(hub.load(source[3:]), name=source, labelled=labelled)
+    return _path_source(Path(os.path.expanduser(source)), labelled)
+
+
+def _as_tensor(images: Tensor | np.ndarray) -> Tensor:
+    if isinstance(images, Tensor):
+        return images
+    try:
+        return torch.from_numpy(np.ascontiguousarray(images))
+    except TypeError as error:  # text, objects
+        raise DataError(f"an array of dtype {images.dtype}; expected images in uint8, or float in [0, 1].") from error
+
+
+def _checked(labels: Any) -> Any:
+    """Labels beside images: what counts and orders them, or None."""
+    single = not (hasattr(labels, "__len__") and hasattr(labels, "__getitem__")) or getattr(labels, "ndim", 1) == 0
+    if labels is not None and (single or isinstance(labels, str | bytes | Mapping)):
+        raise DataError(
+            f"labels of type {type(labels).__name__}; expected a tensor or a list, one label for each image."
+        )
+    return labels
 
 
 def _path_source(path: Path, labelled: bool | None) -> Source:
@@ -168,12 +201,12 @@ def _path_source(path: Path, labelled: bool | None) -> Source:
             raise DataError(
                 f"{printable(path.name)}: expected a folder of images or a .parquet file. Put images into a folder and name that."
             )
-        return ParquetSource(path)
+        return ParquetSource(path, labelled=labelled)
     if not path.is_dir():
         raise DataError(
             f"{printable(path.name)} is a named pipe, a socket or a device; expected a folder of images or a .parquet file. "
             "Write it to a file first."
         )
     if parquet_files(path):
-        return ParquetSource(path)
+        return ParquetSource(path, labelled=labelled)
     return FolderSource(path, labelled=labelled)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from vitrim.data.decoding import broken, to_rgb
+from vitrim.data.decoding import broken, decode, to_rgb
 from vitrim.data.images import Source
+from vitrim.data.parquet import image_and_label
 from vitrim.data.targets import class_names, is_missing, read_targets, unlabelled_among
 from vitrim.errors import DataError
 
@@ -44,28 +46,31 @@ class TensorSource(Source):
         return [(f"tensor {tuple(self.pixels.shape)}", self.pixels.numel())]
 
 
-class DatasetSource(Source):
-    """A map-style torch Dataset whose items are (image, label) or images: PIL, or tensors [3,h,w] as for TensorSource.
+_COMPARED = 8
+"""Items that must agree with labels told beside them."""
 
-    Labels come from its `targets` or `labels` where these say what its first item says, else from its items, once, when first
-    asked for. Class names come from its `classes` or `class_to_idx`, also through torch's Subset and ConcatDataset.
+
+class DatasetSource(Source):
+    """A map-style torch Dataset, or a list, whose items are (image, label), {"image": image, "label": label} or images.
+
+    An image is PIL, a tensor [3,h,w] as for TensorSource, or the path of a file. Labels come from its `targets` or `labels`
+    where these say what some of its items say, else from its items, once, when first asked for. Class names come from its
+    `classes` or `class_to_idx`, also through torch's Subset and ConcatDataset.
     """
 
-    def __init__(self, dataset: Dataset[Any]) -> None:
+    def __init__(self, dataset: Any) -> None:
         self.name = type(dataset).__name__
         self.dataset = dataset
         try:
-            count = len(dataset)  # type: ignore[arg-type]
-        except TypeError as error:
+            count = len(dataset)
+        except (TypeError, ValueError, OverflowError) as error:
             raise DataError(
                 f"{self.name} has no length; expected a map-style Dataset with __len__ and __getitem__."
             ) from error
         if count == 0:
             raise DataError(f"{self.name} is empty; expected a Dataset of images.")
         self.splits = {"train": np.arange(count)}
-        first = self._item(0)
-        self._first = first[1] if isinstance(first, tuple | list) and len(first) >= 2 else None
-        self.labelled = not is_missing(self._first)
+        self.labelled = not is_missing(self._item(0)[1])
         self._read = False
         self._broken: set[int] = set()
 
@@ -96,6 +101,8 @@ class DatasetSource(Source):
 
     def _told(self) -> Any:
         """Labels that the Dataset holds beside its items; None where it has none, or others (a target_transform)."""
+        if getattr(self.dataset, "target_transform", None) is not None:
+            return None
         for name in ("targets", "labels"):
             told = getattr(self.dataset, name, None)
             if told is None or isinstance(told, str | dict) or not hasattr(told, "__len__"):
@@ -103,7 +110,10 @@ class DatasetSource(Source):
             if len(told) != len(self.splits["train"]):
                 continue
             values = _plain(told)
-            if getattr(self.dataset, "target_transform", None) is None and _plain([self._first])[0] == values[0]:
+            rows = sorted({*np.linspace(0, len(values) - 1, _COMPARED).astype(int).tolist()})
+            if all(
+                _plain([self._label(row)])[0] == _plain([values[row]])[0] for row in rows if row not in self._broken
+            ):
                 return values
         return None
 
@@ -111,8 +121,9 @@ class DatasetSource(Source):
         return f"{self.name}[{row}]"
 
     def read(self, row: int) -> Image.Image:
-        item = self._item(row)
-        image = item[0] if isinstance(item, tuple | list) else item
+        image, _ = self._item(row)
+        if isinstance(image, str | Path):
+            return decode(Path(image), key=f"{self.key(row)} ({image})")
         if isinstance(image, Image.Image):
             try:
                 return to_rgb(image)
@@ -120,9 +131,13 @@ class DatasetSource(Source):
                 raise broken(self.key(row), error) from error
         if isinstance(image, Tensor):
             return _from_uint8(_as_uint8(image[None])[0])
+        mend = (
+            "Image.fromarray makes one of an RGB array."
+            if isinstance(image, np.ndarray)
+            else "Leave normalising transforms out: the model's own preprocessing is applied here."
+        )
         raise DataError(
-            f"{self.key(row)}: its image is of type {type(image).__name__}; expected a PIL image or a tensor [3,h,w]. "
-            "Leave normalising transforms out: the model's own preprocessing is applied here."
+            f"{self.key(row)}: its image is of type {type(image).__name__}; expected a PIL image, a tensor [3,h,w] or a path. {mend}"
         )
 
     def files(self) -> list[tuple[str, int]]:
@@ -135,11 +150,24 @@ class DatasetSource(Source):
             self._broken.add(row)
             return None  # whoever reads the image itself is told
 
-    def _item(self, row: int) -> Any:
+    def _item(self, row: int) -> tuple[Any, Any]:
+        """Image and label, None where there is none."""
         try:
-            return self.dataset[int(row)]
+            item = self.dataset[int(row)]
         except Exception as error:  # a caller's Dataset may raise anything
             raise broken(self.key(row), error) from error
+        if isinstance(item, Mapping):
+            others = [key for key in ("pixel_values", "images") if key in item]
+            image, label = image_and_label([key for key in item if isinstance(key, str)], others, [])
+            if image is None:
+                raise DataError(
+                    f"{self.key(row)}: no image among {', '.join(map(str, item))}; expected items (image, label), or with the keys "
+                    "'image' and 'label'."
+                )
+            return item[image], None if label is None else item[label]
+        if isinstance(item, tuple | list):
+            return (item[0] if item else None), (item[1] if len(item) >= 2 else None)
+        return item, None
 
 
 def names_of(dataset: Any) -> tuple[str, ...] | None:
@@ -170,7 +198,11 @@ def _plain(values: Any) -> Any:
 def _as_uint8(images: Tensor) -> Tensor:
     """[n,3,h,w] uint8 on the CPU of images as a caller gives them."""
     if images.ndim != 4 or images.shape[1] != 3:
-        raise DataError(f"images of shape {tuple(images.shape)}; expected [n, 3, height, width].")
+        last = images.ndim == 4 and images.shape[3] == 3
+        raise DataError(
+            f"images of shape {tuple(images.shape)}; expected [n, 3, height, width]."
+            + (" Move the channels forward: images.permute(0, 3, 1, 2), or np.moveaxis(images, 3, 1)." if last else "")
+        )
     if len(images) == 0:
         raise DataError("a tensor of 0 images; expected at least one.")
     images = images.detach().cpu()

@@ -40,6 +40,7 @@ _BRANDS = {
 _NEEDS = {
     "HEIC": "HEIC, which needs another package: pip install pillow-heif",
     "AVIF": "AVIF, which needs Pillow 11.3 or later: pip install -U pillow",
+    "Git LFS": "a Git LFS pointer in place of the picture; run git lfs pull",
     "JPEG XL": "JPEG XL, which Pillow does not read; convert it to PNG or JPEG",
 }
 
@@ -49,6 +50,8 @@ def decode(data: bytes | Path, *, key: str) -> Image.Image:
     try:
         if isinstance(data, Path):
             _check_regular(data)
+        if not (data.stat().st_size if isinstance(data, Path) else data):
+            raise ValueError("it is empty")
         with warnings.catch_warnings():
             # large pictures are fine up to the size that Pillow refuses, and damaged tags do not matter
             warnings.simplefilter("ignore")
@@ -111,6 +114,8 @@ def _kind_of(data: bytes | Path) -> str | None:
     source: IO[bytes] = io.BytesIO(data) if isinstance(data, bytes) else data.open("rb")
     with source:
         head = source.read(12)
+    if head == b"version http":
+        return "Git LFS"
     if head.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL ")):
         return "JPEG XL"
     return _BRANDS.get(head[8:12]) if head[4:8] == b"ftyp" else None

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +20,7 @@ from PIL import Image
 
 from vitrim.data.decoding import decode
 from vitrim.data.images import Source, consecutive, part_of, starts_of
-from vitrim.data.splits import in_order, splits_of_files
+from vitrim.data.splits import in_order, split_named, splits_of_files
 from vitrim.data.targets import read_targets
 from vitrim.errors import DataError
 from vitrim.foreign import parse_json, printable
@@ -31,6 +32,7 @@ _GROUPS_KEPT = 6
 _IMAGE_COLUMNS = ("image", "img", "picture", "jpg", "jpeg", "png", "webp")
 _LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target", "targets", "cls")
 """The usual names, and those of webdataset (jpg, png, cls)."""
+_USUAL = _IMAGE_COLUMNS, _LABEL_COLUMNS
 
 
 @dataclass(frozen=True)
@@ -42,14 +44,19 @@ class _Columns:
 
 def parquet_files(folder: Path) -> list[Path]:
     """Those below a folder; hidden names are passed over, and folders that other programs name like files."""
-    found = (file for file in folder.rglob("*.parquet") if not file.is_dir())
+    found = (file for file in folder.rglob("*.[pP][aA][rR][qQ][uU][eE][tT]") if not file.is_dir())
     return sorted(file for file in found if not any(part.startswith(".") for part in file.relative_to(folder).parts))
 
 
 class ParquetSource(Source):
-    """Rows of one or several Parquet files, train first."""
+    """Rows of one or several Parquet files, train first.
 
-    def __init__(self, path: Path, *, name: str | None = None) -> None:
+    Where no path says a split, a column `split` does that holds the words. Where there is no column of labels, folders that say
+    one do ("label=cat/", as Spark partitions a table).
+    """
+
+    def __init__(self, path: Path, *, name: str | None = None, labelled: bool | None = None) -> None:
+        """labelled: False reads no labels."""
         self.root = path if path.is_dir() else path.parent
         self.name = name or printable(path.name)
         paths = parquet_files(path) if path.is_dir() else [path]
@@ -58,13 +65,14 @@ class ParquetSource(Source):
         self.paths = sorted(paths, key=lambda file: (in_order(splits[file]), file.as_posix()))
         self.relative = [file.relative_to(self.root).as_posix() for file in self.paths]
         self.opened = [_open(file) for file in self.paths]
-        self.columns = _columns(self.opened[0].schema_arrow, self.paths[0].name)
-        for file, opened in zip(self.paths[1:], self.opened[1:], strict=True):
-            if _columns(opened.schema_arrow, file.name) != self.columns:
+        self.columns = _columns(self.opened[0].schema_arrow, self.relative[0])
+        for file, opened in zip(self.relative[1:], self.opened[1:], strict=True):
+            if _columns(opened.schema_arrow, file) != self.columns:
                 raise DataError(
-                    f"{file.name}: its columns or class names differ from those of {self.paths[0].name}; expected shards "
-                    "of one data set in a folder. Point at one data set, or at one file."
+                    f"{printable(file)}: its columns or class names differ from those of {printable(self.relative[0])}; expected "
+                    "shards of one data set in a folder. Point at one data set, or at one file."
                 )
+        words = [name for name in self.opened[0].schema_arrow.names if name.lower() == "split"]
         self._count_rows(splits)
         self.small = sum(file.stat().st_size for file in self.paths) <= IN_MEMORY_BYTES
         self._groups: OrderedDict[int, pa.ChunkedArray] = OrderedDict()
@@ -72,10 +80,27 @@ class ParquetSource(Source):
         if self.small:
             self._images = [self._read_column(file, self.columns.image) for file in range(len(self.paths))]
             self.opened = []
+        if words and set(said) == {"train"}:
+            self._split_by(words[0])
+        if labelled is not False and (values := self._label_values()) is not None:
+            self.take_labels(read_targets(values, self.columns.names, name=self.name).numbered())
+
+    def _label_values(self) -> Sequence[Any] | np.ndarray | None:
         if (label := self.columns.label) is not None:
             columns = [self._read_column(file, label) for file in range(len(self.paths))]
-            values = _values([chunk for column in columns for chunk in column.chunks], self.name)
-            self.take_labels(read_targets(values, self.columns.names, name=self.name).numbered())
+            return _values([chunk for column in columns for chunk in column.chunks], self.name)
+        said = [_label_of_path(path) for path in self.relative]
+        if None in said:
+            return None
+        return [label for label, rows in zip(said, np.diff(self.starts).tolist(), strict=True) for _ in range(rows)]
+
+    def _split_by(self, column: str) -> None:
+        """Rows by what a column says, where any of it is a split's word."""
+        columns = [self._read_column(file, column) for file in range(len(self.paths))]
+        said = [str(value) for each in columns for value in each.to_pylist()]
+        if any(split_named(word) for word in said):
+            splits = np.array([split_named(word) or word for word in said])
+            self.splits = {split: np.flatnonzero(splits == split) for split in sorted({*splits.tolist()}, key=in_order)}
 
     def _count_rows(self, splits: dict[Path, str]) -> None:
         self.starts = starts_of(opened.metadata.num_rows for opened in self.opened)
@@ -170,11 +195,11 @@ def _unreadable(path: Path, error: BaseException) -> DataError:
 def image_and_label(
     names: Iterable[str], images: Sequence[str], labels: Sequence[str]
 ) -> tuple[str | None, str | None]:
-    """The columns of images and of labels: one of the usual names, else the first that is marked as such."""
-    there = set(names)
-    usual = (*_IMAGE_COLUMNS, *images), (*_LABEL_COLUMNS, *labels)
-    image, label = (next((column for column in columns if column in there), None) for columns in usual)
-    return image, label
+    """The columns of images and of labels: one of the usual names in whatever case, else the first that is marked as such."""
+    listed = [*names]
+    there = {name.lower(): name for name in reversed(listed)} | {name: name for name in listed}
+    image, label = (next((there[usual] for usual in columns if usual in there), None) for columns in _USUAL)
+    return image or next(iter(images), None), label or next(iter(labels), None)
 
 
 def _columns(schema: pa.Schema, name: str) -> _Columns:
@@ -210,10 +235,16 @@ def _values(chunks: Sequence[pa.Array], name: str) -> Sequence[Any] | np.ndarray
         ) from error
 
 
+def _label_of_path(path: str) -> str | None:
+    """What a folder of a partitioned table says: "label=cat/part-0.parquet" -> "cat"."""
+    pairs = (part.partition("=") for part in path.split("/")[:-1])
+    return next((unquote(value) for name, sign, value in pairs if sign and name.lower() in _LABEL_COLUMNS), None)
+
+
 def _holds_images(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
-        return kind.get_field_index("bytes") >= 0
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+        return kind.get_field_index("bytes") >= 0 and _holds_images(kind.field("bytes").type)
+    return str(kind) in ("binary", "large_binary", "binary_view") or pa.types.is_null(kind)
 
 
 def _features(schema: pa.Schema) -> dict[str, Any]:
@@ -225,11 +256,11 @@ def _features(schema: pa.Schema) -> dict[str, Any]:
         features = told["info"]["features"]
     except (DataError, KeyError, TypeError):
         return {}  # foreign metadata: the column names alone must do
-    return {column: feature for column, feature in features.items() if isinstance(feature, dict)}
+    listed = {column: each[0] if isinstance(each, list) and each else each for column, each in features.items()}
+    return {column: feature for column, feature in listed.items() if isinstance(feature, dict)}
 
 
 def _class_names(feature: dict[str, Any]) -> tuple[str, ...] | None:
     inner = feature.get("feature", feature)  # a Sequence or List wraps the ClassLabel
-    if isinstance(inner, dict) and inner.get("_type") == "ClassLabel" and inner.get("names"):
-        return tuple(str(label) for label in inner["names"])
-    return None
+    names = inner.get("names") if isinstance(inner, dict) and inner.get("_type") == "ClassLabel" else None
+    return tuple(map(str, names)) if names and isinstance(names, list) else None

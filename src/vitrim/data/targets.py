@@ -4,7 +4,7 @@
     "cat", b"cat"           the class of that name
     [0, 4], ["cat", "dog"]  several labels, by number or by name; rows may differ in length
     [0, 1, 0, 1]            several labels, one place for each class (0 and 1, or how sure each is)
-    [0, 0, 1, 0]            one class, where every row has a single 1
+    [0, 0, 1, 0], [2]       one class, where every row has a single 1, or a single number or name
     [0.1, 0.7, 0.2]         shares of one image that sum to 1: a soft label
     None, NaN, -1           no label
 
@@ -292,6 +292,9 @@ def _placed(
 def _hot(cells: Sequence[Any], found: Sequence[list[int]], classes: tuple[str, ...] | None, name: str) -> Targets:
     width = len(classes) if classes is not None else max((max(each, default=-1) for each in found), default=-1) + 1
     table = _table(len(cells), width, name)
+    if found and all(len(numbers) == 1 for numbers in found):  # one class each, as where every row has a single 1
+        one = iter(found)
+        return Targets(np.array([-1 if cell is None else next(one)[0] for cell in cells], dtype=np.int64), classes)
     each = iter(found)
     for row, cell in enumerate(cells):
         if cell is not None:
