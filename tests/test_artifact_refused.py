@@ -294,3 +294,13 @@ def test_the_hub_caches_own_links_are_followed_and_no_others(saved: Path, tmp_pa
     (snapshot_folder / "model.safetensors").unlink()
     (snapshot_folder / "model.safetensors").symlink_to(tmp_path / "elsewhere")
     assert "link that leaves the folder" in refusal(snapshot_folder)
+
+
+def test_a_family_and_an_unfinished_run_are_told_from_a_damaged_folder(saved: Path) -> None:
+    (saved.parent / "family.json").write_text("{}")
+    with pytest.raises(ArtifactError, match=r"is a family.* such as \S*small\.$"):
+        artifact.load(saved.parent)
+    run = saved.parent / "run"
+    (run / "stages").mkdir(parents=True)
+    with pytest.raises(ArtifactError, match=r"has not finished.*--resume"):
+        artifact.load(run)

@@ -55,6 +55,22 @@ def test_an_unreachable_budget_is_refused_with_the_range() -> None:
     Budget(keep_macs=1.0).refuse_unreachable(floor=floor, reference=reference, method="test")
 
 
+def test_a_refusal_names_a_limit_in_megabytes_as_it_is_given_and_that_limit_is_met() -> None:
+    whole, floor = (cost(replace(vit(), blocks=vit().blocks[:count])) for count in (2, 1))
+    for name in ("file", "memory"):
+        with pytest.raises(BudgetError) as refusal:
+            Budget(**{f"max_{name}_mb": 0.0001}).refuse_unreachable(floor=floor, reference=whole, method="test")
+        said = f"max_{name}_mb 0.0001 asked, test reaches "
+        least = str(refusal.value).partition(said)[2].partition(" to ")[0]
+        assert float(least) * 1e6 == pytest.approx(getattr(floor, f"{name}_bytes"))
+        Budget(**{f"max_{name}_mb": float(least)}).refuse_unreachable(floor=floor, reference=whole, method="test")
+
+
+@given(count=st.integers(1, 10**11))
+def test_megabytes_of_six_decimals_are_whole_bytes(count: int) -> None:
+    assert Budget(max_file_mb=float(f"{count / 1e6:.6f}")).limits(cost(vit()))["file_bytes"] == count
+
+
 def test_shares_are_of_the_named_network_whatever_a_method_is_given() -> None:
     """As where an exact tail makes what a method is given cheaper than the model that was passed in."""
     whole, given = cost(vit()), cost(replace(vit(), blocks=vit().blocks[:1]))

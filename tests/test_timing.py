@@ -124,7 +124,7 @@ def test_timings_of_a_busy_machine_come_with_a_verdict() -> None:
     assert crowd(0.4, threads=2) is None
     assert crowd(None) is None
     assert crowd(9.0, device="cuda") is None
-    assert "a load of 1.7 on 2 cores beside 1 thread" in str(crowd(1.7))
+    assert "a load of 1.7 on 2 cores beside 1 thread here." in str(crowd(1.7))
     assert "beside 2 thread" in str(crowd(1.0, threads=2))
 
 

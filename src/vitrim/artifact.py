@@ -475,7 +475,17 @@ def _own_file(root: Path, name: str) -> Path:
         real, home = path.resolve(strict=True), root.resolve(strict=True)
         regular = stat.S_ISREG(real.stat().st_mode)
     except FileNotFoundError as error:
-        others = sorted(entry.name for entry in root.iterdir())[:5]
+        names = sorted(entry.name for entry in root.iterdir())
+        members = [name for name in names if (root / name / CONFIG).is_file()]
+        if members and "family.json" in names:
+            raise ArtifactError(
+                f"{root}: is a family, a folder for each budget. Expected one of them, such as {root / members[0]}."
+            ) from error
+        if "stages" in names:
+            raise ArtifactError(
+                f"{root}: is a run that has not finished. The same `vitrim compress` with --resume ends it."
+            ) from error
+        others = names[:5]
         raise ArtifactError(
             f"{path}: is missing; the folder holds {', '.join(others) or 'nothing'}. "
             f"Expected a folder that vitrim saved, with {', '.join(NEEDED)}."

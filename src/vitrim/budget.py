@@ -14,6 +14,9 @@ from .foreign import MOST, is_finite
 
 B = TypeVar("B")
 
+MEGABYTES = {"memory_bytes": "max_memory_mb", "file_bytes": "max_file_mb"}
+"""Resources in bytes whose limits are given in megabytes, and the names of these."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Constraints:
@@ -121,8 +124,8 @@ class Budget:
         bound("macs", self.max_macs)
         bound("params", None if self.keep_params is None else self.keep_params * reference.params)
         bound("params", self.max_params)
-        bound("memory_bytes", None if self.max_memory_mb is None else self.max_memory_mb * 1e6)
-        bound("file_bytes", None if self.max_file_mb is None else self.max_file_mb * 1e6)
+        bound("memory_bytes", _bytes(self.max_memory_mb))
+        bound("file_bytes", _bytes(self.max_file_mb))
         return found
 
     def met_by(self, cost: Cost, reference: Cost) -> bool:
@@ -137,9 +140,7 @@ class Budget:
         limits, whole = self.limits(reference), self.whole(reference)
         if over := exceeded(floor, limits):
             said = "; ".join(
-                f"{name} at most {limits[name]:,} asked, {method} reaches {getattr(floor, name):,} to "
-                f"{getattr(whole, name):,} (shares {least_share(getattr(floor, name), getattr(whole, name)):g} to 1)"
-                for name in over
+                _range_text(name, limits[name], getattr(floor, name), getattr(whole, name), method) for name in over
             )
             raise BudgetError(f"budget out of reach: {said}. Choose a limit in that range, or another method.")
 
@@ -161,6 +162,19 @@ class _BudgetOf(Budget):
 def exceeded(cost: Cost, limits: Mapping[str, int]) -> list[str]:
     """Names of the limited resources of which `cost` takes more than its limit."""
     return [name for name, limit in limits.items() if getattr(cost, name) > limit]
+
+
+def _bytes(megabytes: float | None) -> float | None:
+    """Megabytes of six decimals are whole bytes, though a product of floats may fall a hair below."""
+    return None if megabytes is None else round(megabytes * 1e6, 3)
+
+
+def _range_text(name: str, asked: int, floor: int, whole: int, method: str) -> str:
+    """What was asked of a resource and what can be reached, in the unit in which a limit of it is given."""
+    if name in MEGABYTES:
+        low, high = (f"{count / 1e6:.6f}".rstrip("0").rstrip(".") for count in (floor, whole))
+        return f"{MEGABYTES[name]} {asked / 1e6:g} asked, {method} reaches {low} to {high}"
+    return f"{name} at most {asked:,} asked, {method} reaches {floor:,} to {whole:,} (shares {least_share(floor, whole):g} to 1)"
 
 
 def least_share(part: int, whole: int) -> float:

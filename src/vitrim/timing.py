@@ -177,9 +177,10 @@ def busy(rows: Sequence[Row]) -> str | None:
     if not crowded or crowded[0]["device"] != "cpu":
         return None
     row = max(crowded, key=lambda row: float(row["other_load"]))
+    threads = f"{row['threads']} thread{'' if row['threads'] == 1 else 's'}"
     return (
-        f"The machine was busy: other programs were a load of {row['other_load']:.1f} on {row['cores']} cores beside {row['threads']} "
-        "thread(s) here. The times are longer than on a quiet machine and the speed-ups less sure; measure again when it is quiet."
+        f"The machine was busy: other programs were a load of {row['other_load']:.1f} on {row['cores']} cores beside {threads} "
+        "here. The times are longer than on a quiet machine and the speed-ups less sure; measure again when it is quiet."
     )
 
 

@@ -55,7 +55,7 @@ def test_a_network_that_was_cut_is_compared_with_what_it_was_cut_from(tmp_path: 
     dense = load("builtin:cifar10-vit-micro")
     folder = vitrim.compress(dense, ComcatConfig(budget=Budget(keep_macs=0.5), variant="svd")).save(tmp_path / "small")
     done = run("cost", folder)
-    assert "builtin:cifar10-vit-micro, which it was cut from: 50.0 % of its MACs" in done.stdout
+    assert "builtin:cifar10-vit-micro, which it was first cut from: 50.0 % of its MACs" in done.stdout
     assert json.loads(run("cost", folder, "--json").stdout)["against"]["macs"] == cost(dense.spec).macs
 
 

@@ -29,7 +29,7 @@ def test_a_tenth_of_a_plain_folder_is_scored_and_that_is_said(tmp_path: Path) ->
     done = run("evaluate", model, "--data", photos)
     assert done.exit_code == 0, done.output
     assert "on 2 images of photos (validation)" in done.stdout
-    assert "of its 24 images this is a tenth of them, set aside by seed. --split all scores all." in done.stdout
+    assert "of its 24 images a tenth, set aside by seed, was scored. --split all scores all." in done.stdout
     told = json.loads(run("evaluate", model, "--data", photos, "--split", "all", "--json").stdout)
     right = told["counts"]["top1"]
     assert (right["count"], right["right"], told["set_aside_from"]) == (24, round(24 * told["top1"]), None)

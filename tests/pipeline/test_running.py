@@ -26,6 +26,7 @@ from vitrim.model import Vit, build
 from vitrim.pipeline import EvaluateConfig, MeasureConfig, RecoverConfig, comparison
 from vitrim.pipeline.folder import STAGES
 from vitrim.pipeline.reference import reference_of
+from vitrim.reporting.page import render
 from vitrim.result import Compressed
 from vitrim.spec import AttentionSpec, BlockSpec, Config, MlpSpec, ModelSpec, Output, Position, Prefix, Preprocess
 from vitrim.tasks.classification import Classification
@@ -355,6 +356,24 @@ def test_a_plan_that_cannot_pay_is_said_before_training(tmp_path: Path, caplog: 
     assert any("at best 1.02 times" in text for text in result.summary["warnings"])
     assert said_at
     assert said_at[0] >= 1
+
+
+def test_a_budget_that_is_met_already_is_said_and_what_is_left_of_the_original(tmp_path: Path) -> None:
+    settings = {"recover": None, "measure": None}
+    half = job(tmp_path / "half", config=replace(COMCAT, budget=Budget(keep_macs=0.5)), **settings)
+    assert half.summary["original"] is None
+    same = replace(COMCAT, budget=Budget(keep_macs=0.9))
+    again = job(tmp_path / "again", model=half.folder, config=same, relative_to="original", **settings).summary
+    assert any("meets the budget as it is" in text for text in again["warnings"])
+    assert not any("The budget asks for" in text for text in again["warnings"])
+    small, whole = again["costs"]["compressed"], counting.cost(tiny().spec)
+    assert again["original"] == {
+        "model": "a model in memory",
+        "kept_macs": small["macs"] / whole.macs,
+        "kept_params": small["params"] / whole.params,
+    }
+    said = render(again)
+    assert "Of a model in memory, which it was first cut from, " in said
 
 
 def test_a_recovery_that_did_harm_is_said_and_the_better_network_stays(tmp_path: Path) -> None:

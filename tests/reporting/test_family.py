@@ -44,6 +44,7 @@ def test_without_a_quality_or_times_there_is_a_table_alone(summary: dict[str, An
     seen = Page(family.render({**summary, "quality": None, "members": members}))
     assert not seen.of("svg")
     assert "quality, final" in "".join(seen.text)
+    assert "measured of ideal speed" not in "".join(seen.text)  # no empty column
 
 
 def of(name: str, macs: int, low: float | None) -> dict[str, Any]:

@@ -222,6 +222,8 @@ COSTS = (
     ("memory_bytes", "memory MB (estimated)", lambda count: f"{count / 1e6:.1f}"),
 )
 """Rows of a run's table: key, title, and how a number is shown."""
+FIRST = (("macs", "MACs"), ("params", "parameters"))
+"""What is said of the first ancestor: key and word."""
 
 
 def show_run(result: Mapping[str, Any]) -> None:
@@ -241,6 +243,9 @@ def show_run(result: Mapping[str, Any]) -> None:
     tables.show_table(
         f"{result['model']} cut by {name}, {px[0]} x {px[1]} px", ["", "before", "after", "kept or gained"], rows
     )
+    if first := result.get("original"):
+        left = (f"{tables.percent_text(first[f'kept_{key}'])} of its {word}" for key, word in FIRST)
+        tables.say(f"of {first['model']}, which it was first cut from: {', '.join(left)}")
     for text in (result.get("timing") or {}).get("notes", ()):
         tables.say(text)
 
@@ -262,6 +267,8 @@ def show_family(found: Mapping[str, Any]) -> None:
         kept = tables.percent_text(row["kept_macs"])
         rows.append([row["name"], tables.count_text(row["macs"]), kept, *scores, speed])
     heads = ["folder", "MACs", "kept", f"{word}, cut", f"{word}, final", "measured speed"]
+    if not any(row["speed"] for row in found["members"]):  # nothing was timed
+        heads, rows = heads[:-1], [row[:-1] for row in rows]
     tables.show_table(f"{found['model']}: a family", heads, rows)
 
 

@@ -95,7 +95,9 @@ def original_of(name: str) -> tuple[str, ModelSpec] | None:
         return None
     from vitrim.spec import ModelSpec
 
-    return f"{original.get('source', 'the original')}, which it was cut from", ModelSpec.from_dict(original["spec"])
+    return f"{original.get('source', 'the original')}, which it was first cut from", ModelSpec.from_dict(
+        original["spec"]
+    )
 
 
 def spec_in(file: Path) -> ModelSpec:

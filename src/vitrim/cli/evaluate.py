@@ -90,7 +90,9 @@ def evaluate(
                     value += f"  ({of['right']} of {of['count']}; 95 % interval {ends})"
                 tables.say(f"{metric.short}  {value}")
         if whole is not None:
-            part = "a tenth of them, set aside by seed" if split != "train" else "all but the tenth that is set aside"
-            tables.say(
-                f"{images.name} has no validation split: of its {whole} images this is {part}. --split all scores all."
+            part = (
+                "a tenth, set aside by seed, was scored"
+                if split != "train"
+                else "all but the tenth that is set aside were scored"
             )
+            tables.say(f"{images.name} has no validation split: of its {whole} images {part}. --split all scores all.")

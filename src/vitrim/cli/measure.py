@@ -94,7 +94,7 @@ def show_times(rows: Sequence[dict[str, Any]], gains: Sequence[dict[str, Any]], 
     tables.show_table(f"time of one forward pass, {size}", heads, body)
     first = rows[0]
     tables.say(
-        f"{first['runtime']}, {first['dtype']}, {first['device_name']}, {first['threads']} threads, "
+        f"{first['runtime']}, {first['dtype']}, {first['device_name']}, {tables.number_of(first['threads'], 'thread')}, "
         f"{first['runs']} samples each, load {first['load']} on {first['cores']} cores"
     )
     if crowded := busy(rows):

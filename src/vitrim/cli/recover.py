@@ -84,7 +84,7 @@ def recover(
     last = spent["before" if spent["kept"] == "cut" else "after"]
     output.tell(
         {"out": str(out), "validation": last, **spent},
-        f"recovered in {spent['steps']} steps, {duration_text(spent['seconds'])} ({spent['objective']}); saved to {out}",
+        f"recovered in {tables.number_of(spent['steps'], 'step')}, {duration_text(spent['seconds'])} ({spent['objective']}); saved to {out}",
         *(
             f"{metric.short}  {tables.counted_text(metric, last[key], int(last.get('count', 0)))}"
             for key, metric in METRICS.items()

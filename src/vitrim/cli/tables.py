@@ -141,6 +141,11 @@ def size_text(spec: ModelSpec) -> str:
     return f"{spec.image_px[0]} x {spec.image_px[1]} px"
 
 
+def number_of(count: int, what: str) -> str:
+    """A count and its word: "1 step", "20 steps"."""
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
 def needs_text(needs: Needs) -> str:
     """What a method needs: "256 images, labels, training"."""
     found = {f"{needs['images']} images": needs["images"], "labels": needs["labels"], "training": needs["training"]}

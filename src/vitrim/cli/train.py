@@ -84,7 +84,7 @@ def train(
     key, count = quality(scores), int(scores.get("count") or 0)
     output.tell(
         {"out": str(out), "steps": result.steps, "seconds": round(result.seconds, 1), "validation": scores},
-        f"trained {result.steps} steps in {duration_text(result.seconds)}; saved to {out}",
+        f"trained {tables.number_of(result.steps, 'step')} in {duration_text(result.seconds)}; saved to {out}",
         *(
             [f"{METRICS[key].short} on the validation images: {tables.counted_text(METRICS[key], scores[key], count)}"]
             if key

@@ -109,6 +109,14 @@ class Job:
         """Of the dense model."""
         return cost(self.dense)
 
+    @property
+    def original(self) -> tuple[str, Cost] | None:
+        """The first network that the dense model was cut from, by name, and its cost; None where it was never cut or does not say."""
+        told = self.dense.provenance.get("original")
+        if not told or not self.dense.selection.steps:
+            return None
+        return str(told.get("source")), reference_of(self.dense, "original")
+
     @cached_property
     def weights(self) -> str:
         """Fingerprint of the dense model: a folder can hold others under the same name."""

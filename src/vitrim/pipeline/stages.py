@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vitrim import artifact, reporting, timing
+from vitrim.budget import exceeded
 from vitrim.checkpoints import replace_text
 from vitrim.counting import Cost, cost
 from vitrim.errors import ArtifactError, MeasureError
@@ -43,7 +44,9 @@ def plan(job: Job, found: Found) -> dict[str, Any]:
     """The limits, and whether they can pay."""
     dense, warnings = job.reference, list(job.warnings)
     limits = {} if job.config.budget is None else job.config.budget.limits(dense)
-    if "macs" in limits and dense.macs / limits["macs"] < LEAST_GAIN:
+    if limits and not exceeded(dense, limits):
+        warnings += _said("The model meets the budget as it is: nothing has to be cut.")
+    elif "macs" in limits and dense.macs / limits["macs"] < LEAST_GAIN:
         warnings += _said(
             f"The budget asks for {limits['macs'] / dense.macs:.1%} of the MACs: at best {dense.macs / limits['macs']:.2f} times as "
             "fast, which rarely shows in measured time."

@@ -37,6 +37,7 @@ def summary(job: Job, found: Mapping[str, Mapping[str, Any]], final: ModelSpec) 
         "limits": found["plan"]["limits"],
         "specs": {"dense": job.dense.spec.to_dict(), "compressed": final.to_dict()},
         "costs": {"dense": dense, "compressed": compressed["cost"]},
+        "original": _original(job, compressed["cost"]),
         "file_bytes": {"dense": job.reference.file_bytes, "compressed": found["save"]["file_bytes"]},
         "metrics": metrics,
         "difference": found["evaluate"]["difference"],
@@ -78,6 +79,14 @@ def _picked(stage: Mapping[str, Any], *names: str, **renamed: str) -> dict[str, 
     if stage.get("skipped"):
         return None
     return {name: stage[name] for name in names} | {name: stage[own] for name, own in renamed.items()}
+
+
+def _original(job: Job, small: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What is left of the first ancestor, where the dense model was itself cut."""
+    if job.original is None:
+        return None
+    name, whole = job.original
+    return {"model": name, "kept_macs": small["macs"] / whole.macs, "kept_params": small["params"] / whole.params}
 
 
 def _onward(job: Job, final: ModelSpec) -> dict[str, Any]:

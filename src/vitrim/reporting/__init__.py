@@ -10,6 +10,8 @@
     budget    {limit: value}, as given
     specs     {dense, compressed}: `ModelSpec.to_dict()`
     costs     {dense, compressed}: `Cost.to_dict()`
+    original  {model, kept_macs, kept_params}: what is left of the network that the dense one was itself cut from; None where it was
+              not, absent from results of before it was there
     file_bytes {dense, compressed}: of the weights on disk
     metrics   {dense, compressed, recovered}: {top1, top5, loss, count, agreement}, shares in [0, 1]; any may be absent or None.
               "compressed" is before recovery, "recovered" after it; None where there was no recovery

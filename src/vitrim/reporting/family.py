@@ -83,7 +83,7 @@ def render(found: Result) -> str:
     inside = f"{found['name']}/{chosen}"
     picks = (
         {
-            "does": f"Each point is an ordinary folder; {chosen} is {why}",
+            "does": f"Each point is an ordinary folder; {chosen} is {why}.",
             "command": command("cp", "-r", inside, "small"),
         },
         {"does": "Use it in Python", "command": f"import vitrim\nmodel = vitrim.load({inside!r})"},
@@ -104,6 +104,7 @@ def render(found: Result) -> str:
         where=where,
         plots=_plots(found),
         picks=picks,
+        timed=any(row["speed"] for row in found["members"]),
     )
 
 
