@@ -37,3 +37,9 @@ def test_json_holds_foreign_names_without_a_byte_that_a_terminal_obeys(capsys: p
     assert json.loads(said) == {HOSTILE: ["\x9b", "\U000e0041", "é"]}
     assert "é" in said
     assert all(printable(line) == line for line in said.splitlines())
+
+
+def test_a_long_title_is_not_broken_to_the_width_of_its_table(capsys: pytest.CaptureFixture[str]) -> None:
+    title = "a long path/" * 20 + "cat.jpg"
+    tables.show_table(title, ["class"], [["cat"]])
+    assert capsys.readouterr().out.splitlines()[0] == title

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -263,3 +266,49 @@ def test_answers_that_are_no_numbers_are_never_scored(bad: float) -> None:
         answers(astray, torch.zeros(1, 3, 32, 32))
     with pytest.raises(DataError, match="metric: 'mine' is "):
         evaluate(good, (images, labels), split="all", metric=lambda *_: {"mine": bad})
+
+
+def test_logits_of_another_library_are_found_and_what_is_none_is_refused() -> None:
+    pair = torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.arange(4)
+
+    class Answers(nn.Module):
+        def __init__(self, made: Any) -> None:
+            super().__init__()
+            self.made = made
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return self.made(torch.eye(10)[: len(x)])
+
+    for made in (lambda y: y, lambda y: SimpleNamespace(logits=y), lambda y: {"loss": None, "logits": y}):
+        assert evaluate(Answers(made), pair, split="all", preprocess=SMALL)["top1"] == 1.0
+    for made, words in (
+        (lambda y: y[None], "shape \\(1, 4, 10\\)"),
+        (lambda y: {"y": y}, "answers with dict"),
+        (lambda y: 3, "with int"),
+    ):
+        with pytest.raises(DataError, match=words):
+            evaluate(Answers(made), pair, split="all", preprocess=SMALL)
+
+
+def test_what_a_caller_brings_is_checked_in_one_sentence() -> None:
+    pair = torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.arange(4)
+    for settings, words in (
+        ({"metric": lambda *_: None}, "gives NoneType; expected a dict"),
+        ({"metric": lambda *_: {"mine": torch.tensor(float("nan"))}}, "'mine' is nan"),
+        ({"reference": {}}, "no 'predictions'"),
+        ({"seed": 2**70, "limit": 2}, "seed=1180591620717411303424; expected a whole number"),
+        ({"limit": 2.5}, "limit=2.5; expected a whole number"),
+        ({"split": None}, "unknown split None"),
+        ({"batch_size": 0}, "batch_size=0; expected at least 1"),
+    ):
+        with pytest.raises(DataError, match=words):
+            evaluate(tiny(labels=None), pair, **{"split": "all", **settings})
+    found = evaluate(
+        tiny(labels=None), pair, split="all", metric=lambda *_: {"mine": torch.tensor(2.0)}, reference=np.zeros(4, int)
+    )
+    assert (found["mine"], type(found["agreement"])) == (2.0, float)
+
+
+def test_the_first_five_of_five_classes_are_no_figure() -> None:
+    assert scores(torch.eye(5), torch.arange(5))["top5"] is None
+    assert scores(torch.eye(6), torch.arange(6))["top5"] == 1.0

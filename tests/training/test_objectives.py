@@ -287,6 +287,8 @@ def test_class_numbers_with_gaps_are_refused_for_a_new_head() -> None:
         DataError, match=r"class numbers run from 0 to \d+, and \d+ of them are no image's \(the first is 1\)"
     ):
         train(tiny(SPEC), (images, labels * 2), settings(steps=1), new_head=True)
+    with pytest.raises(DataError, match="every image has the same label"):
+        train(tiny(SPEC), (images, labels * 0), settings(steps=1), new_head=True)
 
 
 def test_without_labels_a_multi_label_teacher_is_followed_label_by_label() -> None:

@@ -65,7 +65,8 @@ def show_table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]], 
     place = console()
     if not place.is_terminal:
         place = console(width=PLAIN_WIDTH)
-    table = Table(title=shown(title, sys.stdout), title_justify="left", box=SIMPLE_HEAD, title_style="bold")
+    place.print(shown(title, sys.stdout), style="bold", soft_wrap=True)  # a table's own title is broken to its width
+    table = Table(box=SIMPLE_HEAD)
     for index, head in enumerate(heads):
         table.add_column(head, justify="left" if text or index == 0 else "right", overflow="fold")
     for row in rows:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from vitrim.data.splits import choose, validation_rows
 from vitrim.data.targets import unlabelled_among
 from vitrim.data.transforms import UNPREPARED, evaluation, prepare, training
 from vitrim.errors import DataError
-from vitrim.foreign import printable
+from vitrim.foreign import is_finite, printable
 from vitrim.spec import Preprocess
 
 SAMPLE = Path(__file__).resolve().parents[1] / "assets" / "sample"
@@ -77,6 +78,9 @@ def open(
     on_broken: "raise" refuses an image that cannot be read, "skip" leaves it out, notes it in `.broken` and says so in the log.
     DataError for whatever cannot be found, read or told apart.
     """
+    for key, value in (("seed", seed), ("limit", limit)):
+        if value is not None and not (isinstance(value, Integral) and is_finite(int(value))):
+            raise DataError(f"{key}={value!r}; expected a whole number of at most 64 bits.")
     broken = None
     if isinstance(source, Skipping):
         source, broken, on_broken = source.source, source.broken, "skip"

@@ -55,7 +55,8 @@ def batches(
     """
     rank, ranks = shard
     if batch_size < 1 or batch_size % ranks:
-        raise DataError(f"batch_size={batch_size} for {ranks} process(es); expected a positive multiple of {ranks}.")
+        wanted = "at least 1" if ranks == 1 else f"a positive multiple of {ranks}, one for each process"
+        raise DataError(f"batch_size={batch_size}; expected {wanted}.")
     if len(images) == 0:
         raise DataError(f"{images.name}: no images in this selection.")
     total = batch_count(len(images), batch_size, drop_last=drop_last)

@@ -91,7 +91,7 @@ def choose(splits: Mapping[str, np.ndarray], split: str, *, seed: int, name: str
     """
     if split == "all":
         return np.concatenate([splits[part] for part in sorted(splits, key=in_order)])
-    wanted = split if split in splits else split_named(split)
+    wanted = split if split in splits else split_named(str(split))
     if wanted is None:
         raise DataError(f"unknown split {split!r}; expected one of train, validation, test, all.")
     if wanted in splits and (wanted != "train" or "validation" in splits):

@@ -58,7 +58,7 @@ def evaluate(
     reference: another model, the metrics of one, or its predictions: what agreement is measured with.
     metric: further figures from all logits [n, classes] and targets, merged into the result.
 
-    A classifier gives top1 and top5 (shares; None without labels), loss, count, skipped (broken images), predictions (model
+    A classifier gives top1 and top5 (shares; None without labels, and top5 of five classes or fewer), loss, count, skipped (broken images), predictions (model
     indices), correct (by image; None without labels), and agreement where a reference is given. Where images have several labels,
     map (mean average precision) and loss stand in their place; a model that was trained so (`config.problem_type`) predicts the
     labels above one half, and agrees with another on an image where all of these are the same. An encoder gives cosine and knn_agreement with the
@@ -95,7 +95,7 @@ def evaluate(
     with room, _ready(passes, at), torch.no_grad(), _autocast(at, amp):
         for x, y in data.batches(chosen, view, batch_size, workers=workers, device=at):
             for kept, each in zip(outputs, passes, strict=True):
-                kept.append(_features(each(x)).float().cpu() if encoder else each(x).float().cpu())
+                kept.append(_features(each(x)).float().cpu() if encoder else _logits(each(x)).float().cpu())
             if y is not None and not encoder:
                 targets.append(_mapped(y.cpu(), index, outputs[0][-1].shape[-1]))
             done += len(x)
@@ -133,12 +133,15 @@ def finite_answers(found: Tensor, who: str = "the model") -> None:
         )
 
 
-def finite_figures(figures: Mapping[str, float]) -> dict[str, float]:
-    """The figures of a metric that a caller brought. Raises DataError that names one that is no number."""
-    for name, value in figures.items():
+def finite_figures(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures of a metric that a caller brought, in Python's own numbers. Raises DataError that names one that is none."""
+    if not isinstance(figures, Mapping):
+        raise DataError(f"metric: gives {type(figures).__name__}; expected a dict of figures by name.")
+    plain = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in figures.items()}
+    for name, value in plain.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise DataError(f"metric: {name!r} is {value!r}; expected a finite number.")
-    return dict(figures)
+    return plain
 
 
 def class_index(
@@ -227,10 +230,11 @@ def scores(logits: Tensor, targets: Tensor | None, kind: Kind = Kind()) -> Metri
     best = targets if targets.ndim == 1 else targets.argmax(dim=1)
     correct = logits.argmax(dim=1) == best
     among = logits.topk(min(5, logits.shape[1]), dim=1).indices == best[:, None]
+    top5 = among.any(dim=1).double().mean().item() if logits.shape[1] > 5 else None  # else it is 1 whatever the model
     wanted = targets if targets.ndim == 1 else targets.double()
     return facts | {
         "top1": correct.double().mean().item(),
-        "top5": among.any(dim=1).double().mean().item(),
+        "top5": top5,
         "loss": F.cross_entropy(logits.double(), wanted).item(),
         "correct": correct.tolist(),
     }
@@ -285,8 +289,12 @@ def nearest(features: Tensor, k: int = NEIGHBOURS) -> Tensor:
 def _agreement(predictions: list[Any], reference: Any, kind: Kind) -> float:
     if isinstance(reference, Tensor) and reference.ndim == 2:
         reference = decided(reference, kind)
-    values = reference["predictions"] if isinstance(reference, Mapping) else reference
-    listed = values.tolist() if isinstance(values, Tensor) else list(values)
+    values = reference.get("predictions") if isinstance(reference, Mapping) else reference
+    if values is None:
+        raise DataError(
+            "the reference has no 'predictions'; expected a model, what `evaluate` gives, or class numbers."
+        )
+    listed = values.tolist() if hasattr(values, "tolist") else list(values)
     if len(listed) != len(predictions):
         raise DataError(
             f"the reference has predictions for {len(listed)} images, this model for {len(predictions)}; "
@@ -311,6 +319,17 @@ def _mapped(targets: Tensor, index: Tensor | None, classes: int) -> Tensor:
             "For other classes train a head: vitrim train --new-head."
         )
     return mapped
+
+
+def _logits(answer: Any) -> Tensor:  # B C
+    """What a classifier of any library answers: a tensor, or an output that holds `logits`, as those of transformers do."""
+    found = answer.get("logits") if isinstance(answer, Mapping) else getattr(answer, "logits", answer)
+    if not isinstance(found, Tensor) or found.ndim != 2:
+        shape = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(answer).__name__
+        raise DataError(
+            f"the model answers with {shape}; expected logits [images, classes]. Give the classifier alone."
+        )
+    return found
 
 
 def _features(y: Tensor) -> Tensor:  # B D, or B N D -> B D

@@ -412,8 +412,12 @@ def _config_with_head(config: Config, classes: int, labels: tuple[str, ...] | No
 
 
 def _refuse_gaps(images: Images, classes: int) -> None:
-    """Raise DataError where classes are numbered with gaps: a head for them would answer what no image shows."""
+    """Raise DataError for a single class, and where classes are numbered with gaps: a head for them would answer what no image shows."""
     labels = images.source.labels
+    if labels is not None and labels.ndim == 1 and classes < 2:
+        raise DataError(
+            f"{images.name}: every image has the same label, so that there is nothing to learn; expected two classes or more."
+        )
     if labels is None or labels.ndim > 1 or not (images.classes is None or are_numbers(images.classes)):
         return
     lacking = np.setdiff1d(np.arange(classes), labels)
