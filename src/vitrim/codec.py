@@ -51,12 +51,14 @@ class Codec:
 
     schema: version of the layout; files of a newer one are refused.  kinds: members of a union carry their name as `kind`.
     later: fields younger than the schema with their defaults, at which they are left out: earlier values keep their hash.
+    most: items that a list may hold, asked before any of them is looked at.
     """
 
     error: type[VitrimError]
     schema: int
     kinds: Names = field(default_factory=dict)
     later: Defaults = field(default_factory=dict)
+    most: Mapping[type, Mapping[str, int]] = field(default_factory=dict)
 
     def write(self, value: Any) -> dict[str, Any]:
         """Plain JSON values, the schema number among them; `read` is the inverse."""
@@ -81,6 +83,7 @@ class Codec:
     def check(self, value: Any, where: str) -> None:
         """Types of a whole tree of dataclasses made in Python, so that a wrong one is named where it stands."""
         hints = typing.get_type_hints(type(value))
+        self._refuse_long(type(value), {name: getattr(value, name) for name in self.most.get(type(value), {})}, where)
         for f in dataclasses.fields(value):
             self._check(hints[f.name], getattr(value, f.name), f"{where}.{f.name}")
 
@@ -133,12 +136,19 @@ class Codec:
             raise self.error(f"{where}: kind={name!r}{did_you_mean(str(name), names)}; known: {', '.join(names)}.")
         return self._dataclass(names[name], {k: v for k, v in value.items() if k != "kind"}, where)
 
+    def _refuse_long(self, kind: type, value: Mapping[str, Any], where: str) -> None:
+        for name, limit in self.most.get(kind, {}).items():
+            held = value.get(name)
+            if isinstance(held, (list, tuple)) and len(held) > limit:
+                raise self.error(f"{where}: {len(held)} {name}; expected at most {limit}.")
+
     def _dataclass(self, kind: Any, value: Any, where: str) -> Any:
         hints, fields = typing.get_type_hints(kind), dataclasses.fields(kind)
         known = [f.name for f in fields]
         for key in self._object(value, where):
             if key not in known and not (kind in self.kinds and key == "kind"):
                 raise self.error(f"{where}: unknown field {key!r}{did_you_mean(str(key), known)}.")
+        self._refuse_long(kind, value, where)
         none = dataclasses.MISSING
         required = [f.name for f in fields if f.default is none and f.default_factory is none]
         if missing := [name for name in required if name not in value]:

@@ -530,8 +530,6 @@ def _check(spec: ModelSpec) -> None:
         raise SpecError(
             f"spec: image_px={spec.image_px!r}, position.grid={spec.position.grid!r}; expected sides of at most {MOST_SIDE_PX}."
         )
-    if len(spec.blocks) > MOST_BLOCKS:
-        raise SpecError(f"spec: {len(spec.blocks)} blocks; expected at most {MOST_BLOCKS}.")
     if any(image < patch for image, patch in zip(spec.image_px, spec.patch_px, strict=True)):
         raise SpecError(
             f"spec: image_px={spec.image_px!r} is smaller than a patch, patch_px={spec.patch_px!r}; choose a larger image size."
@@ -607,8 +605,6 @@ def _check_outputs(spec: ModelSpec) -> None:
         assert spec.pool.heads is not None
         if spec.width % spec.pool.heads:
             raise SpecError(f"pool: heads={spec.pool.heads} does not divide width={spec.width}.")
-    if len(spec.outputs) > MOST_OUTPUTS:
-        raise SpecError(f"spec: {len(spec.outputs)} outputs; expected at most {MOST_OUTPUTS}.")
     names = [output.name for output in spec.outputs]
     if len(set(names)) != len(names):
         raise SpecError(f"spec: outputs named {names!r}; expected different names.")
@@ -646,6 +642,7 @@ _JSON = Codec(
         Similarity: "similarity",
         Prefix: "prefix",
     },
+    most={ModelSpec: {"blocks": MOST_BLOCKS, "outputs": MOST_OUTPUTS}},
     later={
         Pool: {"act": "gelu"},
         Preprocess: {"crop_rounding": "even"},

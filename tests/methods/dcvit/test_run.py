@@ -151,7 +151,7 @@ def test_bad_input_is_named():
         dcvit.compress(model, config(Budget(keep_macs=0.5)), data=photos(5))
     with pytest.raises(ConfigError, match="no budget"):
         dcvit.compress(model, config(), data=photos())
-    with pytest.raises(DataError, match="how images are normalised"):
+    with pytest.raises(DataError, match="does not say how its images are prepared"):
         dcvit.compress(make(WIDE), config(Budget(keep_macs=0.5)), data=photos())
     with pytest.raises(ValueError, match="has no meaning in variant 'closed'"):  # pydantic wraps ours
         config(k=3)
