@@ -1,6 +1,7 @@
 """Tables and numbers for people."""
 
 import json
+from functools import partial
 
 import pytest
 
@@ -43,3 +44,25 @@ def test_a_long_title_is_not_broken_to_the_width_of_its_table(capsys: pytest.Cap
     title = "a long path/" * 20 + "cat.jpg"
     tables.show_table(title, ["class"], [["cat"]])
     assert capsys.readouterr().out.splitlines()[0] == title
+
+
+@pytest.mark.parametrize("columns", ["1", "30", "80"])
+def test_a_narrow_terminal_takes_no_number_apart_and_drops_none(
+    columns: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setattr(tables, "console", partial(tables.console, force_terminal=True))
+    heads = [f"column {i}" for i in range(9)]
+    tables.show_table("cost", heads, [["stem", *(f"26.{i:02d} k" for i in range(8))]])
+    tables.show_table("settings", ["name", "what"], [["a_setting", "some words about it " * 9]], text=True)
+    said = capsys.readouterr().out
+    assert all(f"26.{i:02d} k" in said for i in range(8))
+    assert "a_setting" in said
+    assert {"some", "words", "about"} <= set(said.split())
+
+
+def test_a_stream_that_is_closed_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdout", None)
+    tables.say("é")
+    tables.show_json({"é": 1})
+    tables.show_table("é", ["name"], [["é"]])

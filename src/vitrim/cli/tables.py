@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 
 PLAIN_WIDTH = 120
 """Columns of a table that goes to a file or a pipe."""
+LEAST_WIDTH = 40
+"""Columns of a table on a terminal of fewer."""
+LONG_WORD = 24
+"""Columns beyond which a word may be taken apart: a file name."""
 
 
 def say(text: str = "") -> None:
@@ -33,9 +37,12 @@ def note(text: str) -> None:
     click.echo(shown(text, sys.stderr), err=True)
 
 
-def shown(text: str, stream: TextIO) -> str:
-    """A text for a stream: without control bytes, and with escapes for what the stream's encoding has not."""
-    return printable(text, ascii_only=not str(stream.encoding).lower().startswith("utf"))
+def shown(text: str, stream: TextIO | None) -> str:
+    """A text for a stream: without control bytes, and with escapes for what the stream's encoding has not.
+
+    None: a stream that was closed, as Python has it, to which nothing is written.
+    """
+    return printable(text, ascii_only=stream is not None and not str(stream.encoding).lower().startswith("utf"))
 
 
 def show_json(value: Any) -> None:
@@ -58,19 +65,34 @@ def console(*, stderr: bool = False, **settings: Any) -> Console:
 
 
 def show_table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]], *, text: bool = False) -> None:
-    """A table; the first column to the left, the others to the right unless they are text. NO_COLOR is honoured by rich."""
+    """A table; the first column to the left, the others to the right unless they are text. NO_COLOR is honoured by rich.
+
+    Words and numbers are never taken apart, nor left out: on a terminal that is too narrow, it is the terminal that breaks lines.
+    """
     from rich.box import SIMPLE_HEAD
+    from rich.cells import cell_len
     from rich.table import Table
 
     place = console()
     if not place.is_terminal:
         place = console(width=PLAIN_WIDTH)
+    cells = [[shown(cell, sys.stdout) for cell in row] for row in rows]
+    columns = [(head, index == 0 or text, [row[index] for row in cells]) for index, head in enumerate(heads)]
+    whole = sum(max(map(cell_len, [head, *held])) + 3 for head, _, held in columns) + 1
+    narrow = not text and whole > place.width
     place.print(shown(title, sys.stdout), style="bold", soft_wrap=True)  # a table's own title is broken to its width
-    table = Table(box=SIMPLE_HEAD)
-    for index, head in enumerate(heads):
-        table.add_column(head, justify="left" if text or index == 0 else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*(shown(cell, sys.stdout) for cell in row))
+    table = Table(box=SIMPLE_HEAD, padding=(0, 0 if narrow else 1))
+    needed = (1 if narrow else 3) * len(heads) + 1  # what stands between the columns
+    for head, left, held in columns:
+        words = head.split() + [part for cell in held for part in (cell.split() if left else [cell])]
+        least = max(map(cell_len, words), default=1)
+        needed += min(least, LONG_WORD) if left else least
+        head = head.replace(" ", "\n") if narrow and not left else head
+        table.add_column(head, justify="left" if left else "right", overflow="fold", no_wrap=not left)
+    for row in cells:
+        table.add_row(*row)
+    if place.width < max(needed, LEAST_WIDTH):
+        place = console(width=max(needed, LEAST_WIDTH))
     place.print(table)
 
 
