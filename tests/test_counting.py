@@ -8,6 +8,7 @@ import pytest
 
 from tests.specs import vit
 from vitrim.counting import attention_macs, cost, mlp_macs, similarity_macs
+from vitrim.errors import SpecError
 from vitrim.spec import AttentionSpec, MlpSpec, ModelSpec
 
 
@@ -48,6 +49,11 @@ def test_the_formulas_add_up_to_the_total() -> None:
     assert found.params == found.stem_params + found.head_params + sum(block.params for block in found.blocks)
     assert found.blocks[0].attention_macs == attention_macs(3, 64, 64, tokens=197, width=192)
     assert found.blocks[0].mlp_macs == mlp_macs(768, tokens=197, width=192)
+
+
+def test_what_has_no_spec_is_refused() -> None:
+    with pytest.raises(SpecError, match="cost: str has no spec; expected a model"):
+        cost("builtin:cifar10-vit-micro")
 
 
 def test_the_formulas_take_tensors() -> None:

@@ -108,6 +108,11 @@ def test_what_cannot_be_timed_is_refused(setting: dict[str, object], said: str) 
         measured(**setting)
 
 
+def test_a_model_without_its_name_is_refused() -> None:
+    with pytest.raises(MeasureError, match="expected models by name"):
+        timing.measure(torch.nn.Identity())  # type: ignore[arg-type]
+
+
 def test_a_missing_compiler_is_said_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "find_compiler", lambda: None)
     with pytest.raises(MeasureError, match="needs a C\\+\\+ compiler"):

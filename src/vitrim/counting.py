@@ -11,6 +11,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from .errors import SpecError
 from .spec import (
     AttentionSpec,
     BlockSpec,
@@ -176,8 +177,12 @@ def macs(spec: ModelSpec) -> int:
 
 
 def cost(model: Any) -> Cost:
-    """Cost of a spec, a config, or anything with a `.spec`."""
-    spec: ModelSpec = model if isinstance(model, ModelSpec) else model.spec
+    """Cost of a spec, a config, or anything with a `.spec`. Raises SpecError for what has none, such as a name."""
+    spec = model if isinstance(model, ModelSpec) else getattr(model, "spec", None)
+    if not isinstance(spec, ModelSpec):
+        raise SpecError(
+            f"cost: {type(model).__name__} has no spec; expected a model, such as vitrim.load or vitrim.from_model gives, or its spec."
+        )
     walk = token_walk(spec)
     blocks = tuple(_block(spec, i, tokens) for i, tokens in enumerate(walk))
     peaks = (block_peak(block, at) for block, at in zip(spec.blocks, walk, strict=True))

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from . import tokens as merging
-from .errors import SpecError, did_you_mean
+from .errors import MeasureError, SpecError, VitrimError, did_you_mean
 from .spec import (
     AttentionSpec,
     BlockSpec,
@@ -819,6 +819,25 @@ def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
             wrong = int((~torch.isfinite(tensor)).sum())
             return f"{name!r} holds {wrong} of {tensor.numel()} numbers that are NaN or infinite"
     return None
+
+
+def require_model(model: object, what: str) -> None:
+    """Raises VitrimError for what is no model of ours, such as a name.  what: it in words, "compress: the model"."""
+    if not isinstance(model, Vit):
+        raise VitrimError(
+            f"{what} is a {type(model).__name__}; expected one that vitrim.load or vitrim.from_model gives."
+        )
+
+
+def device_named(name: str) -> torch.device:
+    """The device of a name, "cpu" or "cuda:0". Raises MeasureError where torch knows or finds none."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise MeasureError(f"unknown device {name!r}; expected a name such as 'cpu' or 'cuda:0'.") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise MeasureError(f"device {name!r}: torch sees {torch.cuda.device_count()} CUDA devices. Compute on 'cpu'.")
+    return device
 
 
 def build(spec: ModelSpec | Config) -> Vit:

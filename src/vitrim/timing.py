@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from vitrim import processes
 from vitrim.errors import MeasureError, did_you_mean, fitting_in_memory
+from vitrim.model import device_named
 from vitrim.progress import Progress
 
 RUNTIMES = ("eager", "compile")
@@ -203,6 +204,10 @@ def _checked(
     dtype: str,
 ) -> torch.device:
     """Refuses what cannot be timed, before anything is moved."""
+    if not isinstance(models, Mapping):
+        raise MeasureError(
+            f"measure: the models are a {type(models).__name__}; expected models by name, such as {{'dense': model}}."
+        )
     if not models:
         raise MeasureError("no model to time; expected at least one.")
     if not batch_sizes or any(batch < 1 for batch in batch_sizes):
@@ -218,13 +223,7 @@ def _checked(
         require_compiler()
     if dtype not in DTYPES:
         raise MeasureError(f"unknown dtype {dtype!r}; expected one of {tuple(DTYPES)}{did_you_mean(dtype, DTYPES)}.")
-    try:
-        where = torch.device(device)
-    except RuntimeError as error:
-        raise MeasureError(f"unknown device {device!r}; expected a name such as 'cpu' or 'cuda:0'.") from error
-    if where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count():
-        raise MeasureError(f"device {device!r}: torch sees {torch.cuda.device_count()} CUDA devices. Measure on 'cpu'.")
-    return where
+    return device_named(device)
 
 
 def _shape_of(model: nn.Module, first: nn.Module) -> tuple[int, int, int]:

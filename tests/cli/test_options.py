@@ -166,3 +166,13 @@ def test_a_place_without_a_name_is_a_misuse(
     assert done.exit_code == 2
     assert flag in done.stderr
     assert "it is empty; expected the name of a file or folder" in done.stderr
+
+
+def test_only_flags_that_the_verb_has_are_offered_for_a_folder_in_use(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("x")
+    for verb, offered in (("train", {"resume"}), ("demo", {"force"}), ("compress", {"force", "resume"})):
+        rest = ("--model", "timm:x", "--data", "d") if verb != "demo" else ()
+        rest += ("--keep-macs", "0.5") if verb == "compress" else ()
+        done = run(verb, *rest, "--out", tmp_path)
+        assert done.exit_code == 2, done.output
+        assert {flag for flag in ("force", "resume") if f"--{flag} to" in done.stderr} == offered

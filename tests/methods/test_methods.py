@@ -14,8 +14,9 @@ import torch
 
 from tests.specs import make, vit
 from vitrim import methods
+from vitrim.budget import Budget
 from vitrim.config import checked, default
-from vitrim.errors import ConfigError, DataError
+from vitrim.errors import ConfigError, DataError, MeasureError
 from vitrim.methods import METHODS, PLANNED, comcat, method_named, method_of
 from vitrim.methods.method import MethodConfig
 from vitrim.result import Compressed
@@ -127,3 +128,10 @@ def test_a_result_whose_weights_are_no_numbers_is_refused(monkeypatch: pytest.Mo
     monkeypatch.setattr(methods, "METHODS", {"comcat": made})
     with pytest.raises(DataError, match="comcat: no result"):
         methods.compress(make(vit(classes=3)), methods.configure("comcat", {"budget": {"keep_macs": 0.5}}))
+
+
+def test_a_device_that_is_not_there_is_refused_in_one_sentence() -> None:
+    for name in ("gpu", "cuda:99"):
+        config = comcat.METHOD.config(budget=Budget(keep_macs=0.5), variant="svd", device=name)
+        with pytest.raises(MeasureError, match=f"device '{name}'"):
+            methods.compress(make(vit(), dtype=torch.float32), config)

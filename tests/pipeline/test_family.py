@@ -98,6 +98,7 @@ def test_bad_families_are_refused_before_anything_is_written(tmp_path: Path) -> 
         ({"budgets": (BUDGETS[0],)}, ConfigError, "two or more"),
         ({"budgets": (BUDGETS[0], BUDGETS[0])}, ConfigError, "different"),
         ({"budgets": (BUDGETS[0], Budget(keep_macs=0.001))}, BudgetError, "out of reach"),
+        ({"budgets": (0.5, 0.3)}, ConfigError, r"budgets: 0\.5; expected each a Budget"),
         ({"budgets": BUDGETS, "resume": True, "force": True}, ConfigError, "contradict"),
     ]
     for case, kind, words in cases:

@@ -30,6 +30,7 @@ from vitrim.reporting.page import render
 from vitrim.result import Compressed
 from vitrim.spec import AttentionSpec, BlockSpec, Config, MlpSpec, ModelSpec, Output, Position, Prefix, Preprocess
 from vitrim.tasks.classification import Classification
+from vitrim.training import TrainConfig
 
 COMCAT = ComcatConfig(budget=Budget(keep_macs=0.6), images=16, probe_images=4, align=2)
 RECOVER = RecoverConfig(steps=3, batch_size=8, eval_every=2, log_every=1)
@@ -435,6 +436,18 @@ def test_recover_leaves_its_inputs_and_gives_a_trained_copy() -> None:
     assert any(not torch.equal(before[name], tensor) for name, tensor in made.model.state_dict().items())
     assert [line["step"] for line in made.history if line["kind"] == "train"] == [1, 2, 3]
     assert made.variant == "distilled"
+
+
+def test_recovering_a_name_or_with_another_config_is_refused() -> None:
+    cases: tuple[tuple[dict[str, Any], type[VitrimError], str], ...] = (
+        ({"small": "small/"}, VitrimError, "the model is a str"),
+        ({"teacher": "timm:x"}, VitrimError, "the teacher is a str"),
+        ({"config": TrainConfig(steps=1)}, ConfigError, "TrainConfig; expected a RecoverConfig"),
+    )
+    for case, kind, said in cases:
+        how = {"small": tiny(), "teacher": tiny(), "data": pictures(), "config": RECOVER, **case}
+        with pytest.raises(kind, match=said):
+            pipeline.recover(how.pop("small"), **how)
 
 
 def test_recovering_without_a_teacher_says_what_to_pass() -> None:

@@ -61,8 +61,8 @@ class Listed(click.ParamType):  # type: ignore[type-arg]
 
     name = "number[,number...]"
 
-    def __init__(self, each: Number):
-        self.each = each
+    def __init__(self, each: Number, example: str = "1,8"):
+        self.each, self.example = each, example
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
         if isinstance(value, tuple):
@@ -70,7 +70,7 @@ class Listed(click.ParamType):  # type: ignore[type-arg]
         try:
             return tuple(self.each.read(part.strip()) for part in str(value).split(","))
         except ValueError as error:
-            self.fail(f"{error}; several with commas between, as in 1,8.", param, ctx)
+            self.fail(f"{error}; several with commas between, as in {self.example}.", param, ctx)
 
 
 class Named(click.ParamType):  # type: ignore[type-arg]
@@ -119,7 +119,7 @@ class Sides(click.ParamType):  # type: ignore[type-arg]
         return int(found[0]), int(found[-1])
 
 
-SHARE = Listed(Number(float, above=0, most=1))
+SHARE = Listed(Number(float, above=0, most=1), "0.5,0.3")
 COUNTS = Listed(COUNT)
 
 
@@ -280,10 +280,16 @@ PREPARED = bundle(
     "prepared",
     Prepared,
     click.option(
-        "--mean", type=Listed(Number(float, least=0, most=1)), metavar="R,G,B", help="Of the model's images, in [0, 1]."
+        "--mean",
+        type=Listed(Number(float, least=0, most=1), "0.5,0.5,0.5"),
+        metavar="R,G,B",
+        help="Of the model's images, in [0, 1].",
     ),
     click.option(
-        "--std", type=Listed(Number(float, above=0, most=1)), metavar="R,G,B", help="Their standard deviation."
+        "--std",
+        type=Listed(Number(float, above=0, most=1), "0.5,0.5,0.5"),
+        metavar="R,G,B",
+        help="Their standard deviation.",
     ),
     click.option("--size", type=COUNT, help="Shorter side before the crop to the model's size; that size by default."),
 )
@@ -387,7 +393,8 @@ def check_out(out: Path, *, force: bool, resume: bool = False) -> None:
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {str(out)!r} is a file; expected a folder, new or empty. Choose another name.")
     context = click.get_current_context(silent=True)
-    if context is not None and any(param.name == "resume" for param in context.command.params):
+    flags = set() if context is None else {param.name for param in context.command.params}
+    if context is not None and "resume" in flags:
         context.meta[RESUMABLE] = out
     if not processes.is_first():
         return  # the first process has perhaps begun to write there
@@ -397,9 +404,9 @@ def check_out(out: Path, *, force: bool, resume: bool = False) -> None:
             f"--resume found no run at {str(out)!r}; expected the folder of a run that was begun. To start one, leave --resume out."
         )
     if names_in(out) and not (force or resume):
-        raise ConfigError(
-            f"--out {str(out)!r} is not empty. Pass --force to replace it, --resume to go on with it, or another folder."
-        )
+        ways = {"force": "--force to replace it", "resume": "--resume to go on with it"}
+        offered = ", ".join(words for flag, words in ways.items() if flag in flags)
+        raise ConfigError(f"--out {str(out)!r} is not empty. Pass {offered}, or another folder.")
     check_place(out)
 
 

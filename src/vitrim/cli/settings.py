@@ -134,6 +134,10 @@ def _not_of(method: Method, origin: str, key: str) -> str:
     from vitrim.config import keys
 
     known = keys(method.config)
-    others = ", ".join(name for name, other in METHODS.items() if key in keys(other.config))
-    hint = f"; {others} has it." if others else did_you_mean(key, known) or "."
+    others = [name for name, other in METHODS.items() if key in keys(other.config)]
+    hint = (
+        f"; {', '.join(others)} {'has' if len(others) == 1 else 'have'} it."
+        if others
+        else did_you_mean(key, known) or "."
+    )
     return f"{origin}: {method.name} has no setting {key!r}{hint} Known: {', '.join(known)}."

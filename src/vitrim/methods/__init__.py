@@ -13,7 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vitrim.errors import BudgetError, ConfigError, DataError, VitrimError, did_you_mean, fitting_in_memory
+from vitrim.errors import BudgetError, ConfigError, DataError, did_you_mean, fitting_in_memory
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -111,6 +111,14 @@ def method_of(config: MethodConfig) -> str:
     raise ConfigError(f"{type(config).__name__} is no method's config; expected one of {known}.")
 
 
+def require_device(config: MethodConfig) -> None:
+    """Raises MeasureError where torch has no device of the config's name."""
+    from vitrim.model import device_named
+
+    if config.device is not None and config.device != "auto":
+        device_named(config.device)
+
+
 def configure(method: str, settings: Mapping[str, Any]) -> Any:
     """The config of a method by its name, from plain values. Raises ConfigError that names an unknown method or key."""
     from vitrim.config import read
@@ -147,13 +155,11 @@ def compress(
     are of `model`; the exact tail, which `vitrim.run` adds first, is not added here, so that some methods reach less far.
     """
     from vitrim import data as opened
-    from vitrim.model import Vit
+    from vitrim.model import require_model
     from vitrim.surgery import with_own_positions
 
-    if not isinstance(model, Vit):
-        raise VitrimError(
-            f"compress: the model is a {type(model).__name__}; expected one that vitrim.load or vitrim.from_model gives."
-        )
+    require_model(model, "compress: the model")
+    require_device(config)
     method = METHODS[method_of(config)]
     if seed is not None:
         config = replace(config, seed=seed)

@@ -54,6 +54,8 @@ def run_family(
     method_config: its own budget does not count.  settings: as for `run`.  resume: members that are whole stay.
     Raises as `run` does, before anything is written where one of the budgets is out of reach.
     """
+    if strange := [budget for budget in budgets if not isinstance(budget, Budget)]:
+        raise ConfigError(f"budgets: {strange[0]!r}; expected each a Budget, such as Budget(keep_macs=0.5).")
     if len(budgets) < 2 or len({member_name(budget) for budget in budgets}) < len(budgets):
         raise ConfigError(f"budgets={tuple(b.to_dict() for b in budgets)!r}; expected two or more different ones.")
     folder = Path(out)

@@ -20,7 +20,7 @@ from vitrim.counting import Cost, cost
 from vitrim.data import Images
 from vitrim.errors import ConfigError, DataError
 from vitrim.freezing import frozen
-from vitrim.methods import METHODS, configure, method_named, method_of
+from vitrim.methods import METHODS, configure, method_named, method_of, require_device
 from vitrim.methods import plan as plan_of
 from vitrim.methods.method import MethodConfig
 from vitrim.model import Vit
@@ -72,6 +72,7 @@ class Job:
         self.dense, judging = asked.dense, asked.judging
         self.warnings: list[str] = []
         self.method = METHODS[method_of(asked.config)]
+        require_device(asked.config)
         self.config = limited(asked.config, reference_of(self.dense, asked.relative_to))
         self.tail = gets_tail(self.dense.spec, self.config, wanted=asked.tail)
         self.given = surgery.exact_tail(self.dense) if self.tail else self.dense

@@ -20,7 +20,7 @@ from vitrim.data import Images
 from vitrim.errors import ConfigError, DataError
 from vitrim.files import locked
 from vitrim.freezing import frozen
-from vitrim.model import Vit
+from vitrim.model import Vit, require_model
 from vitrim.pipeline.configs import RecoverConfig
 from vitrim.progress import Progress
 from vitrim.result import Compressed, descended
@@ -54,10 +54,15 @@ def recover(
     The result's history holds the lines of metrics.jsonl. Raises ConfigError, DataError, and what `vitrim.training.fit` raises.
     """
     config = config or RecoverConfig()
+    if not isinstance(config, RecoverConfig):
+        raise ConfigError(f"recover: the config is a {type(config).__name__}; expected a RecoverConfig.")
+    model = small.model if isinstance(small, Compressed) else small
+    require_model(model, "recover: the model")
+    if teacher is not None:
+        require_model(teacher, "recover: the teacher")
     data = opened.skipping(data, on_broken)
     labelled = False if config.objective == "label_free" else None
     images, held = (opened.open(data, split=split, labelled=labelled) for split in ("train", "validation"))
-    model = small.model if isinstance(small, Compressed) else small
     config, said = filled(config, len(images))
     for text in said:
         log.warning(text)

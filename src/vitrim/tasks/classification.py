@@ -17,7 +17,7 @@ from vitrim.data import Images
 from vitrim.data.labels import are_numbers
 from vitrim.data.transforms import UNPREPARED
 from vitrim.errors import DataError, fitting_in_memory
-from vitrim.model import Vit
+from vitrim.model import Vit, device_named
 from vitrim.progress import Progress
 from vitrim.spec import Config, ModelSpec, Preprocess
 from vitrim.tasks.samples import samples as shown
@@ -80,7 +80,7 @@ def evaluate(
         raise DataError("an encoder without a classifier is compared with a model; pass the dense model as reference=.")
     index = None if encoder else class_index(names, chosen.classes, classes=classes)
 
-    at = torch.device(device) if device is not None else _device(model)
+    at = _device(model) if device is None else device_named(device) if isinstance(device, str) else device
     view = data.evaluation(how)
     passes = [model] if other is None else [model, other]
     outputs: list[list[Tensor]] = [[] for _ in passes]
