@@ -100,7 +100,7 @@ def open(
         _refuse_part_labelled(images)
         raise DataError(
             f"{images.name}: images without labels, which are needed here; expected one subfolder for each class (two or more), "
-            "or a 'label' column. Methods that need no labels: comcat, dcvit, auto."
+            "or a 'label' column. Cutting by auto, comcat or dcvit needs none, and `vitrim evaluate --against DENSE` scores without."
         )
     return images if limit is None or limit == len(images) else images.take(limit, seed)
 

@@ -45,7 +45,9 @@ class AutoConfig(MethodConfig):
     def __post_init__(self) -> None:
         for axis in self.axes or ():
             if axis not in AXES:
-                raise ConfigError(f"axes: unknown axis {axis!r}{did_you_mean(axis, AXES) or '.'} Known: {', '.join(AXES)}.")
+                raise ConfigError(
+                    f"axes: unknown axis {axis!r}{did_you_mean(axis, AXES) or '.'} Known: {', '.join(AXES)}."
+                )
         if self.axes is not None and not self.axes:
             raise ConfigError(f"every axis is switched off; leave at least one of {', '.join(AXES)}.")
 
