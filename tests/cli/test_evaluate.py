@@ -37,3 +37,14 @@ def test_a_tenth_of_a_plain_folder_is_scored_and_that_is_said(tmp_path: Path) ->
     words = run("evaluate", model, "--data", photos, "--split", "all").stdout
     assert f"({right['right']} of 24; 95 % interval {100 * right['low']:.2f} to {100 * right['high']:.2f})" in words
     assert "set aside" not in words
+
+
+def test_images_of_other_classes_are_compared_with_a_model_without_their_labels(tmp_path: Path) -> None:
+    model = saved(tmp_path / "model", ("cat", "dog"))
+    photos = class_folder(tmp_path / "photos", {"fox": 2, "owl": 2})
+    assert "'fox', 'owl'" in run("evaluate", model, "--data", photos, "--split", "all").output
+    done = run("evaluate", model, "--against", model, "--data", photos, "--split", "all")
+    assert done.exit_code == 0, done.output
+    assert "agreement with dense  100.00 %  (4 of 4" in done.stdout
+    assert "top-1" not in done.stdout
+    assert "Judged without labels" in done.stderr

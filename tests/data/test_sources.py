@@ -124,8 +124,15 @@ def test_tables_of_other_tools_tell_splits_and_labels_in_columns_and_folders(tmp
 def test_labels_that_are_no_classes_do_not_matter_where_none_are_needed(tmp_path):
     table = parquet(tmp_path / "a.parquet", [jpeg(0), jpeg(1)], label=pa.array([0.5, 1.5]))
     assert len(data.open(table, split="all", labelled=False)) == 2
-    with pytest.raises(DataError, match="expected a whole number"):
+    with pytest.raises(DataError, match="expected a whole number.* To do without labels, rename the column 'label'"):
         data.open(table, split="all")
+
+
+def test_labels_that_some_images_lack_are_left_with_a_word(tmp_path, caplog):
+    table = parquet(tmp_path / "a.parquet", [jpeg(0)] * 3, label=pa.array([0, None, 1]))
+    assert data.open(table, split="all").labels is None
+    assert "no label is used, since 1 of 3 images have none" in caplog.text
+    assert "a.parquet row 1" in caplog.text
 
 
 def test_names_of_classes_that_are_no_list_are_left_and_listed_features_are_read(tmp_path):

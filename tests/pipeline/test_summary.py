@@ -52,3 +52,6 @@ def test_only_what_can_be_done_is_offered() -> None:
     onward: dict[str, Any] = {"split": "test", "picture": None, "library": None, "predicts": False}
     rows = next_commands(onward, place="small", model="timm:x", data="d")
     assert [row["command"].split()[1] for row in rows] == ["cost", "measure", "report"]
+    onward |= {"predicts": True, "labelled": False}  # a score of its own needs labels
+    first = next_commands(onward, place="small", model="timm:x", data="d")[0]
+    assert first["command"] == "vitrim evaluate small --against timm:x --data d --split test"

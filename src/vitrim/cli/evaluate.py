@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import click
 
 from vitrim.cli import options, tables
 from vitrim.cli.progress import progress_on_stderr
-from vitrim.errors import ConfigError
+from vitrim.errors import ConfigError, DataError
 
+log = logging.getLogger("vitrim.cli")
 SPLITS = ("train", "validation", "val", "test", "all")
 
 
@@ -57,11 +59,19 @@ def evaluate(
         )
     from vitrim import data as opened
     from vitrim.tasks.classification import evaluate as score
+    from vitrim.tasks.classification import task_of
     from vitrim.tasks.task import METRICS, counts
 
     # The seed draws `limit`; the validation tenth of the data is the same whatever the seed.
     on_broken = "skip" if skip_broken else on_broken or "raise"
     images = opened.open(source, split=split, labelled=None if against else True, on_broken=on_broken)
+    try:
+        task_of(network.spec).check_labels(network.config, images)
+    except DataError as error:
+        if against is None:
+            raise
+        log.warning("Judged without labels, by agreement with %s: %s", against, error)
+        images = opened.open(source, split=split, labelled=False, on_broken=on_broken)
     if limit is not None:
         images = images.take(limit, seed or 0)
     with progress_on_stderr(output.quiet) as progress:

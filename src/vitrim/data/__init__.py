@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from numbers import Integral
@@ -30,6 +31,8 @@ from vitrim.data.transforms import UNPREPARED, evaluation, prepare, training
 from vitrim.errors import DataError
 from vitrim.foreign import is_finite, printable
 from vitrim.spec import Preprocess
+
+log = logging.getLogger("vitrim.data")
 
 SAMPLE = Path(__file__).resolve().parents[1] / "assets" / "sample"
 
@@ -95,6 +98,19 @@ def open(
             ) from error
         rows = choose(found.splits, split, seed=seed, name=found.name)
         known = labelled is not False and found.labelled_rows(rows)
+        if (
+            labelled is None
+            and not known
+            and found.labels is not None
+            and (lacking := unlabelled_among(found.labels[rows])).size < len(rows)
+        ):
+            log.warning(
+                "%s: no label is used, since %d of %d images have none (null, NaN or -1; the first is %s).",
+                found.name,
+                len(lacking),
+                len(rows),
+                found.key(int(rows[lacking[0]])),
+            )
         images = Images(found, rows, split=split, labelled=known, on_broken=on_broken, broken=broken)
     if labelled and not images.labelled:
         _refuse_part_labelled(images)

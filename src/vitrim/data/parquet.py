@@ -83,7 +83,15 @@ class ParquetSource(Source):
         if words and set(said) == {"train"}:
             self._split_by(words[0])
         if labelled is not False and (values := self._label_values()) is not None:
-            self.take_labels(read_targets(values, self.columns.names, name=self.name).numbered())
+            try:
+                self.take_labels(read_targets(values, self.columns.names, name=self.name).numbered())
+            except DataError as error:
+                column = self.columns.label
+                raise (
+                    error
+                    if column is None
+                    else DataError(f"{error} To do without labels, rename the column {column!r}.")
+                ) from error
 
     def _label_values(self) -> Sequence[Any] | np.ndarray | None:
         if (label := self.columns.label) is not None:

@@ -101,7 +101,8 @@ def _onward(job: Job, final: ModelSpec) -> dict[str, Any]:
     except SourceError:
         library = None
     split = "test" if job.has_test_split else "validation"
-    return {"split": split, "picture": picture, "library": library, "predicts": job.task.predicts}
+    told = {"split": split, "picture": picture, "library": library, "predicts": job.task.predicts}
+    return told | {"labelled": job.held.labelled}
 
 
 def next_commands(onward: Mapping[str, Any], *, place: str, model: str, data: str) -> list[dict[str, str]]:
@@ -118,8 +119,9 @@ def next_commands(onward: Mapping[str, Any], *, place: str, model: str, data: st
             if onward["split"] == "test"
             else " that the choices were made on: there is no test split"
         )
+        against = () if onward.get("labelled", True) else ("--against", model)
         rows = [
-            (f"Score it on images{unseen}", ("evaluate", place, "--data", data, "--split", onward["split"])),
+            (f"Score it on images{unseen}", ("evaluate", place, *against, "--data", data, "--split", onward["split"])),
             ("Try it on a picture", ("predict", place, picture)),
             *rows,
         ]

@@ -27,7 +27,7 @@
     warnings  [sentence]
     seconds   {stage: seconds}
     provenance {key: text}
-    onward    {split, picture, library, predicts}: what the commands below name, for programs that print them with other places
+    onward    {split, picture, library, predicts, labelled}: what the commands below name, for programs that print them with other places
     commands  [{command, does}]
 
 Every figure on the page is a `<data value= data-path=>` element: the value is the result's own, found by its path.
