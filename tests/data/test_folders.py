@@ -151,3 +151,19 @@ def test_archives_and_tables_are_told_what_to_become(tmp_path: Path) -> None:
         class_folders(tmp_path / ending, shards=[f"train-0{ending}"])
         with pytest.raises(DataError, match=words):
             data.open(tmp_path / ending)
+
+
+def test_a_folder_that_cannot_be_listed_is_refused_and_not_taken_for_empty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class_folders(tmp_path, ant=["0.png"], bee=["0.png"], cow=["0.png"])
+    listed = os.scandir
+
+    def scandir(path: str) -> object:
+        if Path(path).name == "cow":  # as without the right to read it, which a test as root cannot take away
+            raise PermissionError(13, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(DataError, match=r"cow: cannot be read \(Permission denied\)"):
+        data.open(tmp_path)

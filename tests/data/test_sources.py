@@ -124,7 +124,7 @@ def test_tables_of_other_tools_tell_splits_and_labels_in_columns_and_folders(tmp
 def test_labels_that_are_no_classes_do_not_matter_where_none_are_needed(tmp_path):
     table = parquet(tmp_path / "a.parquet", [jpeg(0), jpeg(1)], label=pa.array([0.5, 1.5]))
     assert len(data.open(table, split="all", labelled=False)) == 2
-    with pytest.raises(DataError, match="expected a whole number.* To do without labels, rename the column 'label'"):
+    with pytest.raises(DataError, match=r"expected a whole number.* To do without labels, rename the column 'label'"):
         data.open(table, split="all")
 
 

@@ -94,7 +94,7 @@ def open(
             found = _source(source, labelled)
         except OSError as error:
             raise DataError(
-                f"{source}: cannot be read ({error.strerror or error}). Check the path and its permissions."
+                f"{printable(error.filename or source)}: cannot be read ({error.strerror or error}). Check the path and its permissions."
             ) from error
         rows = choose(found.splits, split, seed=seed, name=found.name)
         known = labelled is not False and found.labelled_rows(rows)

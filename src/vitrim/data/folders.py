@@ -212,11 +212,16 @@ class _Found:
     others: Counter[str]
 
 
+def _refuse(error: OSError) -> None:
+    """Of a folder that cannot be listed: without its pictures the others would be taken for all."""
+    raise error
+
+
 def _walk(root: Path) -> _Found:
     """What lies below; linked folders are followed once."""
     found = _Found([], {}, Counter())
     seen: set[str] = set()
-    for folder, folders, files in os.walk(root, followlinks=True):
+    for folder, folders, files in os.walk(root, followlinks=True, onerror=_refuse):
         real = os.path.realpath(folder)
         if real in seen:
             folders.clear()
