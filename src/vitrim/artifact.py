@@ -39,6 +39,7 @@ from .files import (
     replace_within,
     sha256,
     sync_file,
+    whose_folder,
     write_json,
     write_text,
 )
@@ -353,7 +354,7 @@ def inspect(folder: str | os.PathLike[str], *, weights: bool = True) -> Contents
     refuse_no_utf8(root, error=ArtifactError)
     raw = _read_json(root, CONFIG)
     if not {"spec", "schema"} & set(raw):
-        raise ArtifactError(f"{root}: {_foreign(raw)}")
+        raise ArtifactError(f"{root}: {whose_folder(raw, root)}")
     config = _decoded(root / CONFIG, Config.from_dict, raw)
     selection = _decoded(root / SELECTION, Selection.from_dict, _read_json(root, SELECTION))
     provenance = _read_json(root, PROVENANCE)
@@ -507,14 +508,3 @@ def _hub_stores(home: Path) -> tuple[Path, ...]:
     if home.parent.name != "snapshots" or not repo.name.startswith("models--"):
         return ()
     return (repo / "blobs", repo.parent / "blobs")  # the repository's own store, and the one that repositories share
-
-
-def _foreign(config: Mapping[str, Any]) -> str:
-    if "model_type" in config or "transformers_version" in config:
-        return "is a model folder of transformers, not an artifact of vitrim; expected 'spec' in config.json."
-    if "architecture" in config:
-        return (
-            f"is a model folder of timm ({config['architecture']}), not an artifact of vitrim. "
-            "Load it by its name (timm:NAME or hf-hub:USER/NAME), or its weights by checkpoint=."
-        )
-    return "is not an artifact of vitrim: its config.json has no 'spec'. Expected a folder that vitrim saved."

@@ -187,6 +187,19 @@ def is_marked(path: Path) -> bool:
     return "vitrim" in found or (isinstance(versions, dict) and "vitrim" in versions)
 
 
+def whose_folder(config: Mapping[str, Any], folder: Path) -> str:
+    """Whose model lies in a folder that is no artifact, by its config.json, and under which name it loads, for a sentence."""
+    kinds = {
+        "model_type": ("transformers", "hf:"),
+        "kwargs": ("torchvision", "torchvision:"),
+        "architecture": ("timm", "timm:local-dir:"),
+    }
+    for key, (library, prefix) in kinds.items():
+        if key in config:
+            return f"is a model folder of {library}, not an artifact of vitrim. Load it as {prefix}{folder}."
+    return "is not an artifact of vitrim: its config.json has no 'spec'. Expected a folder that vitrim saved."
+
+
 def refuse_foreign(place: Path, *, ours: bool, taken: Sequence[str] = ()) -> None:
     """The one guard of every `force`: raise ConfigError where it would replace what vitrim did not write.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from vitrim import artifact, hub
 from vitrim.errors import ArtifactError, SourceError, VitrimError
 from vitrim.model import Vit, build
 from vitrim.sources import builtin
-from vitrim.spec import AttentionSpec, BlockSpec, MlpSpec, ModelSpec, Output, Position
+from vitrim.spec import AttentionSpec, BlockSpec, Config, MlpSpec, ModelSpec, Output, Position, ProblemType
 
 
 def spec(classes: int = 3) -> ModelSpec:
@@ -134,3 +135,38 @@ def test_a_module_whose_weights_are_no_numbers_is_refused_with_the_tensor() -> N
         module.blocks[0].norm1.bias[3] = float("nan")
     with pytest.raises(SourceError, match=r"VisionTransformer: 'blocks\.0\.norm1\.bias' holds 1 of 64 numbers"):
         vitrim.from_model(module, verify=False)
+
+
+def classifying(kind: ProblemType) -> Vit:
+    """A small network that each library's own class can say, for images of 3 channels."""
+    attention = AttentionSpec(heads=2, qk_dim=4, v_dim=4, scale=0.5)
+    small = ModelSpec(
+        image_px=(8, 8),
+        patch_px=(4, 4),
+        width=8,
+        position=Position(grid=(2, 2), prefix_rows=True),
+        blocks=(BlockSpec(attention=attention, mlp=MlpSpec(hidden=8)),),
+        outputs=(Output(classes=3),),
+    )
+    return build(Config(spec=small, task="classification", problem_type=kind))
+
+
+@pytest.mark.parametrize(
+    ("format", "prefix"), [("timm", "timm:local-dir:"), ("torchvision", "torchvision:"), ("hf", "hf:")]
+)
+def test_an_export_keeps_how_the_classes_are_meant_and_its_folder_says_how_it_is_loaded(
+    format: str, prefix: str, tmp_path: Path
+) -> None:
+    if format == "hf":
+        pytest.importorskip("transformers")
+    for kind in get_args(ProblemType):
+        out = vitrim.sources.write(classifying(kind), format, tmp_path / kind)
+        assert vitrim.load(f"{prefix}{out}").config.problem_type == kind
+    with pytest.raises(ArtifactError, match=rf"Load it as {prefix}{out}\."):
+        vitrim.load(out)
+    for name in ("timm:", "torchvision:"):
+        with pytest.raises(SourceError, match=r"has no (model|Vision Transformer) ''"):
+            vitrim.load(name)
+    if format != "torchvision":
+        with pytest.raises(SourceError, match=f"{prefix}{out}"):
+            vitrim.load(f"timm:{out}" if format == "timm" else f"timm:local-dir:{out}")

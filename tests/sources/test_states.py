@@ -290,6 +290,8 @@ def test_names_of_another_layout_are_those_of_their_mapping() -> None:
     assert same(chosen({"state_dict": foreign, "optimizer": {"state": {0: {"a": torch.ones(1)}}}}), foreign)
     mean = {name: value + 1 for name, value in foreign.items()}
     assert same(chosen({"state_dict": foreign, "state_dict_ema": mean}), mean)
+    one = {**foreign, "visual.embed.pos": RAW["pos"]}  # a single name alike
+    assert same(chosen({"state_dict": one}), one)
     assert same(
         chosen(under("model.visual.trunk", RAW)), under("visual.trunk", RAW)
     )  # a tower is translated by its family

@@ -9,6 +9,7 @@ import click
 
 from vitrim.cli import options, tables
 from vitrim.errors import ArtifactError
+from vitrim.files import whose_folder
 from vitrim.foreign import read_json
 
 if TYPE_CHECKING:
@@ -105,10 +106,7 @@ def spec_in(file: Path) -> ModelSpec:
     expected = "Expected the config.json of a folder that vitrim saved."
     values = read_json(file, error=ArtifactError, named=repr(str(file)), mend=expected)
     if "spec" not in values:
-        raise ArtifactError(
-            f"{str(file)!r} holds no spec, so {file.parent.name!r} was not saved by vitrim. "
-            "Expected such a folder; a checkpoint of timm is read with timm:NAME and --checkpoint PATH."
-        )
+        raise ArtifactError(f"{str(file.parent)!r} {whose_folder(values, file.parent)}")
     from vitrim.spec import Config
 
     return Config.from_dict(values).spec

@@ -22,10 +22,12 @@ _FREE = 1 << 24  # numbers that need no file: a new classifier, a pooler that is
 _MEND = "Copy or download the folder again."
 
 
-def check_config(folder: Path) -> None:
-    """Refuse numbers in a folder's config.json that no Vision Transformer has. Raises SourceError."""
+def check_config(folder: Path) -> dict[str, Any]:
+    """What a folder's config.json says. Raises SourceError for numbers in it that no Vision Transformer has."""
     where = folder / CONFIG
-    _check(read_json(where, error=SourceError, mend=_MEND), "", where)
+    said: dict[str, Any] = read_json(where, error=SourceError, mend=_MEND)
+    _check(said, "", where)
+    return said
 
 
 def outline(build: Callable[[], nn.Module], folder: Path) -> nn.Module:

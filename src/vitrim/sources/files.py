@@ -96,7 +96,7 @@ KINDS = (
     (r"(^|\.)blocks\.\d+\.attention\.(qkv|out)", "These are names of vitrim: load the folder that they are in."),
     (r"(^|\.)(conv_proj\.|encoder\.layers\.encoder_layer_\d)", "These are names of torchvision: torchvision:NAME."),
     (
-        r"(^|\.)embeddings\.(patch_embeddings|patch_embedding|class_embedding|cls_token)",
+        r"(^|\.)(embeddings\.(patch_embeddings?|class_embedding|cls_token)|patch_embeddings\.projection)\b",
         "These are names of Hugging Face's transformers: hf:FOLDER.",
     ),
     (

@@ -6,7 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypedDict, Unpack
+from typing import Any, Literal, TypedDict, Unpack, get_args
 
 import torch
 from torch import Tensor
@@ -138,6 +138,12 @@ class Told(TypedDict, total=False):
     labels: tuple[str, ...] | None
     provenance: dict[str, Any] | None
     problem_type: ProblemType | None
+
+
+def problem_type_in(config: Mapping[str, Any]) -> ProblemType | None:
+    """What a folder's config.json says that its classifier answers; None where it says nothing known."""
+    said = config.get("problem_type")
+    return said if said in get_args(ProblemType) else None
 
 
 def filled(

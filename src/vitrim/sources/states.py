@@ -106,7 +106,10 @@ def chosen(row: Row, expected: Mapping[str, Tensor], *, file: str, key: str | No
         _check_averaged(groups, prefix, sets, len(state), file)
     told = [f"{place} ({count} tensors)" if count > 1 else place for place, count in groups.items()]
     if told:
-        odd = any(row.tensors[name].is_floating_point() and not _is_training(name) for name in left)
+        known = {name for names in sets.values() for name in names}  # were told as sets
+        odd = any(
+            row.tensors[name].is_floating_point() and not _is_training(name) for name in left if name not in known
+        )
         LOG.log(
             logging.WARNING if odd else logging.INFO,
             "%s: the weights are those under %r; not read: %s.",
@@ -260,7 +263,7 @@ def _complete(row: Row, expected: Mapping[str, Tensor]) -> dict[str, list[str]]:
 
     best = max(matched, key=lambda prefix: (*fit(prefix), -len(prefix)))
     anchors = {rest: name for rest, name in matched[best].items() if expected[rest].dim() >= 3}
-    if not anchors and 2 * len(matched[best]) < len(expected):
+    if len(matched[best]) * (4 if anchors else 2) < len(expected):  # a few names alike make no set
         return {}
     sets = [best]
     for prefix in sorted(matched, key=fit, reverse=True):

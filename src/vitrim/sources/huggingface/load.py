@@ -284,6 +284,9 @@ def _with_checkpoint(
         vision = getattr(config, "vision_config", config)
         vision.image_size = size[0] if size[0] == size[1] else list(size)
     module, info = _from_pretrained(kind, config, None, {key: value.float() for key, value in state.items()})
+    if not info["missing_keys"] and not info["unexpected_keys"] and (hint := files.oblong(info["mismatched_keys"])):
+        faults = files.misfits((), (), sorted(info["mismatched_keys"]))
+        raise SourceError(f"the weights in {path.name} do not fit {kind.__name__}; {faults}.{hint}")
     _check_loaded(module, info, f"the weights in {path.name}", kind.__name__, extra=extra)
     return module
 
@@ -338,8 +341,9 @@ def _check_loaded(module: Any, info: Mapping[str, Any], what: str, name: str, *,
     unexpected = [key for key in info["unexpected_keys"] if not (extra and read.OTHER_PARTS.match(key))]
     faults = files.misfits(sorted(missing), sorted(unexpected), sorted(info["mismatched_keys"]))
     if faults:
-        hint = files.advice(unexpected) or ("" if missing else files.oblong(info["mismatched_keys"]))
-        raise SourceError(f"{what} do not fit {name}; {faults}. Name the model that they were saved from.{hint}")
+        raise SourceError(
+            f"{what} do not fit {name}; {faults}. Name the model that they were saved from.{files.advice(unexpected)}"
+        )
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from ...errors import SourceError, did_you_mean
 from ...model import Vit
 from ...spec import ModelSpec, Preprocess
 from .. import bounds, files, parity
-from ..places import Told, filled
+from ..places import Told, filled, problem_type_in
 from .read import ADVICE, family, refused, spec_of, weights_of
 
 LOG = logging.getLogger("vitrim.sources")
@@ -63,10 +63,13 @@ def load(
     image_px: the size asked for: a checkpoint of another image size than the name's is then taken at its own; else it is refused.
     """
     _check_name(name)
+    said: dict[str, Any] = {}
     if name.startswith("local-dir:"):
         folder = Path(name.partition(":")[2])
         if (folder / bounds.CONFIG).is_file():
-            bounds.check_config(folder)
+            said = bounds.check_config(folder)
+            if "model_type" in said:
+                raise SourceError(f"{str(folder)!r} is a folder of Hugging Face's transformers: hf:{folder}.")
             bounds.check_room(lambda: _create(name), folder)
     weights, labels = "random", None
     left: tuple[str, ...] = ()
@@ -85,7 +88,8 @@ def load(
         options: dict[str, Any] = {} if classes is None else {"num_classes": classes}
         module = _create(name, **options)
     told = _provenance(name, module, weights) | ({"left_out": list(left)} if left else {})
-    return from_module(module, labels=labels, verify=verify, provenance=told)
+    kind = problem_type_in(said) if checkpoint is None and classes != 0 else None
+    return from_module(module, labels=labels, problem_type=kind, verify=verify, provenance=told)
 
 
 # ------------------------------------------------------------------------------------------------------ names and files
@@ -96,6 +100,8 @@ def _check_name(name: str) -> None:
     if name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
         return
     base, _, tag = name.partition(".")
+    if name and not timm.is_model(base) and Path(name).is_dir():
+        raise SourceError(f"{name!r} is a folder: timm:local-dir:{name}.")
     if not timm.is_model(base):
         raise SourceError(
             f"timm {timm.__version__} has no model {name!r}{did_you_mean(base, timm.list_models())}. "

@@ -159,6 +159,8 @@ def write(model: Vit, out: Path) -> Path:
     }
     if model.config.labels is not None:
         config["label_names"] = model.config.labels
+    if model.config.multi_label:
+        config["problem_type"] = model.config.problem_type  # not timm's: for whoever reads the folder here again
     return files.write(out, state, config)
 
 

@@ -27,11 +27,10 @@ from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 
 from ...errors import SourceError, did_you_mean
-from ...foreign import read_json
 from ...model import Vit
 from ...spec import ModelSpec, Preprocess
 from .. import bounds, files, parity
-from ..places import Told, filled
+from ..places import Told, filled, problem_type_in
 from .read import ADVICE, refused, spec_of, weights_of
 
 LOG = logging.getLogger("vitrim.sources")
@@ -73,7 +72,7 @@ def load(
     pretrained: the published weights, fetched by torchvision; the default ones where the name says none.
     checkpoint: its image size is kept too, whatever it is, so `image_px` changes nothing.
     """
-    if "/" in name or (Path(name).is_dir() and name not in names()):
+    if "/" in name or (name and Path(name).is_dir() and name not in names()):
         return _from_folder(
             Path(name),
             pretrained=pretrained,
@@ -215,8 +214,7 @@ def _from_folder(
 ) -> Vit:
     """The model that `write` left in a folder."""
     try:
-        bounds.check_config(folder)
-        values = read_json(folder / files.CONFIG, error=SourceError, mend="It is damaged.")
+        values = bounds.check_config(folder)
         builder = partial(VisionTransformer, **values["kwargs"])
         labels = None if values["labels"] is None else tuple(values["labels"])
         told: dict[str, Any] = values["preprocess"] or {}
@@ -239,6 +237,7 @@ def _from_folder(
         module,
         preprocess=preprocess if preprocess and preprocess.size_px == spec.image_px else None,
         labels=labels if labels and checkpoint is None and spec.classes == len(labels) else None,
+        problem_type=problem_type_in(values) if checkpoint is None and classes != 0 else None,
         verify=verify,
         provenance={"source": f"torchvision:{folder.name}", "weights": weights},
     )

@@ -85,6 +85,7 @@ def write(model: Vit, out: Path) -> Path:
         "architecture": "torchvision.models.VisionTransformer",
         "kwargs": kwargs,
         "labels": model.config.labels,
+        "problem_type": model.config.problem_type,
         "preprocess": None if model.config.preprocess is None else asdict(model.config.preprocess),
     }
     return files.write(out, state, config, metadata={"torchvision": json.dumps(kwargs, sort_keys=True)})
