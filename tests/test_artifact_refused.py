@@ -304,3 +304,9 @@ def test_a_family_and_an_unfinished_run_are_told_from_a_damaged_folder(saved: Pa
     (run / "stages").mkdir(parents=True)
     with pytest.raises(ArtifactError, match=r"has not finished.*--resume"):
         artifact.load(run)
+
+
+def test_a_model_without_numbers_is_not_saved(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="has no numbers: it is on the device 'meta'"):
+        artifact.save(build(SPEC).to("meta"), tmp_path / "small")
+    assert not (tmp_path / "small").exists()

@@ -244,8 +244,8 @@ CASES = [
     Bad("link that leaves the folder", "evaluate model --data photos", ("link that leaves",), before=linked_away),
     Bad("weights missing", "evaluate model --data photos", ("model.safetensors", "missing"), before=no_weights),
     Bad("width of a billion", "evaluate model --data photos", ("1000000000",), before=billion_wide),
-    Bad("folder of transformers", "evaluate model --data photos", ("transformers", "expected"), before=of_transformers),
-    Bad("folder of timm", "evaluate model --data photos", ("timm", "not an artifact", "Load it by its name"), before=of_timm),
+    Bad("folder of transformers", "evaluate model --data photos", ("transformers", "Load it as hf:"), before=of_transformers),
+    Bad("folder of timm", "evaluate model --data photos", ("timm", "not an artifact", "Load it as timm:local-dir:"), before=of_timm),
     Bad("folder of pictures", "evaluate photos --data photos", ("config.json", "Expected a folder that vitrim saved")),
     # images
     Bad("no such data", "evaluate model --data gone", ("'gone'", "expected a folder of images", "Check the path")),

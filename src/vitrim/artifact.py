@@ -249,6 +249,8 @@ def _facts_of(thing: Any) -> dict[str, Any]:
 def _tensors(model: nn.Module, *, half: bool) -> dict[str, Tensor]:
     out: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
+        if tensor.is_meta:
+            raise ArtifactError(f"{name} has no numbers: it is on the device 'meta'. Load the model's weights before.")
         value = tensor.detach().to("cpu")
         if half and value.is_floating_point():
             small = value.to(torch.float16)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
 
 import vitrim
 from vitrim import artifact, hub
-from vitrim.errors import ArtifactError, SourceError, VitrimError
+from vitrim.errors import ArtifactError, ConfigError, SourceError, VitrimError
 from vitrim.model import Vit, build
 from vitrim.sources import builtin
 from vitrim.spec import AttentionSpec, BlockSpec, Config, MlpSpec, ModelSpec, Output, Position, ProblemType
@@ -170,3 +170,29 @@ def test_an_export_keeps_how_the_classes_are_meant_and_its_folder_says_how_it_is
     if format != "torchvision":
         with pytest.raises(SourceError, match=f"{prefix}{out}"):
             vitrim.load(f"timm:{out}" if format == "timm" else f"timm:local-dir:{out}")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"name": torch.nn.Linear(2, 2)}, "name is a Linear; .*from_model"),
+        ({"name": None}, "name is a NoneType"),
+        ({"checkpoint": {"a": torch.ones(1)}}, "checkpoint is a dict; expected the path"),
+        ({"checkpoint": "x.pth", "checkpoint_key": 3}, "checkpoint_key is a int"),
+        *(({"classes": n}, "classes=.*; expected a whole number from 0 to") for n in (-3, "10", 10.0, True, 2**40)),
+    ],
+)
+def test_arguments_of_another_kind_are_refused_before_anything_is_built(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        vitrim.load(**{"name": "timm:vit_tiny_patch16_224", "pretrained": False, **given})
+
+
+def test_what_is_exported_is_a_model_of_finite_numbers(tmp_path: Path) -> None:
+    model = classifying("single_label_classification")
+    with pytest.raises(SourceError, match="cannot export a Linear"):
+        vitrim.sources.write(torch.nn.Linear(2, 2), "timm", tmp_path / "out")  # type: ignore[arg-type]
+    with torch.no_grad():
+        model.get_parameter("blocks.0.mlp.fc1.weight").fill_(float("nan"))
+    with pytest.raises(SourceError, match=r"the model is not exported: 'blocks\.0\.mlp\.fc1\.weight' holds"):
+        vitrim.sources.write(model, "timm", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

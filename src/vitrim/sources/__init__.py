@@ -18,7 +18,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ArtifactError, SourceError, did_you_mean
+from ..errors import ArtifactError, ConfigError, SourceError, did_you_mean
 from ..files import is_marked, locked, names_in, refuse_foreign, replace_within
 from ..spec import sides
 
@@ -44,6 +44,8 @@ FORMATS = {"timm": "timm", "hf": "huggingface", "torchvision": "torchvision", "t
 EXPORTED = r"config\.json|preprocessor_config\.json|model.*\.safetensors(\.index\.json)?"
 """The files of an export that is a folder."""
 FAMILIES = (*FOREIGN, "builtin", "hub")
+MOST_CLASSES = 1 << 20
+"""Far more than any published classifier has."""
 EXPECTED = (
     "expected timm:NAME, hf:NAME_OR_FOLDER, torchvision:NAME, t2t:NAME, hf-hub:USER/NAME, builtin:NAME, hub:USER/NAME or a "
     "folder that vitrim saved"
@@ -70,6 +72,7 @@ def load(
     once, in float32, from the size that they were made for. A checkpoint may then be of another size than the name's, which
     is refused without: of a square one, or of the very size.
     """
+    _check_kinds(name, checkpoint, checkpoint_key, classes)
     size = None if image_px is None else sides(image_px)
     given: dict[str, Any] = {"pretrained": pretrained, "checkpoint": checkpoint, "checkpoint_key": checkpoint_key}
     model = _loaded(str(name), **given, classes=classes, verify=verify, image_px=size)
@@ -86,6 +89,21 @@ def load(
             right,
         )
     return model
+
+
+def _check_kinds(name: Any, checkpoint: Any, checkpoint_key: Any, classes: Any) -> None:
+    """Raises ConfigError for arguments of another type, which nothing behind here looks at."""
+    path = (str, os.PathLike)
+    kinds = {
+        "name": (name, isinstance(name, path), "a name or a folder; a module goes to vitrim.from_model"),
+        "checkpoint": (checkpoint, checkpoint is None or isinstance(checkpoint, path), "the path of a file of weights"),
+        "checkpoint_key": (checkpoint_key, checkpoint_key is None or isinstance(checkpoint_key, str), "a text"),
+    }
+    for key, (value, fits, expected) in kinds.items():
+        if not fits:
+            raise ConfigError(f"{key} is a {type(value).__name__}; expected {expected}.")
+    if classes is not None and (type(classes) is not int or not 0 <= classes <= MOST_CLASSES):
+        raise ConfigError(f"classes={classes!r}; expected a whole number from 0 to {MOST_CLASSES}.")
 
 
 def _loaded(
@@ -183,12 +201,18 @@ def write(model: Vit, format: str, out: str | Path, *, force: bool = False) -> P
     that loads strictly).  force: replace an export that is there.
     Of what is there `force` replaces an export of ours, file by file, and nothing else: ConfigError otherwise.
     Blocks of which nothing is left are left out, and positions made for another grid are resized once; no output changes.
-    Raises SourceError naming the block (counted without those) that the family cannot say.
+    Raises SourceError naming the block (counted without those) that the family cannot say, or a tensor that is not finite.
     """
+    from ..model import Vit
     from ..surgery import with_own_positions, without_empty
 
     if format not in FORMATS:
         raise SourceError(f"format={format!r}{did_you_mean(format, FORMATS)}; expected one of {', '.join(FORMATS)}.")
+    if not isinstance(model, Vit):
+        raise SourceError(
+            f"cannot export a {type(model).__name__}; expected a model of vitrim, as load and from_model give it."
+        )
+    _finite(model, "the model is not exported")
     model = with_own_positions(model)
     place = Path(out)
     if os.path.lexists(place) and not force:
