@@ -61,6 +61,11 @@ def test_a_narrow_terminal_takes_no_number_apart_and_drops_none(
     assert {"some", "words", "about"} <= set(said.split())
 
 
+def test_a_row_may_end_early(capsys: pytest.CaptureFixture[str]) -> None:
+    tables.show_table("t", ["a", "b"], [["1"], ["2", "3"]])
+    assert capsys.readouterr().out.split()[-3:] == ["1", "2", "3"]
+
+
 def test_a_stream_that_is_closed_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdout", None)
     tables.say("é")

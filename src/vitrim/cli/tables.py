@@ -76,7 +76,7 @@ def show_table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]], 
     place = console()
     if not place.is_terminal:
         place = console(width=PLAIN_WIDTH)
-    cells = [[shown(cell, sys.stdout) for cell in row] for row in rows]
+    cells = [[shown(cell, sys.stdout) for cell in row] + [""] * (len(heads) - len(row)) for row in rows]
     columns = [(head, index == 0 or text, [row[index] for row in cells]) for index, head in enumerate(heads)]
     whole = sum(max(map(cell_len, [head, *held])) + 3 for head, _, held in columns) + 1
     narrow = not text and whole > place.width
