@@ -115,6 +115,9 @@ def test_tables_of_other_tools_tell_splits_and_labels_in_columns_and_folders(tmp
         (tmp_path / "spark" / folder).mkdir(parents=True)
         parquet(tmp_path / "spark" / folder / "part-0.snappy.PARQUET", images)
     spark = data.open(tmp_path / "spark", split="test", labelled=True)
+    (tmp_path / "spark" / "split=val" / "label=__HIVE_DEFAULT_PARTITION__").mkdir(parents=True)
+    parquet(tmp_path / "spark" / "split=val" / "label=__HIVE_DEFAULT_PARTITION__" / "0.parquet", images)
+    assert data.open(tmp_path / "spark", split="val").labels is None
     assert (len(spark), spark.classes, labels_of(spark)) == (2, ("a dog", "cat"), [1, 1])
     views = pa.array(images, pa.binary_view())
     pq.write_table(pa.table({"image": views}), tmp_path / "b.parquet")
@@ -256,6 +259,8 @@ def test_a_hub_name_goes_through_datasets_and_its_absence_names_the_extra(monkey
     Image_.__name__ = "Image"
 
     class Part:
+        rows = None
+
         def __init__(self, count: int) -> None:
             self.count = count
             self.features = {"image": Image_(), "label": types.SimpleNamespace(names=["rose", "tulip"])}
@@ -273,6 +278,8 @@ def test_a_hub_name_goes_through_datasets_and_its_absence_names_the_extra(monkey
         def __getitem__(self, at: int | str) -> object:
             if isinstance(at, str):
                 return [i % 2 for i in range(self.count)]
+            if self.rows is not None:
+                return self.rows(at)
             if at == 3:  # a data set from files on this machine
                 return {"image": {"bytes": None, "path": str(beside)}, "label": at % 2}
             return {"image": {"bytes": jpeg(at), "path": None}, "label": at % 2}
@@ -292,6 +299,12 @@ def test_a_hub_name_goes_through_datasets_and_its_absence_names_the_extra(monkey
     own = data.open({"train": Part(20), "test": Part(4)}, split="test")
     assert (own.name, own.classes, labels_of(own)) == ("Part", ("rose", "tulip"), [0, 1, 0, 1])
     assert data.open(Part(20), split="all")[3][0].size == (5, 4)
+    own = Part(20)
+    own.rows = lambda row: {"image": [[0, 0, 0]], "label": row % 2}
+    with pytest.raises(DataError, match="column 'image' holds list and no pictures"):
+        data.open(own, split="all")[0]
+    own.rows = lambda row: {"image": Image.new("RGB", (4, 4)), "label": row % 2}
+    assert data.open(torch.utils.data.Subset(own, [0, 1]), split="all").classes == ("rose", "tulip")
     assert data.open(Part(20), split="all", labelled=False).labels is None
     monkeypatch.setitem(sys.modules, "datasets", fake)
     with pytest.raises(DataError, match=r"cannot be loaded \(offline\)"):
@@ -435,6 +448,7 @@ def bad_cases(root: Path) -> dict[str, tuple[object, dict[str, object], str]]:
         "text": (np.array(["a.jpg"]), {}, "an array of dtype <U5"),
         "bytes": (b"photos", {}, "data of type bytes"),
         "dict": ({"image": pixels}, {}, "data of type dict"),
+        "table": (pa.table({"image": [b""]}), {}, "Write a table as Parquet and name that"),
         "items without image": ([{"text": "a"}], {}, "no image among text"),
     }
 

@@ -172,13 +172,17 @@ def _source(source: Any, labelled: bool | None) -> Source:
     if hub.is_of_datasets(source):
         return hub.HubSource(source, name=hub.name_of(source), labelled=labelled)
     if isinstance(source, Dataset) or (
-        hasattr(source, "__getitem__") and hasattr(source, "__len__") and not isinstance(source, str | bytes | Mapping)
+        hasattr(source, "__getitem__")
+        and hasattr(source, "__len__")
+        and not isinstance(source, str | bytes | Mapping)
+        and not hasattr(source, "columns")
     ):
         return DatasetSource(source)
     if not isinstance(source, str | Path):
         raise DataError(
             f"data of type {type(source).__name__}; expected a path, 'hf:NAME', 'sample', a torch Dataset, a tensor of "
             "images, or a pair of images and labels."
+            + (" Write a table as Parquet and name that." if hasattr(source, "columns") else "")
         )
     if str(source).strip() in ("", "hf:") or "\0" in str(source):
         raise DataError(

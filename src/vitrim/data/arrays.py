@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from vitrim.data.decoding import broken, decode, to_rgb
+from vitrim.data.hub import names_of_feature
 from vitrim.data.images import Source
 from vitrim.data.parquet import image_and_label
 from vitrim.data.targets import class_names, is_missing, read_targets, unlabelled_among
@@ -176,6 +177,10 @@ def names_of(dataset: Any) -> tuple[str, ...] | None:
         for name in ("classes", "class_to_idx"):
             if (names := class_names(getattr(holder, name, None))) is not None:
                 return names
+    if isinstance(
+        features := getattr(dataset, "features", None), Mapping
+    ):  # of the `datasets` library, within a Subset
+        return next((names for each in features.values() if (names := names_of_feature(each)) is not None), None)
     if (inner := getattr(dataset, "dataset", None)) is not None:  # Subset
         return names_of(inner)
     parts = [names_of(part) for part in getattr(dataset, "datasets", ())]  # ConcatDataset

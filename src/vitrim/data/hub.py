@@ -31,7 +31,7 @@ class HubSource(Source):
         self.splits = consecutive({split: len(part) for split, part in self.parts})
         if self.label is not None and labelled is not False:
             values = [value for _, part in self.parts for value in part[self.label]]
-            names = _names(self.parts[0][1].features[self.label])
+            names = names_of_feature(self.parts[0][1].features[self.label])
             self.take_labels(read_targets(values, names, name=name).numbered())
 
     def key(self, row: int) -> str:
@@ -46,6 +46,13 @@ class HubSource(Source):
                 return to_rgb(cell)
             except Exception as error:
                 raise broken(self.key(row), error) from error
+        if isinstance(cell, bytes):
+            return decode(cell, key=self.key(row))
+        if not isinstance(cell, Mapping):
+            raise DataError(
+                f"{self.name}: column {self.image!r} holds {type(cell).__name__} and no pictures; expected a column of the kind Image. "
+                f"Cast it: cast_column({self.image!r}, datasets.Image())."
+            )
         data = cell["bytes"] or (Path(cell["path"]) if cell.get("path") else b"")  # a local data set keeps paths alone
         return decode(data, key=self.key(row))
 
@@ -98,14 +105,15 @@ def _encoded(found: Mapping[Any, Any]) -> dict[str, Any]:
 def _columns(part: Any, name: str) -> tuple[str, str | None]:
     features = part.features
     images = [column for column, feature in features.items() if type(feature).__name__ == "Image"]
-    named = [column for column, feature in features.items() if _names(feature) is not None]
+    named = [column for column, feature in features.items() if names_of_feature(feature) is not None]
     image, label = image_and_label(features, images, named)
     if image is None:
         raise DataError(f"{name}: no image column among {', '.join(features)}; expected a data set of images.")
     return image, label
 
 
-def _names(feature: Any) -> tuple[str, ...] | None:
+def names_of_feature(feature: Any) -> tuple[str, ...] | None:
+    """Class names of a column of labels, or of one of lists of them; None where it has none."""
     feature = feature[0] if isinstance(feature, list) and feature else feature
     names = getattr(getattr(feature, "feature", feature), "names", None)
     return tuple(str(name) for name in names) if names else None

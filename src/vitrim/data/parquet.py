@@ -244,9 +244,10 @@ def _values(chunks: Sequence[pa.Array], name: str) -> Sequence[Any] | np.ndarray
 
 
 def _label_of_path(path: str) -> str | None:
-    """What a folder of a partitioned table says: "label=cat/part-0.parquet" -> "cat"."""
+    """What a folder of a partitioned table says: "label=cat/part-0.parquet" -> "cat"; "" where it says that there is no label."""
     pairs = (part.partition("=") for part in path.split("/")[:-1])
-    return next((unquote(value) for name, sign, value in pairs if sign and name.lower() in _LABEL_COLUMNS), None)
+    said = next((unquote(value) for name, sign, value in pairs if sign and name.lower() in _LABEL_COLUMNS), None)
+    return "" if said == "__HIVE_DEFAULT_PARTITION__" else said
 
 
 def _holds_images(kind: pa.DataType) -> bool:
