@@ -627,8 +627,19 @@ def test_a_network_with_one_answer_for_every_image_is_refused_before_it_is_recov
     assert not (tmp_path / "a" / "stages" / "recover").exists()
     with pytest.raises(BudgetError, match="same for every image"):
         vitrim.compress(tiny(), COMCAT, data=pictures())
-    with pytest.raises(ConfigError, match="same for every image"):
+    with pytest.raises(ConfigError, match="the model gives the same for every image"):
         pipeline.recover(blind, teacher=tiny(), data=pictures(80))
+    with pytest.raises(ConfigError, match="the teacher gives the same for every image"):
+        pipeline.recover(tiny(), teacher=blind, data=pictures(80))
+
+
+def test_a_blind_model_that_is_cut_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    blind = tiny()
+    for block in blind.blocks:
+        torch.nn.init.zeros_(block.attention.out.weight)
+    with caplog.at_level(logging.WARNING, logger="vitrim"):
+        vitrim.compress(blind, replace(COMCAT, variant="svd", budget=Budget(keep_macs=0.9)))
+    assert "the model that was given gives the same for every image" in caplog.text
 
 
 # --------------------------------------------------------------------------------------------- what a network says of itself

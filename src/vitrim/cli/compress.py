@@ -244,7 +244,7 @@ def show_run(result: Mapping[str, Any]) -> None:
         f"{result['model']} cut by {name}, {px[0]} x {px[1]} px", ["", "before", "after", "kept or gained"], rows
     )
     if first := result.get("original"):
-        left = (f"{tables.percent_text(first[f'kept_{key}'])} of its {word}" for key, word in FIRST)
+        left = (f"{tables.share_text(first[f'kept_{key}'], 1)} of its {word}" for key, word in FIRST)
         tables.say(f"of {first['model']}, which it was first cut from: {', '.join(left)}")
     for text in (result.get("timing") or {}).get("notes", ()):
         tables.say(text)

@@ -255,7 +255,11 @@ def _finished(made: Compressed, given: Vit, config: MethodConfig) -> Compressed:
         own = {"method": made.method, "variant": made.variant, "config": plain(asked), "seed": config.seed}
         made.model.provenance = descended(given.provenance, given.spec) | own
         made = _without_dead(made, given, config)
-    if same_for_all(made.model) and not same_for_all(given):
+    if same_for_all(made.model) and same_for_all(given):
+        log.warning(
+            "%s: the model that was given gives the same for every image, and so does what is left of it.", made.method
+        )
+    elif same_for_all(made.model):
         limits = {} if budget is None else budget.to_dict()
         doubled = ((key, min(1.0, 2 * n) if key.startswith("keep_") else 2 * n) for key, n in limits.items())
         larger = ", ".join(f"{key}={n:g}" for key, n in doubled)

@@ -71,6 +71,10 @@ def recover(
             "recover: the model gives the same for every image, which no recovery mends; expected one that sees. Cut it anew, "
             "to a larger budget."
         )
+    if teacher is not None and config.objective != "supervised" and same_for_all(teacher):
+        raise ConfigError(
+            "recover: the teacher gives the same for every image, from which nothing can be learned; expected the dense model."
+        )
     place = None if out is None else Path(out)
     with locked(place):
         done = better_again(model, teacher, images, config, held=held, out=place, resume=resume, progress=progress)
