@@ -285,6 +285,12 @@ def test_a_mapping_that_holds_itself_gives_one_sentence(tmp_path: Path) -> None:
         files.read(tmp_path / "x.pth")
 
 
+def test_fewer_blocks_than_the_family_has_are_still_its_names() -> None:
+    deep = {f"blocks.{i}.fc.weight": torch.empty(8, 4, device="meta") for i in range(3, 60)}
+    row = states.row_of({"net": under("model", RAW)}, file="x.pth")
+    assert same(states.chosen(row, {**EXPECTED, **deep}, file="x.pth"), RAW)
+
+
 def test_names_of_another_layout_are_those_of_their_mapping() -> None:
     foreign = {f"visual.{name}x": value for name, value in RAW.items()}
     assert same(chosen({"state_dict": foreign, "optimizer": {"state": {0: {"a": torch.ones(1)}}}}), foreign)

@@ -256,9 +256,14 @@ def unfetched(name: str, why: str) -> SourceError:
     )
 
 
-def fill(module: nn.Module, state: Mapping[str, Tensor], path: Path, model: str) -> nn.Module:
-    """A module with a file's numbers in float32, in eval mode. Raises SourceError listing what does not fit."""
-    check(path, state, {key: tuple(value.shape) for key, value in module.state_dict().items()}, model)
+def fill(
+    module: nn.Module, state: Mapping[str, Tensor], path: Path, model: str, fitting: Callable[[], str] = lambda: ""
+) -> nn.Module:
+    """A module with a file's numbers in float32, in eval mode. Raises SourceError listing what does not fit.
+
+    fitting: names of other models that the file fits, for a sentence.
+    """
+    check(path, state, {key: tuple(value.shape) for key, value in module.state_dict().items()}, model, fitting)
     module.load_state_dict({key: value.float() for key, value in state.items()}, strict=True, assign=True)
     return module.eval()
 
@@ -300,8 +305,14 @@ def written_or_said(out: Path) -> Iterator[None]:
         ) from error
 
 
-def check(path: Path, state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], model: str) -> None:
-    """Raises SourceError listing what is missing, unexpected or misshapen, at most ten names of each."""
+def check(
+    path: Path,
+    state: Mapping[str, Tensor],
+    expected: Mapping[str, tuple[int, ...]],
+    model: str,
+    fitting: Callable[[], str] = lambda: "",
+) -> None:
+    """Raises SourceError listing what is missing, unexpected or misshapen, at most ten names of each.  fitting: as of `fill`."""
     found = {key: tuple(value.shape) for key, value in state.items()}
     missing = [key for key in expected if key not in found]
     unexpected = [key for key in found if key not in expected]
@@ -312,7 +323,9 @@ def check(path: Path, state: Mapping[str, Tensor], expected: Mapping[str, tuple[
         mend = mend if missing or unexpected else oblong(shapes)
         if any(0 in found[key] for key, *_ in shapes):
             mend = " Its tensors are empty, as DeepSpeed's ZeRO-3 leaves them: make one file of the folder by its zero_to_fp32.py."
-        raise SourceError(f"{path.name} does not fit {model}; {faults}. Name the model that it was saved from.{mend}")
+        raise SourceError(
+            f"{path.name} does not fit {model}; {faults}. Name the model that it was saved from{fitting()}.{mend}"
+        )
 
 
 def misfits(

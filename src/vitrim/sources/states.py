@@ -263,7 +263,7 @@ def _complete(row: Row, expected: Mapping[str, Tensor]) -> dict[str, list[str]]:
 
     best = max(matched, key=lambda prefix: (*fit(prefix), -len(prefix)))
     anchors = {rest: name for rest, name in matched[best].items() if expected[rest].dim() >= 3}
-    if len(matched[best]) * (4 if anchors else 2) < len(expected):  # a few names alike make no set
+    if len(anchors) < 2 and len(matched[best]) * (4 if anchors else 2) < len(expected):  # a few names alike make no set
         return {}
     sets = [best]
     for prefix in sorted(matched, key=fit, reverse=True):

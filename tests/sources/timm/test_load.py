@@ -438,3 +438,10 @@ def test_class_names_are_not_guessed_from_their_number(tmp_path: Path) -> None:
     module = randomised(timm.create_model("vit_tiny_patch16_224", num_classes=1000, **small))
     folder = vitrim.sources.write(vitrim.from_model(module), "timm", tmp_path / "out")
     assert vitrim.load(f"timm:local-dir:{folder}").config.labels is None
+
+
+def test_a_file_of_another_model_is_refused_with_the_name_that_fits(tmp_path: Path) -> None:
+    module = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=2)
+    torch.save(module.state_dict(), tmp_path / "distilled.pth")
+    with pytest.raises(SourceError, match=r"dist_token.* such as timm:deit_tiny_distilled_patch16_224\."):
+        vitrim.load("timm:deit_tiny_patch16_224", checkpoint=tmp_path / "distilled.pth")

@@ -182,7 +182,7 @@ def _with_checkpoint(
             LOG.info("%s: its classifier of %d classes is kept.", path.name, found)
         with torch.device("meta"):
             module.reset_classifier(found)
-    return files.fill(module, state, path, f"timm's {name!r}"), left
+    return files.fill(module, state, path, f"timm's {name!r}", lambda: _fitting(name, state)), left
 
 
 def _as_made(
