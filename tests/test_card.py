@@ -70,3 +70,11 @@ def test_the_base_model_is_the_published_one_or_none(provenance: dict[str, Any],
 def test_an_encoder_is_filed_as_one() -> None:
     encoder = Config(spec=replace(SPEC, outputs=()), task="features")
     assert "pipeline_tag: image-feature-extraction" in card(encoder, Selection(), {})
+
+
+def test_what_only_trained_is_not_said_to_have_cut() -> None:
+    trained = card(Config(spec=SPEC), Selection(), {"method": "train"})
+    assert "Trained by vitrim." in trained
+    assert "Compressed by" not in trained
+    again = card(Config(spec=SPEC), Selection(steps=(STEP,)), {"method": "recover", "variant": "distilled"})
+    assert "Compressed by `comcat`, then recovered (variant `distilled`)." in again

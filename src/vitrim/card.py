@@ -23,7 +23,9 @@ def card(config: Config, selection: Selection, provenance: Mapping[str, Any]) ->
     """
     base = str(provenance.get("source") or "A Vision Transformer").replace("\n", " ")
     title = f"# {base}, compressed" if selection.steps else f"# {base}"
-    return "\n".join([*_front_matter(config, selection, provenance), "", title, "", *_body(config, provenance)])
+    return "\n".join(
+        [*_front_matter(config, selection, provenance), "", title, "", *_body(config, selection, provenance)]
+    )
 
 
 def base_model(provenance: Mapping[str, Any]) -> str | None:
@@ -42,6 +44,10 @@ def base_model(provenance: Mapping[str, Any]) -> str | None:
     if kind in ("hf-hub", "hub") and _HUB_NAME.fullmatch(name):
         return name
     return None
+
+
+TRAINED = {"train": "trained", "recover": "recovered"}
+"""What a provenance names as its method and cuts nothing."""
 
 
 def _front_matter(config: Config, selection: Selection, provenance: Mapping[str, Any]) -> Iterator[str]:
@@ -67,7 +73,7 @@ def _front_matter(config: Config, selection: Selection, provenance: Mapping[str,
     yield "---"
 
 
-def _body(config: Config, provenance: Mapping[str, Any]) -> Iterator[str]:
+def _body(config: Config, selection: Selection, provenance: Mapping[str, Any]) -> Iterator[str]:
     total = cost(config.spec)
     height, width = config.spec.image_px
     yield (
@@ -77,7 +83,13 @@ def _body(config: Config, provenance: Mapping[str, Any]) -> Iterator[str]:
     yield ""
     if method := provenance.get("method"):
         variant = f" (variant `{provenance['variant']}`)" if provenance.get("variant") else ""
-        yield f"Compressed by `{method}`{variant}. `selection.json` says which units of the dense network survived."
+        cut = ", ".join(dict.fromkeys(f"`{step.method}`" for step in selection.steps))
+        trained = TRAINED.get(method) if isinstance(method, str) else None
+        if trained and not cut:
+            yield f"{trained.capitalize()} by vitrim{variant}."
+        else:
+            by = f"{cut}, then {trained}" if trained else f"`{method}`"
+            yield f"Compressed by {by}{variant}. `selection.json` says which units of the dense network survived."
         yield ""
     rows = list(_rows(provenance.get("metrics"), total.macs, total.params))
     if rows:

@@ -98,6 +98,19 @@ def test_composes_with_its_own_result() -> None:
     assert cost(again.spec).macs <= 0.49 * cost(WIDE).macs + 1
 
 
+def test_progress_counts_shares_as_the_budget_does() -> None:
+    """As behind an exact tail, where the network that is searched is cheaper than the one that shares are of."""
+    given = cost(WIDE)
+    budget = Budget(keep_macs=0.3).of(replace(given, macs=2 * given.macs))
+    told: list[float] = []
+
+    def look(stage: str, done: int, total: int, **facts: Any) -> None:
+        told.extend(facts[key] for key in ("keep_macs",) if key in facts)
+
+    compress(tiny(WIDE), quick(budget), data=pictures(), progress=look)
+    assert told[0] == pytest.approx(0.5, rel=0.01)
+
+
 def test_a_model_within_its_budget_comes_back_unchanged() -> None:
     """Law 4."""
     spec = kinds()["layer scale"]

@@ -108,6 +108,8 @@ def compress(
         whole = surgery.cut(model, [None] * len(model.spec.blocks), method="uvc", variant=config.preset, skip=every)
         told = {"within_budget": True, "warnings": []}
         return Compressed(model=whole, method="uvc", variant=config.preset, report=told)
+    base = config.bounds.whole(reference)
+    shares = {name: getattr(reference, name) / getattr(base, name) for name in ("macs", "params")}
     if data is None:
         raise DataError("uvc: the search trains on images; none were given. Pass data=.")
     _refuse_untaught(model.spec, config)
@@ -127,7 +129,7 @@ def compress(
         out=folder,
         resume=resume,
         label_map=label_map,
-        progress=_named(progress),
+        progress=_named(progress, shares),
     )
     small = surgery.cut(fitted.model, objective.keeps(), method="uvc", variant=config.preset, skip=fixed)
     last = replace(small.selection.steps[-1], parent=spec_hash(model.spec), refit=True)
@@ -184,8 +186,11 @@ def _inner(model: Vit, config: UvcConfig, images: Images) -> Objective:
 SHOWN = ("loss", "lr", "grad_norm", "epoch", "phase", "seconds_left", "images_per_s")
 
 
-def _named(progress: Progress | None) -> Progress | None:
-    """The loop's progress under the method's name, with the distance from the budget instead of every decision."""
+def _named(progress: Progress | None, shares: Mapping[str, float]) -> Progress | None:
+    """The loop's progress under the method's name, with the distance from the budget instead of every decision.
+
+    shares: what the network that is searched takes of the one that the budget's shares are of.
+    """
     if progress is None:
         return None
 
@@ -193,7 +198,7 @@ def _named(progress: Progress | None) -> Progress | None:
         shown = {key: value for key, value in facts.items() if key in SHOWN}
         for name in ("macs", "params"):
             if f"budget/{name}" in facts:
-                shown[f"keep_{name}"] = facts[f"cost/{name}"]
+                shown[f"keep_{name}"] = facts[f"cost/{name}"] * shares[name]
         progress("uvc" if stage == "train" else stage, done, total, **shown)
 
     return told
