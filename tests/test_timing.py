@@ -100,6 +100,7 @@ def test_unknown_reference_is_refused_with_the_near_miss() -> None:
         ({"runs": 0}, "runs=0"),
         ({"device": "cuda:99"}, "CUDA devices"),
         ({"device": "gpu"}, "unknown device"),
+        ({"device": "meta"}, "holds no numbers to compute with"),
         ({"image_shape": None}, "image_shape"),
     ],
 )

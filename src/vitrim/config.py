@@ -159,7 +159,7 @@ class Augment:
 
     crop: Literal["auto", "pad", "resized", "none"] = "auto"
     """auto: pad up to 64 px, resized above. pad: shift by up to `pad` px. resized: a random part, scaled to size."""
-    pad: int = Field(default=4, ge=0)
+    pad: int = Field(default=4, ge=0, le=1024)
     """Pixels of black on each side before a shifted crop."""
     min_area: float = Field(default=0.08, gt=0, le=1)
     """Least share of the image's area that a resized crop keeps."""

@@ -835,6 +835,10 @@ def device_named(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise MeasureError(f"unknown device {name!r}; expected a name such as 'cpu' or 'cuda:0'.") from error
+    if device.type == "meta":
+        raise MeasureError(f"device {name!r} holds no numbers to compute with. Compute on 'cpu'.")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise MeasureError(f"device {name!r}: torch finds none here. Compute on 'cpu'.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise MeasureError(f"device {name!r}: torch sees {torch.cuda.device_count()} CUDA devices. Compute on 'cpu'.")
     return device

@@ -1,5 +1,6 @@
 """Settings of a method: `--set key=value`, and the flags that are short for one."""
 
+import json
 from typing import Any
 
 import pytest
@@ -107,3 +108,21 @@ def test_contradictions_are_misuse_and_leave_nothing(words: str, says: str, tmp_
 
 def test_the_same_value_twice_is_no_contradiction() -> None:
     assert made("auto", "images=8", images=8).images == 8
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("method", 5, "method=5; expected the name of one"),
+        ("init", True, "method=True; expected the name of one"),
+        ("init", {}, "method={}; expected the name of one"),
+        ("exact_tail", "no", "exact_tail='no'; expected true or false"),
+        ("recover", {"augment": {"pad": 10**9}}, "augment.pad=1000000000; expected 1024 or less"),
+    ],
+)
+def test_a_config_of_another_kind_is_a_misuse(key: str, value: Any, says: str, tmp_path: Any) -> None:
+    (tmp_path / "c.json").write_text(json.dumps({key: value}))
+    model = ["--model", "builtin:cifar10-vit-micro", "--keep-macs", "0.5", "--out", tmp_path / "out"]
+    done = run("compress", *model, "--config", tmp_path / "c.json")
+    assert done.exit_code == 2
+    assert says in done.stderr

@@ -12,6 +12,7 @@ import click
 from vitrim import methods
 from vitrim.cli import options, settings, tables
 from vitrim.cli.progress import progress_on_stderr
+from vitrim.errors import ConfigError
 from vitrim.foreign import command
 
 if TYPE_CHECKING:
@@ -98,6 +99,8 @@ def compress(
         (*SECTIONS, "model", "method", "relative_to", "exact_tail", "init", "image_px", "on_broken", *RECORDED),
         place=f"--config {str(config)!r}",
     )
+    if not isinstance(values.get("exact_tail", True), bool):
+        raise ConfigError(f"--config {str(config)!r}: exact_tail={values['exact_tail']!r}; expected true or false.")
     name = model or values.get("model")
     if name is None:
         raise click.UsageError("--model is missing; pass one, such as --model timm:deit_small_patch16_224.")
@@ -138,7 +141,7 @@ def compress(
         resume=resume,
         force=force,
         relative_to=relative_to or values.get("relative_to") or "given",
-        exact_tail=not no_exact_tail and values.get("exact_tail", True) is True,
+        exact_tail=not no_exact_tail and values.get("exact_tail", True),
         init=init,
         image_px=size,
         on_broken=on_broken or values.get("on_broken") or "raise",

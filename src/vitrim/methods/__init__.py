@@ -94,6 +94,8 @@ def _loaded(entry: EntryPoint) -> Method:
 
 def method_named(name: str) -> Method:
     """The record of a method. Raises ConfigError for an unknown name, with the near miss."""
+    if not isinstance(name, str):
+        raise ConfigError(f"method={name!r}; expected the name of one: {', '.join(METHODS)}.")
     if name in METHODS:
         return METHODS[name]
     if name in PLANNED:
