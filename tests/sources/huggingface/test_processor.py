@@ -55,6 +55,8 @@ PROCESSORS: dict[str, tuple[dict[str, Any], dict[str, Any] | str]] = {
     "two filters": ({"size": 24, "rescale_offset": True}, "rescale_offset"),
     "factor": ({"size": 24, "rescale_factor": -1.0}, "rescale_factor"),
     "words": ({"size": {"height": "many", "width": 24}}, "not valid"),
+    "no number": ({"size": 24, "image_mean": [math.nan] * 3}, "not valid"),
+    "sides below none": ({"size": {"height": -1, "width": 24}}, "not valid"),
 }
 
 

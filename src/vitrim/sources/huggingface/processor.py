@@ -109,25 +109,23 @@ def preprocess_of(
             raise Unsaid(f"resample={resample!r} is no filter of Pillow's")
         mean, std = _scale(said, channels)
         crop = _share(final, size)
+        if image_px is not None and final != image_px:
+            raise Unsaid("it makes {} x {} px, the model takes {} x {}".format(*final, *image_px))
+        odd = not squash or any((outer - inner) % 2 for inner, outer in zip(final, size, strict=True))
+        return Preprocess(
+            mean=mean,
+            std=std,
+            size_px=final,
+            crop=crop,
+            crop_mode="squash" if squash else "center",
+            interpolation=INTERPOLATIONS[int(resample)],
+            crop_rounding="down" if odd else "even",
+        )
     except Unsaid as error:
         _not_taken(said, str(error))
-        return None
     except (TypeError, ValueError, ArithmeticError) as error:  # a file may hold anything
         _not_taken(said, f"its settings are not valid ({error})")
-        return None
-    if image_px is not None and final != image_px:
-        _not_taken(said, "it makes {} x {} px, the model takes {} x {}".format(*final, *image_px))
-        return None
-    odd = not squash or any((outer - inner) % 2 for inner, outer in zip(final, size, strict=True))
-    return Preprocess(
-        mean=mean,
-        std=std,
-        size_px=final,
-        crop=crop,
-        crop_mode="squash" if squash else "center",
-        interpolation=INTERPOLATIONS[int(resample)],
-        crop_rounding="down" if odd else "even",
-    )
+    return None
 
 
 def _not_taken(said: Mapping[str, Any], why: str) -> None:
