@@ -25,6 +25,7 @@ from vitrim.methods.uvc import run as uvc
 from vitrim.model import Vit, build
 from vitrim.pipeline import EvaluateConfig, MeasureConfig, RecoverConfig, comparison
 from vitrim.pipeline.folder import STAGES
+from vitrim.pipeline.recovery import harm
 from vitrim.pipeline.reference import reference_of
 from vitrim.reporting.page import render
 from vitrim.result import Compressed
@@ -393,6 +394,14 @@ def test_a_recovery_that_did_harm_is_said_and_the_better_network_stays(tmp_path:
     again = pipeline.recover(cut, teacher=tiny(), data=pictures(300, labelled=False), config=wild)
     assert again.report["recovery"]["warnings"] == [said]
     assert all(torch.equal(a, b) for a, b in zip(cut.parameters(), again.model.parameters(), strict=True))
+
+
+def test_a_loss_within_the_interval_is_said_to_be_no_more_than_chance() -> None:
+    assert "from 73.5% to 73.2%, a difference that so many images cannot tell from chance:" in harm(
+        "top1", 0.735, 0.732, 1000
+    )
+    assert "from 73.5% to 60.0%: the network" in harm("top1", 0.735, 0.6, 1000)
+    assert "from 0.981 to 0.973: the network" in harm("cosine", 0.981, 0.973, 10)
 
 
 # ------------------------------------------------------------------------------------------------------------- figures

@@ -25,7 +25,7 @@ from vitrim.pipeline.configs import RecoverConfig
 from vitrim.progress import Progress
 from vitrim.result import Compressed, descended
 from vitrim.tasks.classification import class_index, evaluate, same_for_all
-from vitrim.tasks.task import METRICS, Metrics, quality
+from vitrim.tasks.task import METRICS, Metrics, interval, quality
 from vitrim.training import FitResult, Objective, fit
 from vitrim.training.config import filled
 from vitrim.training.objectives import Distilled, LabelFree, Supervised
@@ -137,14 +137,22 @@ def better_again(
     worse = _as_first_says(key is not None and before[key] > after[key])
     if worse:
         if key is not None:
-            form = ".1%" if METRICS[key].form == "percent" else ".3f"
-            warnings.append(
-                f"The recovery lowered the {METRICS[key].words} on {len(held)} validation images from {before[key]:{form}} to "
-                f"{after[key]:{form}}: the network from before it was kept. Train longer or with a lower lr, or leave it out."
-            )
+            warnings.append(harm(key, before[key], after[key], len(held)))
             log.warning(warnings[0])
         fitted = dataclasses.replace(fitted, model=copy.deepcopy(model).eval())
     return Better(fitted, objective, "cut" if worse else "recovered", score.dense, before, after, warnings)
+
+
+def harm(name: str, before: float, after: float, count: int) -> str:
+    """The sentence for a recovery that lowered a figure of `count` images, named as `METRICS` has it."""
+    metric = METRICS[name]
+    form = ".1%" if metric.form == "percent" else ".3f"
+    near = metric.counted and after >= interval(round(before * count), count)[0]
+    return (
+        f"The recovery lowered the {metric.words} on {count} validation images from {before:{form}} to {after:{form}}"
+        f"{', a difference that so many images cannot tell from chance' if near else ''}: the network from before it was kept. "
+        "Train longer or with a lower lr, or leave it out."
+    )
 
 
 def _as_first_says(found: bool) -> bool:

@@ -126,6 +126,8 @@ def filled(config: Training, images: int) -> tuple[Training, list[str]]:
 
 def fewer(images: int, batch_size: int) -> str:
     """The sentence for a batch that was made smaller."""
+    if images == 1:
+        return "There is 1 training image, so one step takes it alone."
     return f"There are {images} training images, so one step takes {batch_size} of them."
 
 
