@@ -85,6 +85,33 @@ def test_sigterm_leaves_no_scratch_folder_no_lock_and_no_worker(place: Path) -> 
         os.killpg(process.pid, 0)
 
 
+@pytest.mark.slow
+def test_an_end_that_python_discards_comes_again(tmp_path: Path) -> None:
+    """As in the destructor of a loader of images, where every exception is lost."""
+    code = """
+import os, signal, sys, time
+from vitrim import cli
+
+class Loses:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+
+def work(*_, **__):
+    Loses()
+    print("goes on", flush=True)
+    time.sleep(60)
+
+cli.VERBS = (*cli.VERBS, "work")
+cli.Verbs.get_command = lambda self, ctx, name: cli.click.Command("work", callback=work)
+cli.main(["work"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50, check=False)
+    assert "goes on" in done.stdout
+    assert done.returncode == 128 + signal.SIGTERM
+    assert "Traceback" not in done.stderr
+
+
 def test_ctrl_c_says_how_to_go_on_and_the_run_does(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from vitrim.pipeline import stages
 

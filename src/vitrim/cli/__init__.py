@@ -7,7 +7,9 @@ Neither help, nor `cost` of a name or a folder, nor a usage error imports torch.
 from __future__ import annotations
 
 import logging
+import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -96,16 +98,46 @@ class Terminated(SystemExit):
     """The system asked the process to end."""
 
 
+REMIND_S = 1.0
+"""How long an end that was asked for may not have begun."""
+
+
 @contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP end a run as an error would: scratch folders, locks and workers go with it."""
+    """SIGTERM and SIGHUP end a run as an error would: scratch folders, locks and workers go with it.
+
+    The exception may be lost where Python discards one, as in a destructor; so it is raised anew until it ends the run. A second
+    signal from outside ends the process at once.
+    """
+    asked, reminded, over = (threading.Event() for _ in range(3))
+
+    def remind(number: int) -> None:
+        while not over.wait(REMIND_S):
+            reminded.set()
+            os.kill(os.getpid(), number)
 
     def end(number: int, _: Any) -> None:
-        signal.signal(number, signal.SIG_DFL)  # a second one does not wait
+        if asked.is_set() and not reminded.is_set():
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        reminded.clear()
+        if _is_ending():
+            return
+        if not asked.is_set():
+            asked.set()
+            threading.Thread(target=remind, args=(number,), daemon=True).start()
         raise Terminated(128 + number)
+
+    told = sys.unraisablehook
+
+    def unraisable(lost: sys.UnraisableHookArgs) -> None:
+        if not isinstance(lost.exc_value, Terminated):  # that one comes again
+            told(lost)
 
     kept = {}
     if threading.current_thread() is threading.main_thread():
+        sys.unraisablehook = unraisable
         for name in ("SIGTERM", "SIGHUP"):
             number = getattr(signal, name, None)
             if number is not None and signal.getsignal(number) is signal.SIG_DFL:
@@ -113,8 +145,19 @@ def _ended_by_signals() -> Iterator[None]:
     try:
         yield
     finally:
+        over.set()
+        if sys.unraisablehook is unraisable:
+            sys.unraisablehook = told
         for number, before in kept.items():
-            signal.signal(number, before)
+            signal.signal(number, signal.SIG_IGN if asked.is_set() else before)  # a late reminder does no harm
+
+
+def _is_ending() -> bool:
+    """Whether the exception of a signal is on its way already: what cleans up behind it is left alone."""
+    error = sys.exc_info()[1]
+    while error is not None and not isinstance(error, Terminated):
+        error = error.__context__
+    return error is not None
 
 
 class _Said(logging.Handler):

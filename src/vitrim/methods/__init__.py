@@ -161,8 +161,8 @@ def compress(
     from vitrim.surgery import with_own_positions
 
     require_model(model, "compress: the model")
-    require_device(config)
     method = METHODS[method_of(config)]
+    require_device(config)
     if seed is not None:
         config = replace(config, seed=seed)
     if teacher is not None and not method.takes_teacher:
