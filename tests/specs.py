@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import torch
 from hypothesis import strategies as st
@@ -118,7 +119,7 @@ def mlps(draw: st.DrawFn) -> MlpSpec:
     )
 
 
-def _steps(draw: st.DrawFn, tokens: Tokens) -> tuple[tuple[object, ...], Tokens]:
+def _steps(draw: st.DrawFn, tokens: Tokens, restore: bool) -> tuple[tuple[object, ...], Tokens]:
     """At most one random step, and what it leaves."""
     kind = draw(st.sampled_from(["none", "none", "merge", "merge", "similarity"]))
     at = draw(st.sampled_from(["start", "mid", "end"]))
@@ -136,7 +137,12 @@ def _steps(draw: st.DrawFn, tokens: Tokens) -> tuple[tuple[object, ...], Tokens]
     if kind == "similarity" and tokens.patches > 1:
         keep = draw(st.integers(tokens.patches - tokens.patches // 2, tokens.patches - 1))
         left = Tokens(prefix=tokens.prefix, patches=keep, grid=None)
-        return (Similarity(at=at, keep=keep, proportional=proportional),), left
+        how: dict[str, Any] = (
+            {"match": "ward", "metric": draw(st.sampled_from([None, 1, 5]))} if draw(st.booleans()) else {}
+        )
+        return (
+            Similarity(at=at, keep=keep, proportional=proportional, carry=restore and draw(st.booleans()), **how),
+        ), left
     return (), tokens
 
 
@@ -166,15 +172,16 @@ def specs(draw: st.DrawFn, *, steps: bool = True, gates: bool = True) -> ModelSp
     pool = Pool(kind="map", heads=2, hidden=10) if kind == "map" else Pool(kind=kind)
     tokens = Tokens(prefix=len(prefix), patches=grid[0] * grid[1], grid=grid)
     blocks = []
+    restore = steps and draw(st.sampled_from([False, False, True]))
     for _ in range(draw(st.integers(0, 3))):
         attention = draw(st.one_of(attentions(), attentions(), st.none()))
         mlp = draw(st.one_of(mlps(), mlps(), st.none()))
         if not gates:
             attention = None if attention is None else replace(attention, gate=False)
             mlp = None if mlp is None else replace(mlp, gate=False)
-        chosen, tokens = _steps(draw, tokens) if steps else ((), tokens)
+        chosen, tokens = _steps(draw, tokens, restore) if steps else ((), tokens)
         blocks.append(BlockSpec(attention=attention, mlp=mlp, steps=chosen))
-    if steps and kind == "cls" and blocks and not blocks[-1].steps and draw(flag):
+    if steps and kind == "cls" and blocks and not restore and not blocks[-1].steps and draw(flag):
         blocks[-1] = replace(blocks[-1], steps=(Prefix(),))
     tail = bool(blocks) and any(isinstance(step, Prefix) for step in blocks[-1].steps)
     outputs: tuple[Output, ...] = ()
@@ -216,6 +223,7 @@ def specs(draw: st.DrawFn, *, steps: bool = True, gates: bool = True) -> ModelSp
         blocks=tuple(blocks),
         pool=pool,
         outputs=outputs,
+        restore=restore,
     )
 
 

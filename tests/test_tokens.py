@@ -174,6 +174,56 @@ def test_equal_tokens_are_the_ones_that_merge() -> None:
     assert len(set(owner.tolist())) == 5
 
 
+@pytest.mark.parametrize("patches", [8, 9])
+@pytest.mark.parametrize("sized", [False, True])
+def test_ward_merges_what_adds_least_to_the_scatter_within_groups(patches: int, sized: bool) -> None:
+    x, sizes = tokens(1, patches, batch=1)
+    sizes = torch.arange(1, patches + 1).to(sizes)[None] if sized else sizes
+    metric = torch.randn(6, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    seen = x[0] @ metric
+    added = {}
+    for i in range(0, patches, 2):
+        for j in range(1, patches, 2):
+            s, t = sizes[0, i], sizes[0, j]
+            centre = (s * seen[i] + t * seen[j]) / (s + t)
+            added[i, j] = float(s * (seen[i] - centre).square().sum() + t * (seen[j] - centre).square().sum())
+    owner = merge_similar(x, sizes, keep=patches - 1, match="ward", metric=metric).undo.owner[0]
+    merged = next((i, j) for i, j in added if owner[i] == owner[j])
+    assert merged == min(added, key=lambda pair: added[pair])
+
+
+@pytest.mark.parametrize("match", ["cosine", "ward"])
+@pytest.mark.parametrize("patches", [8, 9])
+def test_what_is_carried_along_unchanged_gives_every_token_back(match: str, patches: int) -> None:
+    x, sizes = tokens(1, patches, batch=3)
+    history = []
+    seen, weights = x, sizes
+    for keep in (patches - 3, patches - 5):  # groups of sizes 1 to 4, merged again
+        merged = merge_similar(seen, weights, keep=keep, match=match, carry=torch.eye(6, dtype=torch.float64))
+        seen, weights = merged.x, merged.sizes
+        history.append(merged.undo)
+    assert close(restore(seen, tuple(history), carried=True), x, 1e-12)
+    assert not close(restore(seen, tuple(history)), x, 1e-3)
+
+
+def test_a_network_that_restores_gives_the_shapes_of_one_that_does_not_merge() -> None:
+    from vitrim.spec import Pool
+
+    dense = vit(pool=Pool(kind="none"), outputs=())
+    step = Similarity(keep=9, match="ward", metric=4, carry=True, proportional=True)
+    spec = replace(dense, restore=True, blocks=(replace(dense.blocks[0], steps=(step,)), dense.blocks[1]))
+    model, x = make(spec), images(dense)
+    assert model(x).shape == make(dense)(x).shape == (2, 17, 16)
+    assert model.features(x, [1])[0].shape == (2, 16, 4, 4)
+    with torch.no_grad():
+        for block in model.blocks:
+            for name, value in block.named_parameters():
+                if name.startswith(("attention.out", "mlp.fc2")):
+                    value.zero_()
+        model.blocks[0].steps[0].carry.copy_(torch.eye(16))
+    assert close(model(x), model.norm(model.embed(x).x))  # nothing happens behind the merge: carrying undoes it
+
+
 @pytest.mark.parametrize("prefix", [(), ("cls",), ("cls", "dist")])
 def test_prefix_tokens_pass_a_merge_unchanged(prefix: tuple[str, ...]) -> None:
     from vitrim.spec import Pool
@@ -235,6 +285,9 @@ def test_two_merges_save_what_the_sheet_says_of_deit_small() -> None:
         ((Similarity(keep=3),), "at most half"),
         ((Merge(axis="h", keep=2, weight="similarity"),), "tau"),
         ((Prefix(), Merge(axis="h", keep=2)), "no patch tokens left"),
+        ((Similarity(keep=12, metric=3),), "expected match='ward'"),
+        ((Similarity(keep=12, match="ward", metric=99),), "at most the stream's width"),
+        ((Similarity(keep=12, carry=True),), "nothing restores the tokens"),
     ],
 )
 def test_impossible_steps_are_refused(steps: tuple[object, ...], message: str) -> None:

@@ -86,7 +86,7 @@ def linear_macs(tokens: Any, inputs: Any, outputs: Any, rank: Any = None) -> Any
     return tokens * inputs * outputs if rank is None else tokens * rank * (inputs + outputs)
 
 
-def attention_macs(heads: Any, qk_dim: Any, v_dim: Any, *, tokens: int, width: int, queries: int | None = None) -> Any:
+def attention_macs(heads: Any, qk_dim: Any, v_dim: Any, *, tokens: Any, width: int, queries: Any = None) -> Any:
     """MACs of one attention half: projections and both products.
 
     tokens: keys and values, prefix included.  queries: tokens that ask and go on; None: all.
@@ -103,17 +103,28 @@ def padding_macs(a: AttentionSpec, at: BlockTokens) -> int:
 
 
 def mlp_macs(
-    hidden: Any, *, tokens: int, width: int, kind: str = "gelu", fc1_rank: Any = None, fc2_rank: Any = None
+    hidden: Any, *, tokens: Any, width: int, kind: str = "gelu", fc1_rank: Any = None, fc2_rank: Any = None
 ) -> Any:
     """MACs of one MLP half; a gated kind (`swiglu`) has two first linears."""
     first = 2 * hidden if kind == "swiglu" else hidden
     return linear_macs(tokens, width, first, fc1_rank) + linear_macs(tokens, hidden, width, fc2_rank)
 
 
-def similarity_macs(patches: int, keep: int, width: int) -> int:
-    """MACs of one similarity merge: scores between the two sets, and a one-hot product for the merged ones."""
-    sources, targets = patches - patches // 2, patches // 2
-    return sources * targets * width + (patches - keep) * targets * (width + 1)
+def similarity_macs(patches: int, keep: int, width: int, *, metric: int | None = None, carry: bool = False) -> int:
+    """MACs of one similarity merge: scores between the two sets, and a one-hot product for the merged ones.
+
+    metric: directions in which distances are taken, to which all tokens are mapped. carry: the merged ones' differences go through
+    a square linear, and to their targets through the one-hot product.
+    """
+    sources, targets, gone = patches - patches // 2, patches // 2, patches - keep
+    found = sources * targets * (metric or width) + gone * targets * (width + 1)
+    found += patches * width * metric if metric else 0
+    return found + (gone * width * width + gone * targets * width if carry else 0)
+
+
+def similarity_params(step: Similarity, width: int) -> int:
+    """Parameters of a similarity step: what maps tokens to the metric, and differences to what comes back."""
+    return width * (step.metric or 0) + width * width * step.carry
 
 
 def attention_params(a: AttentionSpec, width: int) -> Any:
@@ -187,7 +198,8 @@ def cost(model: Any) -> Cost:
     blocks = tuple(_block(spec, i, tokens) for i, tokens in enumerate(walk))
     peaks = (block_peak(block, at) for block, at in zip(spec.blocks, walk, strict=True))
     stem_macs, stem_params = _stem(spec)
-    head_macs, head_params = _head(spec, walk[-1].leave.count if walk else len(spec.prefix) + math.prod(spec.grid))
+    every = len(spec.prefix) + math.prod(spec.grid)
+    head_macs, head_params = _head(spec, every if spec.restore or not walk else walk[-1].leave.count)
     total_params = stem_params + head_params + sum(block.params for block in blocks)
     return Cost(
         params=total_params,
@@ -210,11 +222,12 @@ def _block(spec: ModelSpec, index: int, tokens: BlockTokens) -> BlockCost:
     attention, attention_par = attention_price(block.attention, tokens)
     mlp, mlp_par = mlp_price(block.mlp, tokens)
     steps = sum(
-        similarity_macs(before.patches, step.keep, width)
+        similarity_macs(before.patches, step.keep, width, metric=step.metric, carry=step.carry)
         for step, before in zip(block.steps, tokens.before, strict=True)
         if isinstance(step, Similarity)
     )
     step_par = sum(width for step in block.steps if isinstance(step, Merge) and step.weight == "learned")
+    step_par += sum(similarity_params(step, width) for step in block.steps if isinstance(step, Similarity))
     return BlockCost(
         index=index,
         tokens_in=tokens.enter.count,

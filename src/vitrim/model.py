@@ -310,9 +310,14 @@ class Mlp(Sublayer):
 
 
 class TokenStep(nn.Module):
-    """One token step of a block; holds the channel gate of a learned merge."""
+    """One token step of a block.
+
+    gate: [D] of a learned merge. metric: [D, R], and carry: [D, D], of a similarity step that has them.
+    """
 
     gate: nn.Parameter | None
+    metric: nn.Parameter | None
+    carry: nn.Parameter | None
 
     def __init__(self, step: Step, width: int, *, length: int) -> None:
         super().__init__()
@@ -320,6 +325,9 @@ class TokenStep(nn.Module):
         self.length = length  # columns, rows or patch tokens that it finds at the spec's own image size
         learned = isinstance(step, Merge) and step.weight == "learned"
         self.register_parameter("gate", nn.Parameter(torch.empty(width)) if learned else None)
+        rank, carry = (step.metric, step.carry) if isinstance(step, Similarity) else (None, False)
+        self.register_parameter("metric", nn.Parameter(torch.empty(width, rank)) if rank else None)
+        self.register_parameter("carry", nn.Parameter(torch.empty(width, width)) if carry else None)
 
     def keep(self, n: int) -> int:
         """How many of `n` remain; at another image size the same share goes."""
@@ -337,7 +345,9 @@ class TokenStep(nn.Module):
         if keep == n:
             return stream
         if isinstance(step, Similarity):
-            merged = merging.merge_similar(patches, sizes, keep=keep)
+            merged = merging.merge_similar(
+                patches, sizes, keep=keep, match=step.match, metric=self.metric, carry=self.carry
+            )
         else:
             assert stream.grid is not None
             merged = merging.merge_lattice(
@@ -696,6 +706,10 @@ class Vit(nn.Module):
 
     def read(self, stream: Stream) -> Read:
         """What is read of the stream behind the last block."""
+        if self.spec.restore:
+            head, patches = stream.x[:, : stream.prefix], stream.x[:, stream.prefix :]
+            patches = merging.restore(patches, stream.history, carried=True)
+            stream = stream._replace(x=torch.cat([head, patches], dim=1), sizes=None, bias=False, history=())
         tokens = self.norm(stream.x)
         pooled = self.pool_norm(self.pool_of(stream, tokens))
         reads, outputs = {}, {}
@@ -708,11 +722,12 @@ class Vit(nn.Module):
         logits = torch.stack(list(outputs.values())).mean(0) if several else next(iter(outputs.values()), pooled)
         return Read(logits=logits, outputs=outputs, reads=reads, pooled=pooled, tokens=tokens)
 
-    def answer(self, stream: Stream, start: int = 0) -> Tensor:
-        """Logits, or an encoder's features, from the stream in front of block `start` on; gates open."""
+    def answer(self, stream: Stream, start: int = 0, want: str = "logits") -> Tensor:
+        """Logits, or an encoder's features, from the stream in front of block `start` on; gates open.  want: or another of `Read`."""
         for i in range(start, len(self.blocks)):
             stream = self.blocks[i].run(stream)
-        return self.read(stream).logits
+        found: Tensor = getattr(self.read(stream), want)
+        return found
 
     def pool_of(self, stream: Stream, tokens: Tensor) -> Tensor:
         """The pool before its norm.  tokens: B N D after the final norm -> B D, or all of them without a pool."""

@@ -150,11 +150,19 @@ class Merge:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Similarity:
-    """Merge the most similar patch tokens in pairs, wherever they are. keep: patch tokens that remain."""
+    """Merge the most similar patch tokens, wherever they are. keep: patch tokens that remain.
+
+    match: what is most similar: by the cosine, or by the least size-weighted squared distance (Ward's criterion).
+    metric: distances are taken in so many learned directions of the stream; None: in the stream. For `ward`.
+    carry: what sets each merged token apart goes through a learned linear, and comes back where tokens are restored.
+    """
 
     at: Literal["start", "mid", "end"] = "mid"
     keep: int
     proportional: bool = False
+    match: Literal["cosine", "ward"] = "cosine"
+    metric: int | None = None
+    carry: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -200,7 +208,10 @@ class Output:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSpec(Written):
-    """One Vision Transformer. Checked when made: an impossible one raises `SpecError` with the place and the mend."""
+    """One Vision Transformer. Checked when made: an impossible one raises `SpecError` with the place and the mend.
+
+    restore: merged patch tokens are all given back behind the last block, before the final norm.
+    """
 
     schema: int = SCHEMA
     image_px: tuple[int, int]
@@ -217,6 +228,7 @@ class ModelSpec(Written):
     blocks: tuple[BlockSpec, ...]
     pool: Pool = Pool()
     outputs: tuple[Output, ...] = ()
+    restore: bool = False
 
     def __post_init__(self) -> None:
         _JSON.check(self, "spec")
@@ -579,7 +591,20 @@ def _check_step(spec: ModelSpec, i: int, j: int, step: Step) -> None:
             raise SpecError(
                 f"{where}: weight={step.weight!r} with tau={step.tau!r}; expected tau above 0 with weight='similarity', else none."
             )
+    elif isinstance(step, Similarity):
+        _positive(where, metric=step.metric)
+        if step.metric is not None and (step.match != "ward" or step.metric > spec.width):
+            raise SpecError(
+                f"{where}: metric={step.metric!r} with match={step.match!r}; expected match='ward' and at most the stream's width, "
+                f"{spec.width}, or none."
+            )
+        if step.carry and not spec.restore:
+            raise SpecError(f"{where}: carry=True, but nothing restores the tokens; set restore=True on the spec.")
     elif isinstance(step, Prefix):
+        if spec.restore:
+            raise SpecError(
+                f"{where}: a prefix step leaves no patch tokens to restore; remove it, or set restore=False."
+            )
         if i != len(spec.blocks) - 1:
             raise SpecError(f"{where}: a prefix step in block {i} of {len(spec.blocks)}; expected the last block.")
         if not spec.prefix:
@@ -644,6 +669,8 @@ _JSON = Codec(
     },
     most={ModelSpec: {"blocks": MOST_BLOCKS, "outputs": MOST_OUTPUTS}},
     later={
+        ModelSpec: {"restore": False},
+        Similarity: {"match": "cosine", "metric": None, "carry": False},
         Pool: {"act": "gelu"},
         Preprocess: {"crop_rounding": "even"},
         Config: {"problem_type": "single_label_classification"},

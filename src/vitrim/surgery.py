@@ -381,6 +381,8 @@ def tail_refusal(spec: ModelSpec, fixed: Collection[Half] = ()) -> str | None:
     if has_exact_tail(spec):
         return None
     if not allows_exact_tail(spec):
+        if spec.restore:
+            return "every token is restored behind the last block"
         return "the network reads more than prefix tokens, or its last block has token steps"
     if any(i == len(spec.blocks) - 1 for i, _ in fixed):
         return "the last block is frozen"
@@ -388,9 +390,9 @@ def tail_refusal(spec: ModelSpec, fixed: Collection[Half] = ()) -> str | None:
 
 
 def allows_exact_tail(spec: ModelSpec) -> bool:
-    """Whether `exact_tail` applies: a classifier that reads prefix tokens alone, and no token step in the last block."""
+    """Whether `exact_tail` applies: a classifier that reads prefix tokens alone, none restored, and no token step in the last block."""
     reads_prefix = spec.pool.kind == "cls" and not any("mean" in output.reads for output in spec.outputs)
-    return bool(spec.outputs) and reads_prefix and bool(spec.blocks) and not spec.blocks[-1].steps
+    return bool(spec.outputs) and reads_prefix and not spec.restore and bool(spec.blocks) and not spec.blocks[-1].steps
 
 
 # -------------------------------------------------------------------------------------------------------------- one part

@@ -29,11 +29,13 @@ class Undo(NamedTuple):
     """How to undo one merge. axis: "h", "v" or "tokens". grid: of the merged tokens, None off the lattice.
 
     owner: B n, or n when it is the same for every image.
+    carry: B n D, what comes back with each token beside its owner's value; None: nothing.
     """
 
     axis: str
     owner: Tensor
     grid: tuple[int, int] | None
+    carry: Tensor | None = None
 
 
 def first_sources(starts: Tensor, keep: int) -> Tensor:
@@ -123,17 +125,26 @@ def _typical(lattice: Tensor, pick: object, first: Tensor, second: Tensor, tau: 
     return torch.sigmoid((alike_one - alike_two) / tau)[..., None]
 
 
-def merge_similar(x: Tensor, sizes: Tensor, *, keep: int) -> Merged:
+def merge_similar(
+    x: Tensor,
+    sizes: Tensor,
+    *,
+    keep: int,
+    match: str = "cosine",
+    metric: Tensor | None = None,  # D R
+    carry: Tensor | None = None,  # D D
+) -> Merged:
     """Merge the `P - keep` most alike tokens of even index into their best match of odd index.  x: B P D; sizes: B P.
 
     What remains: the unmerged even ones in order, then the odd ones in order. MACs: `counting.similarity_macs`.
+    match: `cosine`, or `ward`: the least s t / (s + t) |x - y|^2 of two tokens of sizes s and t, which is what merging them adds
+    to the scatter within groups; `metric` maps tokens to where |x - y| is taken.
+    carry: maps the difference of each merged token from its group; the group's target gets what makes them cancel, by size.
     """
     b, p, d = x.shape
     removed, targets = p - keep, p // 2
     sources = p - targets
-    unit = F.normalize(x, dim=-1)
-    scores = unit[:, 0::2] @ unit[:, 1::2].transpose(1, 2)  # B sources targets
-    alike, match = scores.max(-1)
+    alike, best = likeness(x, sizes, match, metric).max(-1)  # of B sources targets
     chosen = alike.topk(removed, dim=-1).indices  # B R
     gone = (chosen[:, :, None] == torch.arange(sources, device=x.device)).any(1)  # B sources
     kept = first_sources(~gone, sources - removed)  # B K'
@@ -142,25 +153,52 @@ def merge_similar(x: Tensor, sizes: Tensor, *, keep: int) -> Merged:
         return values.gather(1, index[:, :, None].expand(-1, -1, values.shape[2]))
 
     weighted = torch.cat([x * sizes[:, :, None], sizes[:, :, None]], dim=-1)  # B P D+1
-    to = match.gather(1, chosen)  # B R
+    to = best.gather(1, chosen)  # B R
     onehot = (torch.arange(targets, device=x.device)[None, :, None] == to[:, None, :]).to(x.dtype)  # B targets R
     moved = weighted[:, 1::2] + onehot @ take(weighted[:, 0::2], chosen)
     merged = torch.cat([take(x[:, 0::2], kept), moved[..., :d] / moved[..., d:]], dim=1)
     merged_sizes = torch.cat([sizes[:, 0::2].gather(1, kept), moved[..., d]], dim=1)
     rank = (~gone).long().cumsum(-1) - 1
-    even = torch.where(gone, match + sources - removed, rank)  # B sources
+    even = torch.where(gone, best + sources - removed, rank)  # B sources
     odd = (torch.arange(targets, device=x.device) + sources - removed).expand(b, -1)
     owner = torch.stack([F.pad(even, (0, 0)), F.pad(odd, (0, sources - targets))], dim=-1).flatten(1)[:, :p]
-    return Merged(merged, merged_sizes, Undo("tokens", owner, None))
+    if carry is None:
+        return Merged(merged, merged_sizes, Undo("tokens", owner, None))
+    values = merged[:, sources - removed :]  # of the targets, B targets D
+    apart = (take(x[:, 0::2], chosen) - take(values, to)) @ carry  # B R D
+    against = onehot @ (apart * sizes[:, 0::2].gather(1, chosen)[:, :, None])
+    order = chosen.topk(removed, dim=-1, largest=False).indices  # from their order in the row to that of `chosen`
+    place = order.gather(1, (gone.long().cumsum(-1) - 1).clamp_min(0))
+    back = torch.where(gone[:, :, None], take(apart, place), 0)  # B sources D
+    forth = -against / sizes[:, 1::2, None]  # B targets D
+    both = torch.stack([back, F.pad(forth, (0, 0, 0, sources - targets))], dim=2).flatten(1, 2)[:, :p]
+    return Merged(merged, merged_sizes, Undo("tokens", owner, None, both))
 
 
-def restore(x: Tensor, history: tuple[Undo, ...]) -> Tensor:
-    """Undo merges, latest first: each token's value appears at all its source cells.  B P' D -> B P D."""
+def likeness(x: Tensor, sizes: Tensor, match: str, metric: Tensor | None) -> Tensor:
+    """How alike tokens of even and of odd index are.  B P D -> B sources targets"""
+    if match == "cosine":
+        unit = F.normalize(x, dim=-1)
+        return unit[:, 0::2] @ unit[:, 1::2].transpose(1, 2)
+    seen = x if metric is None else x @ metric
+    one, two = seen[:, 0::2], seen[:, 1::2]
+    squared = one.square().sum(-1)[:, :, None] + two.square().sum(-1)[:, None] - 2 * (one @ two.transpose(1, 2))
+    s, t = sizes[:, 0::2, None], sizes[:, None, 1::2]
+    return -squared * (s * t / (s + t))
+
+
+def restore(x: Tensor, history: tuple[Undo, ...], *, carried: bool = False) -> Tensor:
+    """Undo merges, latest first: each token's value appears at all its source cells.  B P' D -> B P D.
+
+    carried: with what each step has carried along, which is for the end of the stream alone.
+    """
     for undo in reversed(history):
         b, _, d = x.shape
         owner = undo.owner.expand(b, -1)
         if undo.axis == "tokens":
             x = x.gather(1, owner[:, :, None].expand(-1, -1, d))
+            if carried and undo.carry is not None:
+                x = x + undo.carry
             continue
         assert undo.grid is not None
         rows, cols = undo.grid

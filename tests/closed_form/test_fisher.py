@@ -36,13 +36,25 @@ def test_the_mean_over_all_signs_is_the_fisher_matrix(monkeypatch):
     assert close(g.mT @ g / 8, expected)
 
 
-@pytest.mark.parametrize("classifies", [True, False])
-def test_divergence_is_zero_for_the_same_and_positive_for_others(classifies):
-    a, b = (fisher.outcome(torch.randn(4, 5), classifies=classifies) for _ in range(2))
-    assert close(fisher.divergence(a, a, classifies=classifies), torch.zeros(4, dtype=torch.float64), 1e-12)
-    assert (fisher.divergence(a, b, classifies=classifies) > 0).all()
-    if not classifies:
-        assert close(fisher.divergence(a, b, classifies=False), 2 - 2 * (a.double() * b.double()).sum(-1), 1e-6)
+@pytest.mark.parametrize("kind", ["classes", "features", "tokens"])
+def test_divergence_is_zero_for_the_same_and_positive_for_others(kind):
+    product, shape = fisher.Product(kind), (4, 3, 5) if kind == "tokens" else (4, 5)
+    given = [torch.randn(shape) for _ in range(2)]
+    a, b = (product.outcome(one) for one in given)
+    assert close(product.divergence(a, a), torch.zeros(4, dtype=torch.float64), 1e-12)
+    assert (product.divergence(a, b) > 0).all()
+    if kind != "classes":  # twice one minus the cosine, a mean over the tokens
+        cosine = torch.nn.functional.cosine_similarity(*(one.double() for one in given), dim=-1)
+        assert close(product.divergence(a, b), 2 - 2 * (cosine if kind == "features" else cosine.mean(1)), 1e-6)
+
+
+def test_an_encoder_is_for_its_tokens_and_a_classifier_for_its_classes_unless_said_otherwise():
+    encoder = replace(SPEC, outputs=(), pool=Pool(kind="mean"))
+    several = Config(spec=SPEC, problem_type="multi_label_classification")
+    networks = (Config(spec=encoder), Config(spec=SPEC), several)
+    assert [fisher.Product.of(one).kind for one in networks] == ["tokens", "classes", "labels"]
+    assert [fisher.Product.of(one, "output").kind for one in networks] == ["features", "classes", "labels"]
+    assert {fisher.Product.of(one, "tokens").kind for one in networks} == {"tokens"}
 
 
 def test_patches_that_nothing_reads_have_no_gradient():
@@ -53,17 +65,18 @@ def test_patches_that_nothing_reads_have_no_gradient():
     assert (g["mid:0"][:, :, 1:] != 0).any()
 
 
-@pytest.mark.parametrize("encoder", [False, True])
-def test_the_predicted_divergence_of_a_small_change_is_the_measured_one(encoder):
-    spec = replace(SPEC, outputs=(), pool=Pool(kind="mean")) if encoder else SPEC
+@pytest.mark.parametrize("kind", ["classes", "features", "tokens"])
+def test_the_predicted_divergence_of_a_small_change_is_the_measured_one(kind):
+    product = fisher.Product(kind)
+    spec = SPEC if kind == "classes" else replace(SPEC, outputs=(), pool=Pool(kind="mean"))
     model, x = make(spec), images(spec, 4)
     generator = torch.Generator().manual_seed(0)
-    grads = fisher.gradients(model, x, ("block:0",), draws=4000, generator=generator)
+    grads = fisher.gradients(model, x, ("block:0",), draws=4000, generator=generator, product=product)
     size = 1e-3
     change = size * torch.randn(4, 17, 8, generator=generator, dtype=torch.float64)
     predicted = grads.cost("block:0", change).mean(0)
-    after = fisher.outcome(_changed(model, x, change), classifies=not encoder)
-    measured = fisher.divergence(grads.outcome, after, classifies=not encoder)
+    after = product.outcome(_changed(model, x, change, product.want))
+    measured = product.divergence(grads.outcome, after)
     assert torch.allclose(predicted, measured, rtol=0.15)
 
 
@@ -73,26 +86,26 @@ def test_with_several_labels_each_is_told_by_itself():
     generator = torch.Generator().manual_seed(0)
     grads = fisher.gradients(model, x, ("block:0",), draws=4000, generator=generator)
     change = 1e-3 * torch.randn(4, 17, 8, generator=generator, dtype=torch.float64)
-    p, q = (logits.sigmoid() for logits in (model(x, gates=Gates(policy="open")), _changed(model, x, change)))
+    p, q = (logits.sigmoid() for logits in (model(x, gates=Gates(policy="open")), _changed(model, x, change, "logits")))
     measured = (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).sum(1)
     assert torch.allclose(grads.cost("block:0", change).mean(0), measured, rtol=0.15)
     said = model(x).detach()  # raised by 2, which a softmax does not see
-    assert fisher.apart(said, said + 2.0, classifies=True) < 1e-12
-    assert fisher.apart(said, said + 2.0, classifies=True, several=True) > 0.1
+    assert fisher.Product("classes").apart(said, said + 2.0) < 1e-12
+    assert fisher.Product("labels").apart(said, said + 2.0) > 0.1
 
 
 @torch.no_grad()
-def _changed(model: Vit, x: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+def _changed(model: Vit, x: torch.Tensor, change: torch.Tensor, want: str) -> torch.Tensor:
     handle = model.blocks[0].register_forward_hook(lambda _, __, out: (out[0]._replace(x=out[0].x + change), out[1]))
-    result = model(x, gates=Gates(policy="open"))
+    result = model(x, gates=Gates(policy="open"), want=(want,))[want]
     handle.remove()
     return result
 
 
 def test_divergences_are_zero_for_equal_outputs_and_never_negative():
-    logs = torch.randn(5, 7).log_softmax(-1)
-    assert close(fisher.divergence(logs, logs, classifies=True), torch.zeros(5, dtype=torch.float64))
-    assert (fisher.divergence(logs, torch.randn(5, 7).log_softmax(-1), classifies=True) > 0).all()
+    logs, product = torch.randn(5, 7).log_softmax(-1), fisher.Product("classes")
+    assert close(product.divergence(logs, logs), torch.zeros(5, dtype=torch.float64))
+    assert (product.divergence(logs, torch.randn(5, 7).log_softmax(-1)) > 0).all()
 
 
 def test_the_signs_of_an_image_do_not_depend_on_its_batch():

@@ -6,6 +6,7 @@ signs e, the gradients g of sum_c sqrt(p_c) e_c log p_c (p held fixed) have E[g 
 direction of d into account, and the tokens together: errors that cancel on the way to the class token cost nothing.
 Where an image has several labels, each has two outcomes of its own, and the sums run over the outcomes of all.
 An encoder's output is its feature divided by its length, the unit the squared error of that, and E[(g . d)^2] estimates it.
+Where the tokens are the product, each is divided by its length, and the unit is the mean of their squared errors.
 
 Shapes: B batch, N tokens, D width, K draws of signs.
 """
@@ -14,36 +15,82 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from vitrim.model import OPEN, Vit
+from vitrim.spec import Config
 
 
-def outcome(result: Tensor, *, classifies: bool, several: bool = False) -> Tensor:
-    """What divergences are measured on: log-probabilities, or features divided by their length.  [B, ...] -> [B, C]
+@dataclass(frozen=True)
+class Product:
+    """What a network is for, and how far two are apart in it.
 
-    several: an image has several labels, each of which applies or not: [B, C] -> [B, 2 C].
+    kind: the probabilities of its `classes`, those of its `labels` where an image has several, its `features`, or all its `tokens`.
     """
-    if several:
-        return torch.cat([F.logsigmoid(result), F.logsigmoid(-result)], dim=-1)
-    return result.log_softmax(-1) if classifies else F.normalize(result.flatten(1), dim=-1)
 
+    kind: Literal["classes", "labels", "features", "tokens"]
 
-def divergence(before: Tensor, after: Tensor, *, classifies: bool) -> Tensor:
-    """Of each image, [B] float64: KL(before || after) of log-probabilities, or the squared error of unit features."""
-    before, after = before.double(), after.double()
-    if classifies:
-        return (before.exp() * (before - after)).sum(-1).clamp_min(0)
-    return (before - after).square().sum(-1)
+    @staticmethod
+    def of(config: Config, named: Literal["output", "tokens"] | None = None) -> Product:
+        """named: `output` is what `model(x)` gives, `tokens` every token behind the final norm, merged ones restored.
 
+        None: the tokens of an encoder, the output of a classifier.
+        """
+        outputs = config.spec.outputs
+        if named == "tokens" or (named is None and not outputs):
+            return Product("tokens")
+        if not outputs:
+            return Product("features")
+        return Product("labels" if config.multi_label else "classes")
 
-def apart(before: Tensor, after: Tensor, *, classifies: bool, several: bool = False) -> float:
-    """The mean divergence over images, from what two networks answered, [B, ...]."""
-    ours, theirs = (outcome(answer.double(), classifies=classifies, several=several) for answer in (before, after))
-    return float(divergence(ours, theirs, classifies=classifies).mean())
+    @property
+    def classifies(self) -> bool:
+        """Whether probabilities are compared."""
+        return self.kind in ("classes", "labels")
+
+    @property
+    def want(self) -> Literal["tokens", "logits"]:
+        """Its name in `Vit.forward`."""
+        return "tokens" if self.kind == "tokens" else "logits"
+
+    @property
+    def metric(self) -> str:
+        """The unit, in words."""
+        return {
+            "classes": "KL(dense || compressed), nats",
+            "labels": "KL(dense || compressed), nats, summed over the labels",
+            "features": "squared error of the features divided by their length",
+            "tokens": "mean squared error of the tokens divided by their length",
+        }[self.kind]
+
+    def outcome(self, result: Tensor) -> Tensor:
+        """What divergences are measured on: log-probabilities, or features or tokens divided by their length.  [B, ...] -> [B, C]"""
+        if self.kind == "labels":  # each has two outcomes: [B, 2 C]
+            return torch.cat([F.logsigmoid(result), F.logsigmoid(-result)], dim=-1)
+        if self.kind == "classes":
+            return result.log_softmax(-1)
+        if self.kind == "features":
+            return F.normalize(result.flatten(1), dim=-1)
+        return F.normalize(result, dim=-1).flatten(1) / result.shape[1] ** 0.5
+
+    def divergence(self, before: Tensor, after: Tensor) -> Tensor:
+        """Of each image, [B] float64, in the unit; from what `outcome` gave."""
+        before, after = before.double(), after.double()
+        if self.classifies:
+            return (before.exp() * (before - after)).sum(-1).clamp_min(0)
+        return (before - after).square().sum(-1)
+
+    def apart(self, before: Tensor, after: Tensor) -> float:
+        """The mean divergence over images, from what two networks answered, [B, ...]."""
+        return float(self.divergence(self.outcome(before.double()), self.outcome(after.double())).mean())
+
+    def scale(self, answer: Tensor) -> Tensor:
+        """What the signs are multiplied by: the roots of the probabilities, or 1.  answer: of `outcome`."""
+        return (answer.detach() / 2).exp() if self.classifies else torch.ones_like(answer)
 
 
 def random_signs(answer: Tensor, draws: int, generator: torch.Generator) -> Tensor:
@@ -70,7 +117,7 @@ class Gradients:
 
     of: dict[str, Tensor]
     outcome: Tensor
-    classifies: bool
+    product: Product
 
     def cost(self, name: str, change: Tensor) -> Tensor:
         """[K, B] float64 summands whose mean estimates the divergence that a change [B, N, D] of this stream causes."""
@@ -78,24 +125,31 @@ class Gradients:
 
     def squared(self, along: Tensor) -> Tensor:
         """The same from the sums over tokens of g . d.  [K, B]"""
-        return along.double().square() * (0.5 if self.classifies else 1.0)
+        return along.double().square() * (0.5 if self.product.classifies else 1.0)
 
 
-def gradients(model: Vit, x: Tensor, names: Sequence[str], *, draws: int, generator: torch.Generator) -> Gradients:
-    """Gradients at these places for `draws` sign vectors an image; a place that the outputs do not see has zeros.
+def gradients(
+    model: Vit,
+    x: Tensor,
+    names: Sequence[str],
+    *,
+    draws: int,
+    generator: torch.Generator,
+    product: Product | None = None,
+) -> Gradients:
+    """Gradients at these places for `draws` sign vectors an image; a place that the product does not see has zeros.
 
-    x: B C h w. The signs come from the generator, on the CPU. Memory: the graph of one batch, and K streams a place.
+    x: B C h w. product: None: the output. The signs come from the generator, on the CPU. Memory: the graph of one batch, and K streams a place.
     """
     like = next(model.parameters())
-    classifies = bool(model.spec.outputs)
+    product = product or Product.of(model.config, "output")
     with torch.enable_grad():
-        found = model(x.to(like).requires_grad_(), gates=OPEN, want=(*names, "logits"))
+        found = model(x.to(like).requires_grad_(), gates=OPEN, want=(*names, product.want))
         streams = [found[name] for name in names]
-        answer = outcome(found["logits"], classifies=classifies, several=model.config.multi_label)
-        scale = (answer.detach() / 2).exp() if classifies else torch.ones_like(answer)
-    drawn = list(signed(answer, scale, streams, draws, generator))
+        answer = product.outcome(found[product.want])
+    drawn = list(signed(answer, product.scale(answer), streams, draws, generator))
     of = {
         name: torch.stack([torch.zeros_like(streams[j]) if g[j] is None else g[j] for g in drawn]).detach()  # type: ignore[misc]
         for j, name in enumerate(names)
     }
-    return Gradients(of=of, outcome=answer.detach(), classifies=classifies)
+    return Gradients(of=of, outcome=answer.detach(), product=product)

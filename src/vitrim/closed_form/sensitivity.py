@@ -16,7 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from vitrim.closed_form.fisher import outcome, signed
+from vitrim.closed_form.fisher import Product, signed
 from vitrim.errors import DataError
 from vitrim.model import OPEN, Vit
 
@@ -29,11 +29,12 @@ RIDGE = 1e-3
 class Sensitivity:
     """One place in the stream.  tokens: [P + 1] mean squared gradient of a token, by prefix token, patches last.
 
-    matrix: [D, D] sum of g^T g over all tokens; float64 on the CPU.
+    matrix: [D, D] sum of g^T g over all tokens; patches: the same over patch tokens. float64 on the CPU.
     """
 
     tokens: Tensor
     matrix: Tensor
+    patches: Tensor
 
     def weights(self, tokens: int) -> Tensor:
         """[tokens] regression weights, 1 for the heaviest: the root of the gradient's share, at least `LEAST`."""
@@ -62,28 +63,33 @@ def sensitivity(
     model: Vit,
     batches: Iterable[Tensor],
     *,
+    product: Product | None = None,
     draws: int = 2,
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Sensitivity]:
     """Of all `places`.
 
-    draws: sign vectors an image. Memory: the activations of one batch with its graph. progress: told the images done.
+    product: what the network is for; None: its output. draws: sign vectors an image. Memory: the activations of one batch with its graph. progress: told the images done.
     Raises DataError without images.
     """
     names, prefix, width = places(model), len(model.spec.prefix), model.spec.width
     zeros = partial(torch.zeros, dtype=torch.float64)
-    sites = {name: Sensitivity(tokens=zeros(prefix + 1), matrix=zeros(width, width)) for name in names}
+    sites = {
+        name: Sensitivity(tokens=zeros(prefix + 1), matrix=zeros(width, width), patches=zeros(width, width))
+        for name in names
+    }
     counts = {name: zeros(prefix + 1) for name in names}
     generator = torch.Generator().manual_seed(seed)
     like = next(model.parameters())
+    product = product or Product.of(model.config, "output")
     done = 0
     for x in batches:
         with torch.enable_grad():
             start = x.to(like).detach().requires_grad_()  # a graph from the images on, whatever parameters are frozen
-            found = model(start, gates=OPEN, want=(*names, "logits"))
-            answer = outcome(found["logits"], classifies=bool(model.spec.outputs), several=model.config.multi_label)
-            scale = answer.detach().exp().sqrt() if model.spec.outputs else torch.ones_like(answer)
+            found = model(start, gates=OPEN, want=(*names, product.want))
+            answer = product.outcome(found[product.want])
+            scale = answer.detach().exp().sqrt() if product.classifies else torch.ones_like(answer)
         for gradients in signed(answer, scale, [found[name] for name in names], draws, generator):
             for name, g in zip(names, gradients, strict=True):
                 if g is not None:
@@ -104,5 +110,6 @@ def _count(site: Sensitivity, count: Tensor, g: Tensor, prefix: int) -> None:
     site.tokens[prefix] += squares[prefix:].sum()
     count[:prefix] += len(g)
     count[prefix] += len(g) * (g.shape[1] - prefix)
-    flat = g.flatten(0, 1)
+    flat, patches = g.flatten(0, 1), g[:, prefix:].flatten(0, 1)
     site.matrix += (flat.mT @ flat).to("cpu", torch.float64)
+    site.patches += (patches.mT @ patches).to("cpu", torch.float64)

@@ -58,7 +58,7 @@ class StreamCache:
         sizes = None if stream.sizes is None else stream.sizes.detach().cpu()
         self.bytes += x.numel() * x.element_size()
         x = self._file(len(self.coming), x) if self.folder and self.bytes > IN_MEMORY_BYTES else x.cpu()
-        self.coming.append(stream._replace(x=x, sizes=sizes, history=()))
+        self.coming.append(stream._replace(x=x, sizes=sizes, history=_moved(stream.history, "cpu")))
 
     def end(self) -> None:
         """The new set takes the place of the old one, whose files go."""
@@ -79,11 +79,19 @@ class StreamCache:
         """The streams, on the device."""
         for part in self.parts:
             sizes = None if part.sizes is None else part.sizes.to(device)
-            yield part._replace(x=part.x.to(device, copy=True), sizes=sizes)
+            yield part._replace(x=part.x.to(device, copy=True), sizes=sizes, history=_moved(part.history, device))
 
     def advance(self, by: Callable[[Stream], Stream], device: torch.device | str = "cpu") -> None:
         """Replace each batch by what `by` makes of it."""
         self.fill(by(stream) for stream in self.batches(device))
+
+
+def _moved(history: tuple[Undo, ...], device: torch.device | str) -> tuple[Undo, ...]:
+    """Merges as they can be held: without a graph, on a device."""
+    return tuple(
+        undo._replace(owner=undo.owner.to(device), carry=None if undo.carry is None else undo.carry.detach().to(device))
+        for undo in history
+    )
 
 
 # ------------------------------------------------------------------------------------------------- two streams together
@@ -119,7 +127,14 @@ def following(block: Block, theirs: Stream, before: Stream, at: str) -> tuple[St
     """
     ours = before
     for module in block.token_steps(at):
-        own, after = module(theirs._replace(history=())), module(ours._replace(history=()))
+        after = module(ours._replace(history=()))
+        if (
+            module.metric is not None and after.history
+        ):  # in the student's stream, which may be narrower than the teacher's
+            theirs = after._replace(x=_forced(theirs, after.history[-1], ours), history=())
+            ours = after._replace(history=())
+            continue
+        own = module(theirs._replace(history=()))
         if after.history:
             undo, free = after.history[-1], own.history[-1]
             count = len(after.x)
@@ -156,9 +171,9 @@ def _forced(theirs: Stream, undo: Undo, before: Stream) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------- answers
 
 
-def answers(model: Vit, stream: Stream, start: int) -> Tensor:
+def answers(model: Vit, stream: Stream, start: int, want: str = "logits") -> Tensor:
     """`Vit.answer`, [B, ...]. Raises DataError where a number is not finite."""
-    result = model.answer(stream, start)
+    result = model.answer(stream, start, want)
     if not torch.isfinite(result).all():
         raise DataError("the model's output is not finite. Check the weights and the images' normalisation.")
     return result

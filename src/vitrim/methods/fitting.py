@@ -11,8 +11,9 @@ from typing import Any, Unpack
 import torch
 
 from vitrim.checkpoints import Journal, Piece
+from vitrim.closed_form import fisher
 from vitrim.errors import ConfigError
-from vitrim.methods.method import CompressFamily, How, MethodConfig
+from vitrim.methods.method import CompressFamily, FittedConfig, How, MethodConfig
 from vitrim.model import Vit
 from vitrim.progress import Progress
 from vitrim.result import Compressed
@@ -32,6 +33,7 @@ class Run:
     model: Vit
     base: Vit
     scratch: Path
+    config: FittedConfig
     progress: Progress | None = None
 
     @property
@@ -39,13 +41,9 @@ class Run:
         return next(self.base.parameters()).device
 
     @cached_property
-    def classifies(self) -> bool:
-        return bool(self.base.spec.outputs)
-
-    @cached_property
-    def several(self) -> bool:
-        """Whether an image has several labels."""
-        return self.base.config.multi_label
+    def product(self) -> fisher.Product:
+        """What the network is for, as the config says."""
+        return fisher.Product.of(self.base.config, self.config.product)
 
     def tell(self, stage: str, done: int, total: int, **facts: Any) -> None:
         if self.progress is not None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, Self, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, TypedDict, Unpack
 
 from pydantic import Field
 
@@ -45,6 +45,15 @@ class MethodConfig:
     def without_tail(self) -> Self:
         """The same for a method that would add one of its own."""
         return self
+
+
+@checked
+class FittedConfig(MethodConfig):
+    """What a method of closed forms is told besides."""
+
+    product: Literal["output", "tokens"] | None = None
+    """What the network is for, and errors are measured in. `output`: what `model(x)` gives; `tokens`: every token behind the final
+    norm, merged ones restored. What is not the product may be lost. None: the tokens of an encoder, the output of a classifier."""
 
 
 class Needs(TypedDict):

@@ -40,6 +40,7 @@ from vitrim.spec import (
 )
 from vitrim.surgery import Factors, Keep
 
+CLASSES = fisher.Product("classes")
 WIDE = vit(blocks=3, width=32, heads=2, head_dim=16, hidden=64)
 
 
@@ -341,14 +342,15 @@ def test_every_kind_of_network_is_cut_to_a_third(name):
     model, x = make(spec), pixels(spec)
     small = auto.compress(model, config(0.34), data=x)
     assert cost(small.spec).macs <= 0.34 * cost(spec).macs
-    found = fisher.outcome(small.model(x), classifies=bool(spec.outputs))
-    before = fisher.outcome(model(x), classifies=bool(spec.outputs))
-    lost = fisher.divergence(before, found, classifies=bool(spec.outputs)).mean()
+    product = fisher.Product.of(model.config)
+
+    def told(net: Vit) -> torch.Tensor:
+        return product.outcome(net(x, want=(product.want,))[product.want])
+
+    before = told(model)
+    lost = product.divergence(before, told(small.model)).mean()
     random = make(small.spec, seed=9)
-    control = fisher.divergence(
-        before, fisher.outcome(random(x), classifies=bool(spec.outputs)), classifies=bool(spec.outputs)
-    )
-    assert lost < 0.7 * control.mean()
+    assert lost < 0.7 * product.divergence(before, told(random)).mean()
     said = small.report["dense"]
     assert ("stream width" in said) == (name in ("clip", "dino", "stream", "siglip"))
     if name == "normed scores":
@@ -466,7 +468,7 @@ def test_batches_set_the_memory_and_not_the_scores(tmp_path):
 def test_more_images_do_better_on_others():
     model, other = make(WIDE), images(WIDE, 64, seed=77)
     with torch.no_grad():
-        before = fisher.outcome(model(other), classifies=True)
+        before = CLASSES.outcome(model(other))
     losses = []
     for count in (8, 96):
         found = []
@@ -474,8 +476,8 @@ def test_more_images_do_better_on_others():
             asked = config(0.3, axes=("qk", "vo", "mlp"), images=count, builds=1)
             small = auto.compress(model, asked, data=images(WIDE, count, seed=seed + 10)).model
             with torch.no_grad():
-                after = fisher.outcome(small(other), classifies=True)
-            found.append(float(fisher.divergence(before, after, classifies=True).mean()))
+                after = CLASSES.outcome(small(other))
+            found.append(float(CLASSES.divergence(before, after).mean()))
         losses.append(sum(found) / 3)
     assert losses[1] < losses[0]
 
@@ -506,11 +508,18 @@ def test_a_budget_below_the_floor_is_refused_with_the_range_before_the_data_are_
 
 
 @pytest.mark.parametrize(
-    ("name", "why"), [("clip", "pre_norm|encoder"), ("siglip", "encoder|pool map"), ("dino", "encoder")]
+    ("name", "product", "why"),
+    [
+        ("clip", "output", "pre_norm|encoder"),
+        ("siglip", "output", "encoder|pool map"),
+        ("dino", "output", "encoder"),
+        ("dino", "tokens", "the tokens of the stream are the product"),
+    ],
 )
-def test_a_stream_width_that_is_asked_for_where_it_cannot_be_is_refused_by_name(name, why):
+def test_a_stream_width_that_is_asked_for_where_it_cannot_be_is_refused_by_name(name, product, why):
+    asked = config(0.5, axes=("width",), product=product)
     with pytest.raises(ConfigError, match=f"axis 'width' does not apply to this network: .*({why})"):
-        auto.compress(make(NETWORKS[name]), config(0.5, axes=("width",)), data=pixels(NETWORKS[name]))
+        auto.compress(make(NETWORKS[name]), asked, data=pixels(NETWORKS[name]))
 
 
 def test_images_that_say_nothing_are_refused():

@@ -22,6 +22,7 @@ from tests.methods.dcvit.kit import (
 from tests.specs import images, make
 from vitrim import data as opened
 from vitrim.budget import Budget
+from vitrim.closed_form.fisher import Product
 from vitrim.counting import cost
 from vitrim.errors import TrainingError
 from vitrim.methods import dcvit
@@ -129,7 +130,7 @@ def test_blocks_are_ranked_as_real_images_rank_their_plain_cuts(tmp_path: Path) 
     assert model.config.preprocess is not None
     ((x, _),) = opened.batches(held, opened.evaluation(model.config.preprocess), 64)
     cuts = [narrow(run, model, i, 256)[0] for i in range(len(model.blocks))]
-    theirs = [mismatch(model, small, x, 64) for small in cuts]
+    theirs = [mismatch(model, small, x, 64, Product.of(model.config)) for small in cuts]
     ranks = torch.stack([torch.tensor(values).argsort().argsort().double() for values in (ours, theirs)])
     assert len(ours) == 6
     assert float(torch.corrcoef(ranks)[0, 1]) > 0.5

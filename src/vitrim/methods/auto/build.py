@@ -17,7 +17,7 @@ from vitrim.closed_form import sublayers as parts
 from vitrim.methods.auto.choose import Candidate
 from vitrim.methods.auto.score import Job, own_memory
 from vitrim.model import OPEN, Block, Stream, Vit
-from vitrim.spec import BlockSpec, SelectionStep, spec_hash, token_walk
+from vitrim.spec import BlockSpec, SelectionStep, Similarity, spec_hash, token_walk
 
 FLAT = 1e-3
 """Share of the identity in an output metric, which keeps its root invertible."""
@@ -36,6 +36,9 @@ class Refit:
             self.start, self.basis = job.narrowed(candidate.width, part)
         self.goal = job.nets.spec(candidate, tail=False)
         self.state = dict(self.start.state_dict())
+        for i, step in candidate.steps:
+            if isinstance(step, Similarity) and step.metric:
+                self.put_merge(i, step)
         self.kept: list[Tensor | None] = []
         """Hidden units that stay of each block; None: as they are, or none."""
 
@@ -64,6 +67,15 @@ class Refit:
     def put(self, name: str, value: Tensor | None) -> None:
         assert value is not None  # a refit gives a bias unless it is told not to
         self.state[name] = own_memory(value.to(next(self.start.parameters())))
+
+    def put_merge(self, i: int, step: Similarity) -> None:
+        """The weights of the similarity step of block `i`, in the student's stream."""
+        metric = parts.double(self.job.maps[f"{i}/metric"])
+        if self.basis is not None:
+            metric = self.basis.up.mT @ metric
+        self.put(f"blocks.{i}.steps.0.metric", metric[:, -(step.metric or 0) :])
+        if step.carry:
+            self.put(f"blocks.{i}.steps.0.carry", self.job.maps[f"{i}/carry"])
 
     def forget(self, *modules: str) -> None:
         for name in [n for n in self.state if n.startswith(tuple(f"{module}." for module in modules))]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -15,7 +16,9 @@ from vitrim.closed_form import stream_width as narrowing
 from vitrim.counting import RESOURCES, Cost, cost
 from vitrim.errors import ConfigError
 from vitrim.freezing import Half, frozen
+from vitrim.methods.auto import merges
 from vitrim.methods.auto.config import AXES, AutoConfig
+from vitrim.methods.auto.merges import Merges
 from vitrim.space import BlockLevels, Choice, Space, frozen_parts, jumps, outlook, sizes
 from vitrim.spec import BlockSpec, Merge, ModelSpec, Prefix, Similarity, Step
 
@@ -46,7 +49,9 @@ class Nets:
     """What may be cut of one network: a `Space` for each stream width and token schedule.
 
     whole: of the network as it is, LayerScale folded, without prefix step. tail: whether the result has one. widths: of the
-    stream, the whole first. schedules: token steps, none first.
+    stream, the whole first. schedules: token steps that no choice depends on, none first. ladder: counts of patch tokens to which
+    similar ones may merge in any blocks, the whole first, and alone where that is not planned: where tokens are not the product.
+    restores: whether a network that merges gives all tokens back.
     """
 
     whole: Space
@@ -54,6 +59,8 @@ class Nets:
     align: int
     widths: tuple[int, ...]
     schedules: tuple[Schedule, ...]
+    ladder: tuple[int, ...]
+    restores: bool
 
     @property
     def base(self) -> ModelSpec:
@@ -79,7 +86,10 @@ class Nets:
                 blocks[i] = replace(blocks[i], steps=(*blocks[i].steps, step))
             if tail:
                 blocks[-1] = replace(blocks[-1], steps=(*blocks[-1].steps, Prefix()))
-            self._spaces[key] = replace(self.whole, base=replace(base, blocks=tuple(blocks)), levels=levels)
+            restore = base.restore or (self.restores and bool(steps))
+            self._spaces[key] = replace(
+                self.whole, base=replace(base, blocks=tuple(blocks), restore=restore), levels=levels
+            )
         return self._spaces[key]
 
     def spec(self, candidate: Candidate, *, tail: bool | None = None) -> ModelSpec:
@@ -116,8 +126,18 @@ class Nets:
         """The cheapest network."""
         width = self.widths[-1]
         choices = self.space(width, ()).lowest
-        found = [Candidate(width, steps, choices) for steps in self.schedules]
+        found = [Candidate(width, steps, choices) for steps in (*self.schedules, self.steepest(width))]
         return min(found, key=lambda candidate: cost(self.spec(candidate)).macs)
+
+    def steepest(self, width: int) -> Schedule:
+        """As many similar tokens merged as may, as early as they may, in a stream of this width."""
+        steps: list[tuple[int, Step]] = []
+        level = 0
+        for i in range(len(self.levels) - self.tail):
+            before, level = level, merges.furthest(self.ladder, level)
+            if level != before:
+                steps.append((i, merges.merge(self.ladder[level], width, carry=self.restores)))
+        return tuple(steps)
 
     @property
     def floor(self) -> Cost:
@@ -135,10 +155,15 @@ def nets_of(spec: ModelSpec, config: AutoConfig) -> Nets:
         dense["classifier"] = "not cut, only refitted"
     if spec.pool.kind == "map":
         dense["attention pooling"] = "costed, never cut"
+    tokens = config.product == "tokens" or (config.product is None and not spec.outputs) or spec.pool.kind == "none"
     why = {
-        "width": "parts are frozen, and another stream width changes every part" if fixed else narrowing.refusal(base),
-        "tokens": _tokens_refusal(base),
-        "tail": surgery.tail_refusal(spec, fixed),
+        "width": "parts are frozen, and another stream width changes every part"
+        if fixed
+        else "the tokens of the stream are the product"
+        if tokens
+        else narrowing.refusal(base),
+        "tokens": _tokens_refusal(base, restores=tokens),
+        "tail": "its tokens are the product" if tokens and spec.outputs else surgery.tail_refusal(spec, fixed),
     }
     axes = set(asked)
     for axis, reason in why.items():
@@ -159,9 +184,11 @@ def nets_of(spec: ModelSpec, config: AutoConfig) -> Nets:
         tail=had or "tail" in axes,
         align=config.align,
         widths=widths,
-        schedules=_schedules(base) if "tokens" in axes else ((),),
+        schedules=_schedules(base) if "tokens" in axes and not tokens else ((),),
+        ladder=merges.ladder(math.prod(base.grid)) if "tokens" in axes and tokens else (math.prod(base.grid),),
+        restores=tokens,
     )
-    single = len(widths) == 1 and len(nets.schedules) == 1 and nets.tail == had
+    single = len(widths) == 1 and len(nets.schedules) == len(nets.ladder) == 1 and nets.tail == had
     if single and all(len(one.choices()) == 1 for one in levels):
         raise ConfigError(
             f"auto: nothing of this network can be cut on the axes {', '.join(asked)}"
@@ -170,12 +197,10 @@ def nets_of(spec: ModelSpec, config: AutoConfig) -> Nets:
     return nets
 
 
-def _tokens_refusal(spec: ModelSpec) -> str | None:
-    if spec.pool.kind == "none" and not spec.outputs:
-        return "the tokens are what the encoder gives"
+def _tokens_refusal(spec: ModelSpec, *, restores: bool) -> str | None:
     if any(block.steps for block in spec.blocks):
         return "the network merges tokens already"
-    if not any(_schedules(spec)):
+    if len(merges.ladder(math.prod(spec.grid))) == 1 if restores else not any(_schedules(spec)):
         return "too few blocks or tokens"
     return None
 
@@ -351,38 +376,49 @@ def between(losses: Mapping[int, float], size: int) -> float:
 
 @dataclass(frozen=True)
 class Scores:
-    """What the plans are made of.  widths, schedules: divergences of the narrower stream and of the merges alone."""
+    """What the plans are made of.  widths, schedules: divergences of the narrower stream and of the merges alone.
+
+    merges: of similar tokens; None where none may merge.
+    """
 
     blocks: tuple[Losses, ...]
     widths: dict[int, float]
     schedules: tuple[float, ...]
+    merges: Merges | None = None
 
     def loss(self, nets: Nets, i: int, choice: Choice) -> float:
         """Of what becomes of block `i` alone."""
         return self.blocks[i].of(choice, nets.levels[i].whole)
 
+    def net(self, nets: Nets, width: int, steps: Schedule) -> float:
+        """Of a stream width and token steps alone."""
+        if steps in nets.schedules:
+            return self.widths[width] + self.schedules[nets.schedules.index(steps)]
+        assert self.merges is not None
+        return self.widths[width] + self.merges.total(steps)
+
     def total(self, nets: Nets, one: Candidate) -> float:
         """The predicted divergence of a candidate: the sum of its parts."""
-        net = self.widths[one.width] + self.schedules[nets.schedules.index(one.steps)]
-        return net + sum(self.loss(nets, i, choice) for i, choice in enumerate(one.choices))
+        return self.net(nets, one.width, one.steps) + sum(
+            self.loss(nets, i, choice) for i, choice in enumerate(one.choices)
+        )
 
 
 def best_candidates(nets: Nets, scores: Scores, limits: Mapping[str, int], *, count: int) -> list[Candidate]:
     """The candidates of the least predicted divergence within the limits, each of another stream width or token schedule.
 
-    Exact over blocks within each of them. Those that leave more of the budget than law 7 allows
+    Exact over blocks within each of them; schedules of similarity steps are planned for each width. Those that leave more of the budget than law 7 allows
     count only where there are no others.
     """
-    order = sorted(
-        (scores.widths[w] + scores.schedules[s], w, s) for w in nets.widths for s in range(len(nets.schedules))
-    )
+    pairs = [(w, steps) for w in nets.widths for steps in (*nets.schedules, *planned(nets, scores, w, limits))]
+    order = sorted(((scores.net(nets, w, steps), w, n) for n, (w, steps) in enumerate(pairs)))
     near = {name: max(getattr(nets.whole.reference, name) // 100, most) for name, most in nets.tolerance.items()}
     found: list[tuple[bool, float, Candidate]] = []
-    for net, width, s in order:
+    for net, width, n in order:
         full = sorted(total for loose, total, _ in found if not loose)
         if len(full) >= count and net >= full[count - 1]:
             break  # its parts can only add to that
-        steps = nets.schedules[s]
+        steps = pairs[n][1]
         allocator = Allocator(nets.space(width, steps), lambda i, choice: scores.loss(nets, i, choice))
         for whole_parts in (False, True):
             choices = allocator.solve(limits, partial(_no_half_gone, nets) if whole_parts else None)
@@ -401,6 +437,25 @@ def best_candidates(nets: Nets, scores: Scores, limits: Mapping[str, int], *, co
     chosen = list(dict.fromkeys(one for loose, _, one in found if loose == found[0][0]))[:count]
     assert not any(exceeded(cost(nets.spec(one)), limits) for one in chosen)
     return chosen
+
+
+WEIGHTS = (1.0, 2.0, 0.5)
+"""What losses of merging count beside those of the choices: where they do not add up as assumed, another weight does better."""
+
+
+def planned(nets: Nets, scores: Scores, width: int, limits: Mapping[str, int]) -> list[Schedule]:
+    """Schedules of similarity steps worth an exact allocation in a stream of this width."""
+    if scores.merges is None or "macs" not in limits:
+        return []
+    space = nets.space(width, ())
+    losses = [
+        {choice: scores.loss(nets, i, choice) for choice in levels.choices()} for i, levels in enumerate(space.levels)
+    ]
+    found = [
+        merges.schedule(space, losses, scores.merges, limits["macs"], carry=nets.restores, weight=weight)
+        for weight in WEIGHTS
+    ]
+    return [steps for steps in dict.fromkeys(found) if steps]
 
 
 def _no_half_gone(nets: Nets, i: int, choice: Choice) -> bool:

@@ -9,13 +9,13 @@ from pydantic import Field
 
 from vitrim.config import checked
 from vitrim.errors import ConfigError, did_you_mean
-from vitrim.methods.method import MethodConfig
+from vitrim.methods.method import FittedConfig
 
 AXES = ("qk", "vo", "mlp", "attention", "block", "width", "tokens", "tail")
 
 
 @checked
-class AutoConfig(MethodConfig):
+class AutoConfig(FittedConfig):
     """What to reach and how. With a frozen part the stream keeps its width; `budget` may be None for `compress_family` and `predict`."""
 
     axes: tuple[str, ...] | None = None

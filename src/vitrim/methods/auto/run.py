@@ -156,9 +156,7 @@ def _one(job: Job, scores: Scores, budget: Budget) -> Compressed:
     shown = ("width", "steps", "macs", "params", "predicted_kl", "reached_kl")
     report = {
         "variant": config.score,
-        "metric": "KL(dense || compressed), nats"
-        if job.classifies
-        else "squared error of the features divided by their length",
+        "metric": job.product.metric,
         **candidates[best],
         "candidates": [{name: row[name] for name in shown} for row in candidates],
         "widths": {str(w): loss for w, loss in scores.widths.items()},

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitrim import closed_form as cf
 from vitrim import data as opened
@@ -20,12 +21,15 @@ from vitrim.closed_form import fisher
 from vitrim.closed_form import stream_width as narrowing
 from vitrim.closed_form import sublayers as parts
 from vitrim.errors import DataError
+from vitrim.methods.auto import merges
 from vitrim.methods.auto.choose import Losses, Nets, Scores
 from vitrim.methods.auto.config import AutoConfig
+from vitrim.methods.auto.merges import Merges
 from vitrim.methods.fitting import Run, kept
-from vitrim.model import OPEN, Block, Stream, Vit
+from vitrim.model import OPEN, Block, Stream, TokenStep, Vit
 from vitrim.space import BlockLevels
 from vitrim.spec import token_walk
+from vitrim.tokens import likeness
 
 HELD_OUT = 4
 """One image in so many is held out: options are scored and plans compared on it."""
@@ -104,11 +108,26 @@ class Job(Run):
     @torch.no_grad()
     def answer(self, model: Vit, x: Tensor) -> Tensor:
         """What the model answers to a batch, [B, C] on the CPU. Raises DataError where it is not finite."""
-        said = model(x.to(next(model.parameters())), gates=OPEN)
-        found = fisher.outcome(said, classifies=self.classifies, several=self.several).cpu()
+        want = self.product.want
+        found = self.product.outcome(model(x.to(next(model.parameters())), gates=OPEN, want=(want,))[want]).cpu()
         if not torch.isfinite(found).all():
             raise DataError("auto: the model's output is not finite. Check the weights and the images' normalisation.")
         return found
+
+    @cached_property
+    def maps(self) -> dict[str, Tensor]:
+        """Of `merge_maps`."""
+        return self.kept("merge-maps", partial(merge_maps, self)).tensors
+
+    def merger(self, i: int, patches: int, keep: int) -> TokenStep:
+        """The step that merges so many patch tokens in block `i` of the dense stream."""
+        step = TokenStep(
+            merges.merge(keep, self.base.spec.width, carry=self.nets.restores), self.base.spec.width, length=patches
+        )
+        for name in ("metric", "carry"):
+            if (value := self.maps.get(f"{i}/{name}")) is not None:
+                setattr(step, name, nn.Parameter(value.to(self.device), requires_grad=False))
+        return step.to(self.device)
 
     @cached_property
     def logs(self) -> list[Tensor] | None:
@@ -126,7 +145,7 @@ class Job(Run):
         total = 0.0
         for n, x in enumerate(self.inputs.batches("held")):
             before = self.answer(self.base, x) if self.logs is None else self.logs[n]
-            total += float(fisher.divergence(before, self.answer(model, x), classifies=self.classifies).sum())
+            total += float(self.product.divergence(before, self.answer(model, x)).sum())
         return total / len(self.inputs.rows["held"])
 
     @cached_property
@@ -135,12 +154,13 @@ class Job(Run):
         if not self.base.blocks:
             return {}
         t = self.kept("sensitivity", self._sensitivity).tensors
-        return {n: cf.Sensitivity(tokens=t[f"{n}/tokens"], matrix=t[f"{n}/matrix"]) for n in cf.places(self.base)}
+        kinds = [field.name for field in fields(cf.Sensitivity)]
+        return {n: cf.Sensitivity(**{kind: t[f"{n}/{kind}"] for kind in kinds}) for n in cf.places(self.base)}
 
     def _sensitivity(self) -> Piece:
         fit, total = self.inputs.batches("fit"), len(self.inputs.rows["fit"])
         told = partial(self.tell, "sensitivity", total=total)
-        found = cf.sensitivity(self.base, fit, seed=self.config.seed, progress=told)
+        found = cf.sensitivity(self.base, fit, product=self.product, seed=self.config.seed, progress=told)
         return Piece(
             {f"{name}/{kind}": value for name, site in found.items() for kind, value in vars(site).items()}, {}
         )
@@ -347,7 +367,86 @@ def score(job: Job) -> Scores:
     most = 0.0
     for w in nets.widths:  # no narrower stream below a wider one: what noise says otherwise
         widths[w] = most = max(most, found["width", w])
-    return Scores(blocks, widths, tuple(found["schedule", s] for s in range(len(nets.schedules))))
+    merged = None
+    if len(nets.ladder) > 1:
+        merged = Merges(nets.ladder, np.array(job.kept("merges", partial(merge_losses, job)).values["losses"]))
+    return Scores(blocks, widths, tuple(found["schedule", s] for s in range(len(nets.schedules))), merged)
+
+
+MERGED = 16
+"""Held-out images on which merges are measured."""
+PAIRS = 1 / 2
+"""Share of a block's tokens, those most like their match, from which is learned what sets merged tokens apart at the end."""
+CARRY_RIDGE = 1e-2
+
+
+@torch.no_grad()
+def merge_maps(job: Job) -> Piece:
+    """What the merges of each block go by: `i/metric` [D, R], where tokens are compared, the least direction first, and `i/carry` [D, D] for its step.
+
+    metric: the leading directions of what the product minds of patch tokens behind the attention. carry: regression of the
+    difference of two like tokens at the end of the dense stream on their difference here.
+    """
+    base, found, like = job.base, {}, next(job.base.parameters())
+    width, count, prefix = base.spec.width, len(base.blocks), len(base.spec.prefix)
+    rank = merges.directions(width)
+    for i in range(count):
+        values, vectors = torch.linalg.eigh(job.sites[f"mid:{i}"].patches)
+        scale = (values / values[-1:].clamp_min(1e-300)).clamp_min(0).sqrt()
+        found[f"{i}/metric"] = own_memory((vectors * scale)[:, -rank:].to("cpu", like.dtype))
+    if job.nets.restores:
+        grams = [torch.zeros(width, width, dtype=torch.float64) for _ in range(count)]
+        crosses = [torch.zeros(width, width, dtype=torch.float64) for _ in range(count)]
+        names = [*(f"mid:{i}" for i in range(count)), f"block:{count - 1}"]
+        for x in job.inputs.batches("fit"):
+            seen = base(x.to(like), gates=OPEN, want=names)
+            last = seen[names[-1]][:, prefix:]
+            for i, name in enumerate(names[:-1]):
+                here = seen[name][:, prefix:]
+                apart = [_apart(here, values, found[f"{i}/metric"]).flatten(0, 1) for values in (here, last)]
+                grams[i] += (apart[0].mT @ apart[0]).to("cpu", torch.float64)
+                crosses[i] += (apart[0].mT @ apart[1]).to("cpu", torch.float64)
+        eye = torch.eye(width, dtype=torch.float64)
+        for i, (gram, cross) in enumerate(zip(grams, crosses, strict=True)):
+            pull = CARRY_RIDGE * gram.diagonal().mean().clamp_min(1e-300) * eye
+            found[f"{i}/carry"] = own_memory(torch.linalg.solve(gram + pull, cross + pull).to(like.dtype))
+    return Piece(found, {})
+
+
+def _apart(x: Tensor, values: Tensor, metric: Tensor) -> Tensor:
+    """Differences of `values` between tokens of even index and their match of odd index, those most alike.  B P D -> B K D"""
+    alike, best = likeness(x, x.new_ones(x.shape[:2]), "ward", metric.to(x)).max(-1)
+    chosen = alike.topk(max(1, round(alike.shape[1] * PAIRS)), dim=-1).indices
+
+    def take(rows: Tensor, index: Tensor) -> Tensor:
+        return rows.gather(1, index[:, :, None].expand(-1, -1, rows.shape[2]))
+
+    return take(values[:, 0::2], chosen) - take(values[:, 1::2], best.gather(1, chosen))
+
+
+@torch.no_grad()
+def merge_losses(job: Job) -> Piece:
+    """`losses`, [blocks, L]: of the dense stream behind each attention brought down the ladder, a rung at a time."""
+    nets, base, like, product = job.nets, job.base, next(job.base.parameters()), job.product
+    net = surgery.with_spec(base, replace(base.spec, restore=nets.restores), base.state_dict(), share=True).eval()
+    sums, done = np.zeros((len(base.blocks), len(nets.ladder))), 0
+    for x in job.inputs.batches("held"):
+        x = x[: MERGED - done].to(like)
+        stream = net.embed(x)
+        before = product.outcome(net(x, gates=OPEN, want=(product.want,))[product.want])
+        for i, block in enumerate(net.blocks):
+            merged = block.attend(stream).stream
+            for level, (now, keep) in enumerate(pairwise(nets.ladder), start=1):
+                merged = job.merger(i, now, keep)(merged)
+                after = block.transform(merged).stream
+                told = product.outcome(cf.answers(net, after, i + 1, product.want))
+                sums[i, level] += float(product.divergence(before, told).sum())
+            stream = block.run(stream)
+            job.tell("merges", i + 1, len(base.blocks))
+        done += len(x)
+        if done >= MERGED:
+            break
+    return Piece({}, {"losses": np.maximum.accumulate(sums / done, axis=1).tolist()})
 
 
 KINDS = ("qk", "v", "hidden", "off")
@@ -363,9 +462,10 @@ def _trial(job: Job, kind: str, n: int) -> Piece:
     if kind == "width":
         trial, _ = job.narrowed(n, "probe")
     else:
-        after = nets.spec(nets.uncut(nets.schedules[n]), tail=False)
+        after = nets.spec(nets.uncut(nets.schedules[n]), tail=False)  # its steps have no weights
         blocks = [replace(b, steps=to.steps) for b, to in zip(base.spec.blocks, after.blocks, strict=True)]
-        trial = surgery.with_spec(base, replace(base.spec, blocks=tuple(blocks)), base.state_dict(), share=True)
+        spec = replace(base.spec, blocks=tuple(blocks), restore=nets.restores)
+        trial = surgery.with_spec(base, spec, base.state_dict(), share=True)
     return Piece({}, {"loss": job.divergence(trial)})
 
 
@@ -399,14 +499,15 @@ def batch_losses(job: Job, library: Sequence[Piece], x: Tensor, generator: torch
 
     Also the state in which the generator is left.
     """
-    base, classifies, several = job.base, job.classifies, job.several
+    base, product = job.base, job.product
     x = x.to(next(base.parameters()))
     grads: fisher.Gradients | None = None
     if job.config.score == "fisher":
-        grads = fisher.gradients(base, x, cf.places(base), draws=job.config.draws, generator=generator)
+        names, draws = cf.places(base), job.config.draws
+        grads = fisher.gradients(base, x, names, product=product, draws=draws, generator=generator)
     rows: list[list[tuple[str, int, float]]] = []
     with torch.no_grad():
-        before = fisher.outcome(base(x, gates=OPEN), classifies=classifies, several=several)
+        before = product.outcome(base(x, gates=OPEN, want=(product.want,))[product.want])
         stream = base.embed(x)
         for i, (block, found) in enumerate(zip(base.blocks, library, strict=True)):
             entry = block.start(stream)
@@ -416,9 +517,8 @@ def batch_losses(job: Job, library: Sequence[Piece], x: Tensor, generator: torch
                 if grads is not None:
                     lost = grads.cost(place, change).mean(0)
                 else:
-                    said = _outcome_after(base, i, place, entry, change)
-                    after = fisher.outcome(said, classifies=classifies, several=several)
-                    lost = fisher.divergence(before, after, classifies=classifies)
+                    after = product.outcome(_answer_after(base, i, place, entry, change, product.want))
+                    lost = product.divergence(before, after)
                 rows[i].append((part, size, float(lost.sum())))
 
             changes(block, i, job.nets.levels[i], found, entry, emit)
@@ -426,7 +526,7 @@ def batch_losses(job: Job, library: Sequence[Piece], x: Tensor, generator: torch
     return Piece({"signs": generator.get_state()}, {"blocks": rows})
 
 
-def _outcome_after(base: Vit, i: int, place: str, entry: Stream, change: Tensor) -> Tensor:
+def _answer_after(base: Vit, i: int, place: str, entry: Stream, change: Tensor, want: str) -> Tensor:
     """What the dense network answers when the stream at this place of block `i` is changed."""
     block = base.blocks[i]
     stream = block.attend(entry).stream
@@ -435,4 +535,4 @@ def _outcome_after(base: Vit, i: int, place: str, entry: Stream, change: Tensor)
     stream = block.transform(block.mid(stream)).stream
     if place.startswith("block"):
         stream = stream._replace(x=stream.x + change)
-    return cf.answers(base, block.end(stream), i + 1)
+    return cf.answers(base, block.end(stream), i + 1, want)

@@ -8,11 +8,11 @@ from pydantic import Field
 
 from vitrim.config import checked
 from vitrim.errors import ConfigError
-from vitrim.methods.method import MethodConfig
+from vitrim.methods.method import FittedConfig
 
 
 @checked
-class ComcatConfig(MethodConfig):
+class ComcatConfig(FittedConfig):
     """What to reach and how."""
 
     variant: Literal["whitened", "svd"] = "whitened"

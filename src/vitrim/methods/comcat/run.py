@@ -271,7 +271,7 @@ def compress(
         assert config.budget is not None
         if feed is not None and config.probe_images:
             few = list(feed.few(config.probe_images, config.seed).batches(config.batch_size))
-            weights = _probe(base, factors, energies, few, progress)
+            weights = _probe(base, factors, energies, few, fisher.Product.of(base.config, config.product), progress)
         common = [
             {part: _scaled(energy, weights[i].get(part)) for part, energy in own.items()}
             for i, own in enumerate(energies)
@@ -360,20 +360,24 @@ def _scaled(energy: Sequence[float], weight: float | None) -> list[float]:
 
 @torch.no_grad()
 def _probe(
-    model: Vit, factors: Factored, energies: Energies, batches: list[Tensor], progress: Progress | None
+    model: Vit,
+    factors: Factored,
+    energies: Energies,
+    batches: list[Tensor],
+    product: fisher.Product,
+    progress: Progress | None,
 ) -> list[dict[str, float]]:
-    """Divergence of the outputs per unit of tail energy, each part truncated alone to half of its ranks."""
-    before = _answers(model, batches)
+    """Divergence of the product per unit of tail energy, each part truncated alone to half of its ranks."""
+    before = _answers(model, batches, product.want)
     found: list[dict[str, float]] = [{} for _ in factors]
     places = [(i, part) for i, own in enumerate(factors) for part in own]
     for done, (i, part) in enumerate(places, start=1):
         energy = energies[i][part]
         rank = max(1, factors[i][part].left.shape[-1] // 2)
         alone: Ranks = [{part: rank} if j == i else {} for j in range(len(factors))]
-        after = _answers(applied(model, factors, alone, variant="", share=True), batches)
+        after = _answers(applied(model, factors, alone, variant="", share=True), batches, product.want)
         tail = max(sum(energy[rank:]), cf.TINY * sum(energy), 1e-300)
-        kind = {"classifies": bool(model.spec.outputs), "several": model.config.multi_label}
-        found[i][part] = fisher.apart(before, after, **kind) / tail
+        found[i][part] = product.apart(before, after) / tail
         if progress is not None:
             progress("probe", done, len(places))
     # a truncation whose effect drowns in rounding still counts for something, or its ranks would be given away
@@ -381,10 +385,10 @@ def _probe(
     return [{part: weight if weight > 0 else least for part, weight in own.items()} for own in found]
 
 
-def _answers(model: Vit, batches: list[Tensor]) -> Tensor:
+def _answers(model: Vit, batches: list[Tensor], want: str) -> Tensor:
     """Of all images.  [n, ...] float64 on the CPU."""
     like = next(model.parameters())
-    return torch.cat([double(model(x.to(like), gates=OPEN)) for x in batches])
+    return torch.cat([double(model(x.to(like), gates=OPEN, want=(want,))[want]) for x in batches])
 
 
 def _report(

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from vitrim.config import Augment, checked, default
 from vitrim.errors import ConfigError
-from vitrim.methods.method import MethodConfig
+from vitrim.methods.method import FittedConfig
 
 IGNORED = {
     "closed": ("k", "preset", "steps", "metric_images", "metric_steps"),
@@ -18,7 +18,7 @@ IGNORED = {
 
 
 @checked
-class DcvitConfig(MethodConfig):
+class DcvitConfig(FittedConfig):
     """What to reach and how."""
 
     variant: Literal["closed", "finetune"] = "closed"

@@ -234,15 +234,14 @@ def narrow(job: Job, student: Vit, index: int, hidden: int, *, draw: int = 0) ->
 
 
 @torch.no_grad()
-def mismatch(teacher: Vit, student: Vit, x: Tensor, batch_size: int) -> float:
-    """KL(teacher || student) on the metric images; of an encoder the squared error of its features' directions."""
+def mismatch(teacher: Vit, student: Vit, x: Tensor, batch_size: int, product: fisher.Product) -> float:
+    """How far the student's product is from the teacher's on the metric images."""
     like = next(teacher.parameters())
     before, after = (
-        torch.cat([cf.answers(net, net.embed(part.to(like)), 0).cpu() for part in x.split(batch_size)])
+        torch.cat([cf.answers(net, net.embed(part.to(like)), 0, product.want).cpu() for part in x.split(batch_size)])
         for net in (teacher, student)
     )
-    kind = {"classifies": bool(teacher.spec.outputs), "several": teacher.config.multi_label}
-    return fisher.apart(before, after, **kind)
+    return product.apart(before, after)
 
 
 def by_finetuning(job: Job, budget: Budget) -> tuple[Vit, list[Keep | None], list[dict[str, Any]], dict[str, Any]]:
@@ -295,7 +294,7 @@ def _trials(job: Job, shape: Structure, limits: Mapping[str, int]) -> tuple[dict
             student, _ = narrow(job, job.base, i, shape.hidden[i])
             out, what = job.place(f"trial-{i}"), f"trial of block {i}, {done} of {len(found)}"
             finetune(job, student, last=i, steps=job.config.steps, out=out, what=what)
-            scores[i] = mismatch(job.base, student, metric, job.config.batch_size)
+            scores[i] = mismatch(job.base, student, metric, job.config.batch_size, job.product)
             if scores[i] < min((lost for j, lost in scores.items() if j != i), default=math.inf):
                 weights = {name: tensor.detach().cpu().clone() for name, tensor in student.state_dict().items()}
             journal.put(f"trial-{i}", weights, {"mismatch": scores[i]})

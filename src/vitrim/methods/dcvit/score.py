@@ -16,7 +16,7 @@ from torch import Tensor
 from vitrim import checkpoints
 from vitrim import closed_form as cf
 from vitrim.checkpoints import Piece
-from vitrim.closed_form import fisher, sublayers
+from vitrim.closed_form import sublayers
 from vitrim.methods.dcvit.job import FOLDS, Job
 from vitrim.methods.dcvit.structure import unit
 from vitrim.model import Block, Stream
@@ -216,11 +216,11 @@ def _cut_block(
 def _measure(s: Scoring, index: int, run: Callable[[Stream], Stream]) -> float:
     """Divergence of the output on the probe images when block `index` is replaced by `run`."""
     found = [
-        cf.answers(s.job.base, run(stream), index + 1).cpu()
+        cf.answers(s.job.base, run(stream), index + 1, s.job.product.want).cpu()
         for number, stream in enumerate(s.held.batches(s.job.device))
         if number in s.probes
     ]
-    return fisher.apart(torch.cat(s.answers), torch.cat(found), classifies=s.job.classifies, several=s.job.several)
+    return s.job.product.apart(torch.cat(s.answers), torch.cat(found))
 
 
 @torch.no_grad()
@@ -236,7 +236,8 @@ def score(job: Job) -> tuple[list[Score], dict[str, cf.Sensitivity] | None]:
         if left > 0:
             probes.append(n)
             left -= len(held.parts[n].x)
-    answers = [cf.answers(base, stream, 0).cpu() for n, stream in enumerate(held.batches(device)) if n in probes]
+    want = job.product.want
+    answers = [cf.answers(base, stream, 0, want).cpu() for n, stream in enumerate(held.batches(device)) if n in probes]
     journal = job.journal()
     s = Scoring(
         job=job, held=held, sites=_sensitivity(job) if config.weighted else None, answers=answers, probes=probes
@@ -259,4 +260,6 @@ def score(job: Job) -> tuple[list[Score], dict[str, cf.Sensitivity] | None]:
 def _sensitivity(job: Job) -> dict[str, cf.Sensitivity]:
     inputs, few = job.inputs, -(-job.config.probe_images // job.inputs.batch_size)  # batches
     told = partial(job.tell, "sensitivity", total=min(few * inputs.batch_size, inputs.count))
-    return cf.sensitivity(job.base, islice(inputs.batches(), few), seed=job.config.seed, progress=told)
+    return cf.sensitivity(
+        job.base, islice(inputs.batches(), few), product=job.product, seed=job.config.seed, progress=told
+    )
