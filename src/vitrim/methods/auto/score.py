@@ -403,7 +403,7 @@ def merge_maps(job: Job) -> Piece:
             last = seen[names[-1]][:, prefix:]
             for i, name in enumerate(names[:-1]):
                 here = seen[name][:, prefix:]
-                apart = [_apart(here, values, found[f"{i}/metric"]).flatten(0, 1) for values in (here, last)]
+                apart = [d.flatten(0, 1) for d in _apart(here, found[f"{i}/metric"], (here, last))]
                 grams[i] += (apart[0].mT @ apart[0]).to("cpu", torch.float64)
                 crosses[i] += (apart[0].mT @ apart[1]).to("cpu", torch.float64)
         eye = torch.eye(width, dtype=torch.float64)
@@ -413,15 +413,19 @@ def merge_maps(job: Job) -> Piece:
     return Piece(found, {})
 
 
-def _apart(x: Tensor, values: Tensor, metric: Tensor) -> Tensor:
-    """Differences of `values` between tokens of even index and their match of odd index, those most alike.  B P D -> B K D"""
+def _apart(x: Tensor, metric: Tensor, streams: Sequence[Tensor]) -> list[Tensor]:
+    """Differences of each stream between tokens of even index and their match of odd index in `x`, those most alike.
+
+    x, streams: B P D -> B K D each.
+    """
     alike, best = likeness(x, x.new_ones(x.shape[:2]), "ward", metric.to(x)).max(-1)
     chosen = alike.topk(max(1, round(alike.shape[1] * PAIRS)), dim=-1).indices
+    matched = best.gather(1, chosen)
 
     def take(rows: Tensor, index: Tensor) -> Tensor:
         return rows.gather(1, index[:, :, None].expand(-1, -1, rows.shape[2]))
 
-    return take(values[:, 0::2], chosen) - take(values[:, 1::2], best.gather(1, chosen))
+    return [take(values[:, 0::2], chosen) - take(values[:, 1::2], matched) for values in streams]
 
 
 @torch.no_grad()
