@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ class Decoder(nn.Module):
     def __init__(self, widths: Sequence[int] = (384, 256, 128, 64)) -> None:
         super().__init__()
         self.steps = len(widths) - 1
-        for i, (before, after) in enumerate(zip(widths, widths[1:], strict=False), 1):
+        for i, (before, after) in enumerate(pairwise(widths), 1):
             setattr(self, f"upconv{i}", nn.ConvTranspose2d(before, after, 4, stride=2, padding=1))
             setattr(self, f"bn{i}", nn.BatchNorm2d(after, eps=1e-5))
         self.final_conv = nn.Conv2d(widths[-1], 1, 1)
@@ -65,8 +66,8 @@ def decoder(folder: Path) -> Decoder:
     found = Decoder()
     state = {name: tensor.float() for name, tensor in load_file(folder / "decoder.safetensors").items()}
     missing, unknown = found.load_state_dict(state, strict=False)
-    left = [name for name in missing if not name.endswith("num_batches_tracked")]
-    assert not left and not unknown, f"decoder.safetensors lacks {left} and has {unknown} beside what is expected"
+    odd = [*unknown, *(name for name in missing if not name.endswith("num_batches_tracked"))]
+    assert not odd, f"decoder.safetensors lacks or has beside what is expected: {odd}"
     return found.eval().requires_grad_(False)
 
 
