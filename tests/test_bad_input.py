@@ -68,6 +68,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the cases start from: a model, images of its classes, images of others, and images without classes."""
     root = tmp_path_factory.mktemp("bad")
     save_model(root / "model")
+    save_model(root / "tailed", replace(SPEC, blocks=(SPEC.blocks[0], replace(SPEC.blocks[1], steps=(Prefix(),)))))
     draw_images(root / "photos", CLASSES)
     draw_images(root / "others", ("rose", "tulip"))
     draw_images(root, ("loose",))
@@ -222,6 +223,15 @@ CASES = [
     Bad("a family out of reach", f"{CUT} --keep-macs 0.5,0.01", ("out of reach", "comcat reaches", "to 1)")),
     Bad("a frozen part that is not there", f"{CUT} --keep-macs 0.5 --freeze blocks.77", ("freeze='blocks.77'", "blocks 0 to"), 2),
     Bad("unreachable budget", f"{CUT} --keep-macs 0.01", ("out of reach", "comcat reaches", "to 1)")),
+    # what it is for
+    Bad("unknown product", f"{CUT} --keep-macs 0.9 --product token", ("did you mean 'tokens'?",), 2),
+    Bad("product of a method that has none", f"{CUT} --keep-macs 0.9 --method uvc --product tokens", ("uvc has no setting 'product'", "auto, comcat, dcvit have it"), 2),
+    Bad("tokens compared with nothing", "evaluate model --data photos --product tokens", ("pass --against DENSE",), 2),
+    Bad("tokens that a tail drops", f"{CUT} --model tailed --keep-macs 0.9 --product tokens", ("exact tail", "expected a token for each patch", "--product output"), 2),
+    Bad("tokens that a tail drops, planned", "plan --model tailed --keep-macs 0.9 --product tokens", ("exact tail", "--product output"), 2),
+    Bad("tokens that a tail drops, scored", "evaluate tailed --against model --data photos --product tokens", ("exact tail", "--product output"), 2),
+    Bad("tokens that a tail drops, learned", "recover tailed --teacher model --data photos --product tokens --out new", ("exact tail", "--product output"), 2),
+    Bad("tokens learned from labels", "recover model --teacher model --data photos --product tokens --objective distilled --out new", ("product='tokens'", "expected objective='label_free'"), 2),
     # models
     Bad("unknown model", "cost timm:vit_tiny_patch16_244", ("vit_tiny_patch16_244", "did you mean", "vit_tiny_patch16_224")),
     Bad("unknown source", "cost tim:vit_tiny_patch16_224", ("no source named 'tim'", "did you mean 'timm'?")),

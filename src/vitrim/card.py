@@ -50,6 +50,13 @@ TRAINED = {"train": "trained", "recover": "recovered"}
 """What a provenance names as its method and cuts nothing."""
 
 
+PRODUCTS = {
+    "tokens": "all its tokens behind the final norm, as many as the dense model gives",
+    "output": "what `model(images)` gives",
+}
+"""What a provenance names as its product."""
+
+
 def _front_matter(config: Config, selection: Selection, provenance: Mapping[str, Any]) -> Iterator[str]:
     """YAML, each value in JSON's spelling, which YAML reads alike."""
     methods = list(dict.fromkeys(step.method for step in selection.steps))
@@ -90,6 +97,9 @@ def _body(config: Config, selection: Selection, provenance: Mapping[str, Any]) -
         else:
             by = f"{cut}, then {trained}" if trained else f"`{method}`"
             yield f"Compressed by {by}{variant}. `selection.json` says which units of the dense network survived."
+        yield ""
+    if (product := provenance.get("product")) in PRODUCTS:
+        yield f"It is for {PRODUCTS[product]}; what else it gives may be lost."
         yield ""
     rows = list(_rows(provenance.get("metrics"), total.macs, total.params))
     if rows:

@@ -680,7 +680,8 @@ class Vit(nn.Module):
 
         want: names of what to return instead, as a dict: `logits`, `outputs` (dict by classifier), `reads` (what their last
         linears are given), `pooled` [B, D], `tokens` [B, N, D] after the final norm, `decisions` (per block, attention's and MLP's, [B] or None), and with
-        a block's number `block:i` [B, N, D] after its MLP, `mid:i` after its attention, `map:i` [B, D, h, w], restored.
+        a block's number `block:i` [B, N, D] after its MLP, `mid:i` after its attention, `restored:i` as `block:i` with each merged
+        token's value at all that it stands for, `map:i` [B, D, h, w] its patches on the lattice.
         """
         taps = _taps(want, len(self.blocks))
         gates = gates or Gates(policy="image" if self.config.gate_policy == "group" else self.config.gate_policy)
@@ -697,7 +698,7 @@ class Vit(nn.Module):
                 stream, seen = block(*arguments)
             decisions.append(seen.decisions)
             for name in taps.get(i, ()):
-                found[f"{name}:{i}"] = _map(seen.block, lattice) if name == "map" else getattr(seen, name).x
+                found[f"{name}:{i}"] = _tapped(name, i, seen, lattice)
         ended = self.read(stream)
         if want is None:
             return ended.logits
@@ -760,13 +761,17 @@ class Vit(nn.Module):
         return self(x, want=("outputs",))["outputs"]
 
     def features(self, x: Tensor, taps: Sequence[int], restore: bool = True) -> list[Tensor]:
-        """Streams after the given blocks: maps [B, D, rows, cols] on the input's lattice, or tokens [B, N, D]."""
+        """Streams after the given blocks: maps [B, D, rows, cols] on the input's lattice, merged tokens restored, or tokens [B, N, D].
+
+        Raises SpecError for a map of a block that leaves no patch tokens (an exact tail).
+        """
         name = "map" if restore else "block"
         found = self(x, want=tuple(f"{name}:{i}" for i in taps))
         return [found[f"{name}:{i}"] for i in taps]
 
 
 WANTS = (*Read._fields, "decisions")
+TAPS = ("block", "mid", "restored", "map")
 
 
 def _taps(want: Sequence[str] | None, blocks: int) -> dict[int, list[str]]:
@@ -775,9 +780,9 @@ def _taps(want: Sequence[str] | None, blocks: int) -> dict[int, list[str]]:
         if name in WANTS:
             continue
         kind, _, number = name.partition(":")
-        if kind not in ("block", "mid", "map") or not number.isdigit():
+        if kind not in TAPS or not number.isdigit():
             raise SpecError(
-                f"want={name!r}{did_you_mean(name, WANTS)}; expected {', '.join(WANTS)}, or block:i, mid:i, map:i."
+                f"want={name!r}{did_you_mean(name, WANTS)}; expected {', '.join(WANTS)}, or {', '.join(f'{tap}:i' for tap in TAPS)}."
             )
         if int(number) >= blocks:
             raise SpecError(f"want={name!r}; the model has blocks 0 to {blocks - 1}.")
@@ -785,12 +790,22 @@ def _taps(want: Sequence[str] | None, blocks: int) -> dict[int, list[str]]:
     return found
 
 
-def _map(stream: Stream, lattice: tuple[int, int] | None) -> Tensor:
-    assert lattice is not None
-    patches = stream.x[:, stream.prefix :]
+def _tapped(kind: str, i: int, seen: Seen, lattice: tuple[int, int] | None) -> Tensor:
+    """What a tap of block `i` gives."""
+    if kind in ("block", "mid"):
+        found: Tensor = getattr(seen, kind).x
+        return found
+    stream = seen.block
+    head, patches = stream.x[:, : stream.prefix], stream.x[:, stream.prefix :]
     if not patches.shape[1]:
-        raise SpecError("a map was asked for after a prefix step, which leaves no patch tokens; take an earlier block.")
-    return merging.restore(patches, stream.history).transpose(1, 2).unflatten(-1, lattice)
+        raise SpecError(
+            f"{kind}:{i} was asked for behind a prefix step, which leaves no patch tokens; take a block before {i}."
+        )
+    patches = merging.restore(patches, stream.history)
+    if kind == "restored":
+        return torch.cat([head, patches], dim=1)
+    assert lattice is not None
+    return patches.transpose(1, 2).unflatten(-1, lattice)
 
 
 def _norm(spec: ModelSpec, wanted: bool) -> nn.Module:

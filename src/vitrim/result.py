@@ -116,6 +116,7 @@ OWN = (
     "config",
     "data",
     "seed",
+    "product",
     "metrics",
     "steps",
     "seconds",

@@ -688,6 +688,39 @@ def from_json(text: str) -> ModelSpec:
     return ModelSpec.from_dict(parse_json(text, named="spec:", error=SpecError, mend="Expected what `to_json` writes."))
 
 
+ProductName = Literal["output", "tokens"]
+"""What a network is for: what `model(x)` gives, or every token behind the final norm, merged ones restored."""
+
+
+def tokens_given(spec: ModelSpec) -> tuple[int, int]:
+    """How many tokens are there behind the final norm, prefix tokens among them, and of what width."""
+    if spec.restore or not spec.blocks:
+        return len(spec.prefix) + math.prod(spec.grid), spec.width
+    return token_walk(spec)[-1].leave.count, spec.width
+
+
+def product_of(spec: ModelSpec, named: ProductName | None = None, *, beside: ModelSpec | None = None) -> ProductName:
+    """What a network is for: as named, or the tokens of an encoder that gives one for each patch, the output of others.
+
+    beside: of a network that it is compared with, whose tokens have to be as many, of one width.
+    Raises ConfigError where tokens are named that are not there.
+    """
+    found = tokens_given(spec)
+    lacking = None
+    if any(isinstance(step, Prefix) for block in spec.blocks for step in block.steps):
+        lacking = "the last block lets only prefix tokens through (an exact tail), so that no patch tokens are left"
+    elif beside is not None and tokens_given(beside) != found:
+        ours, theirs = (f"{count} tokens of width {width}" for count, width in (found, tokens_given(beside)))
+        lacking = f"the network gives {ours}, the dense one {theirs}"
+    if named == "tokens" and lacking is not None:
+        raise ConfigError(
+            f"product='tokens': {lacking}; expected a token for each patch. Take product='output' (--product output), or cut the dense "
+            "network with product='tokens'."
+        )
+    whole = lacking is None and found[0] == len(spec.prefix) + math.prod(spec.grid)
+    return named or ("output" if spec.outputs or not whole else "tokens")
+
+
 def reads_prefix_alone(spec: ModelSpec) -> bool:
     """Whether what the network gives is read from prefix tokens only, which see the image through attention alone."""
     reads = [read for output in spec.outputs for read in output.reads] or ["pool"]

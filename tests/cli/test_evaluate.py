@@ -39,6 +39,17 @@ def test_a_tenth_of_a_plain_folder_is_scored_and_that_is_said(tmp_path: Path) ->
     assert "set aside" not in words
 
 
+def test_tokens_are_scored_where_they_are_the_product(tmp_path: Path) -> None:
+    model = saved(tmp_path / "model", ("cat", "dog"))
+    photos = class_folder(tmp_path / "photos", {"cat": 2, "dog": 2})
+    done = run("evaluate", model, "--against", model, "--product", "tokens", "--data", photos, "--split", "all")
+    assert done.exit_code == 0, done.output
+    assert "cosine of tokens with dense  1.0000" in done.stdout
+    assert "cosine of tokens, worst image  1.0000" in done.stdout
+    assert "cosine of the class token  1.0000" in done.stdout
+    assert "top-1" in done.stdout
+
+
 def test_images_of_other_classes_are_compared_with_a_model_without_their_labels(tmp_path: Path) -> None:
     model = saved(tmp_path / "model", ("cat", "dog"))
     photos = class_folder(tmp_path / "photos", {"fox": 2, "owl": 2})

@@ -230,10 +230,61 @@ def test_unlabelled_photos_are_judged_by_agreement(tmp_path: Path) -> None:
     assert result.summary["difference"] is None
 
 
-def test_an_encoder_is_judged_by_its_features(tmp_path: Path) -> None:
-    result = job(tmp_path / "small", model=tiny(outputs=False), data=pictures(labelled=False))
-    assert -1 <= result.summary["metrics"]["recovered"]["cosine"] <= 1
+def test_an_encoder_is_judged_by_its_tokens(tmp_path: Path) -> None:
+    result = job(tmp_path / "small", model=tiny(outputs=False), data=pictures(labelled=False), measure=None)
+    metrics = result.summary["metrics"]["recovered"]
+    assert -1 <= metrics["worst_image_cosine"] <= metrics["token_cosine"] <= 1
+    assert "cosine" not in metrics
     assert result.summary["recovery"]["objective"] == "label_free"
+    assert result.summary["product"]["name"] == "tokens"
+    page = result.report.read_text()
+    assert "It is for all its 5 tokens behind the final norm, the class token among them." in page
+    assert "tokens at cosine" in page.split("</h1>")[0]
+    assert "all its tokens behind the final norm" in (result.folder / "README.md").read_text()
+
+
+def test_an_encoder_whose_output_is_the_product_is_judged_by_its_features(tmp_path: Path) -> None:
+    config = replace(COMCAT, product="output")
+    result = job(
+        tmp_path / "small",
+        model=tiny(outputs=False),
+        config=config,
+        data=pictures(labelled=False),
+        recover=None,
+        measure=None,
+    )
+    assert -1 <= result.summary["metrics"]["compressed"]["cosine"] <= 1
+    assert "token_cosine" not in result.summary["metrics"]["compressed"]
+    words = "It is for its features, the class token; tokens by themselves are not, and may be lost."
+    assert words in result.report.read_text()
+
+
+def test_the_methods_product_goes_on_to_recovery_scores_and_report(tmp_path: Path) -> None:
+    """A classifier that is for its tokens: none is dropped, all are learned and compared; or what the two name themselves."""
+    config = replace(COMCAT, product="tokens")
+    result = job(tmp_path / "small", config=config, measure=None)
+    assert not surgery.has_exact_tail(result.spec)
+    assert result.summary["recovery"]["objective"] == "label_free"
+    assert {"token_cosine", "top1", "agreement"} <= {*result.summary["metrics"]["recovered"]}
+    page = result.report.read_text()
+    assert "the classifier&#39;s answers are not, and may be lost" in page
+    assert "tokens at cosine" in page.split("</h1>")[0]
+    own = {"recover": replace(RECOVER, product="output"), "evaluate": replace(JUDGE, product="output")}
+    result = job(tmp_path / "other", config=config, measure=None, **own)
+    assert result.summary["recovery"]["objective"] == "distilled"
+    assert "token_cosine" not in result.summary["metrics"]["recovered"]
+
+
+def test_tokens_that_an_exact_tail_drops_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    tail = surgery.exact_tail(tiny())
+    for settings in (
+        {"model": tail, "config": replace(COMCAT, product="tokens")},
+        {"evaluate": replace(JUDGE, product="tokens")},  # the job puts a tail in front of a method that goes by answers
+        {"recover": replace(RECOVER, product="tokens")},
+    ):
+        with pytest.raises(ConfigError, match=r"exact tail.*expected a token for each patch.*--product output"):
+            job(tmp_path / "small", **settings)
+        assert not (tmp_path / "small").exists()
 
 
 def test_a_second_cut_can_refer_to_the_first_model(whole: pipeline.RunResult, tmp_path: Path) -> None:

@@ -12,12 +12,24 @@ import torch
 from torch import nn
 
 from tests.data.pictures import SMALL, class_folder, jpeg, parquet
-from vitrim import data
-from vitrim.errors import DataError
+from vitrim import data, surgery
+from vitrim.errors import ConfigError, DataError
 from vitrim.model import Vit, build
-from vitrim.spec import AttentionSpec, BlockSpec, Config, ConvStem, MlpSpec, ModelSpec, Output, Pool, Position
+from vitrim.spec import (
+    AttentionSpec,
+    BlockSpec,
+    Config,
+    ConvStem,
+    MlpSpec,
+    ModelSpec,
+    Output,
+    Pool,
+    Position,
+    Similarity,
+)
 from vitrim.tasks.classification import Kind, evaluate, likeness, mean_average_precision, nearest, scores
 from vitrim.tasks.samples import answers
+from vitrim.tasks.task import quality
 
 CIFAR = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
@@ -167,17 +179,67 @@ def test_unlabelled_images_give_predictions_and_agreement(tmp_path):
 def test_encoders_are_compared_with_the_dense_model():
     images = data.open("sample", split="validation", limit=40)
     dense, other = tiny(0, labels=None), tiny(0, labels=None, seed=1)
-    assert evaluate(dense, images, reference=dense) == {
+    assert evaluate(dense, images, reference=dense, product="output") == {
         "count": 40,
         "skipped": 0,
         "cosine": pytest.approx(1.0),
         "knn_agreement": 1.0,
     }
-    facts = evaluate(other, images, reference=dense)
+    facts = evaluate(other, images, reference=dense, product="output")
     assert facts["cosine"] < 0.99
     assert facts["knn_agreement"] < 1.0
     with pytest.raises(DataError, match="compared with a model"):
         evaluate(dense, images, reference=[0] * 40)
+
+
+def test_tokens_are_compared_one_by_one_and_as_all_at_once_whatever_the_batch():
+    images = data.open("sample", split="validation", limit=20)
+    dense, other = tiny(0, labels=None), tiny(0, labels=None, seed=1)
+    facts = evaluate(other, images, reference=dense, batch_size=7)
+    assert {*facts} == {
+        "count",
+        "skipped",
+        "token_cosine",
+        "worst_image_cosine",
+        "class_cosine",
+        "knn_agreement",
+    }
+    assert dense.config.preprocess is not None
+    x = torch.stack([data.evaluation(dense.config.preprocess)(images[i][0]) for i in range(20)])
+    with torch.no_grad():
+        ours, theirs = (one(x, want=("tokens",))["tokens"].double() for one in (other, dense))
+    cosine = (ours * theirs).sum(-1) / ours.norm(dim=-1) / theirs.norm(dim=-1)
+    assert facts["token_cosine"] == pytest.approx(cosine.mean().item(), abs=1e-6)
+    assert facts["worst_image_cosine"] == pytest.approx(cosine.mean(1).min().item(), abs=1e-6)
+    assert facts["class_cosine"] == pytest.approx(cosine[:, 0].mean().item(), abs=1e-6)
+    assert evaluate(other, images, reference=dense, batch_size=20) == pytest.approx(facts, abs=1e-6)
+    assert quality(facts) == "token_cosine"
+
+
+def test_tokens_of_a_classifier_stand_beside_its_answers_where_they_are_asked_for():
+    images = data.open("sample", split="validation", limit=12)
+    model = tiny()
+    facts = evaluate(model, images, reference=model, product="tokens")
+    assert (facts["token_cosine"], facts["agreement"]) == (pytest.approx(1.0), 1.0)
+    assert facts["top1"] == evaluate(model, images)["top1"]
+    assert "token_cosine" not in evaluate(model, images, reference=model)
+
+
+def test_merged_tokens_are_compared_where_they_are_restored_and_refused_where_they_are_not():
+    images = data.open("sample", split="validation", limit=8)
+    dense = tiny(0, labels=None)
+    step = Similarity(keep=3)
+    blocks = (replace(dense.spec.blocks[0], steps=(step,)), *dense.spec.blocks[1:])
+    lossy = surgery.with_spec(dense, replace(dense.spec, blocks=blocks), dense.state_dict())
+    whole = surgery.with_spec(dense, replace(lossy.spec, restore=True), dense.state_dict())
+    assert 0 < evaluate(whole, images, reference=dense)["token_cosine"] < 1
+    assert "cosine" in evaluate(lossy, images, reference=dense)  # what is left to compare
+    with pytest.raises(ConfigError, match="gives 4 tokens of width 16, the dense one 5") as told:
+        evaluate(lossy, images, reference=dense, product="tokens")
+    assert str(told.value).count(". ") == 1
+    for reference in (None, evaluate(tiny(), images)):
+        with pytest.raises(ConfigError, match="expected the dense one as reference="):
+            evaluate(tiny(), images, reference=reference, product="tokens")
 
 
 def test_neighbours_are_the_nearest_others():

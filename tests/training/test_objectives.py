@@ -137,7 +137,31 @@ def test_label_free_matches_the_features_of_an_encoder() -> None:
     model, teacher = configured(spec), configured(spec, seed=1)
     ours, theirs = model(EXAMPLES), teacher(EXAMPLES)
     expected = float((ours - theirs).square().mean() / theirs.square().mean())
-    assert scored(LabelFree(teacher, taps=()), model, None) == pytest.approx(expected)
+    assert scored(LabelFree(teacher, taps=(), product="output"), model, None) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("outputs", [(), SPEC.outputs])
+def test_label_free_matches_every_token_where_they_are_the_product(outputs: Any) -> None:
+    step = Similarity(keep=3, match="ward", carry=True)
+    spec = dataclasses.replace(SPEC, outputs=outputs)
+    merging = dataclasses.replace(
+        spec, restore=True, blocks=(dataclasses.replace(SPEC.blocks[0], steps=(step,)), SPEC.blocks[1])
+    )
+    model, teacher = configured(merging), configured(spec, seed=1)
+    ours, theirs = (one(EXAMPLES, want=("tokens",))["tokens"] for one in (model, teacher))
+    expected = float((ours - theirs).square().mean() / theirs.square().mean())
+    assert scored(LabelFree(teacher, taps=(), product="tokens"), model, None) == pytest.approx(expected)
+    tapped = LabelFree(teacher, taps=("restored:1",), product="tokens")
+    ours, theirs = (one(EXAMPLES, want=("restored:1",))["restored:1"] for one in (model, teacher))
+    beside = float((ours - theirs).square().mean() / theirs.square().mean())
+    assert scored(tapped, model, None) == pytest.approx(expected + beside)
+
+
+def test_tokens_that_a_model_does_not_give_are_not_learned() -> None:
+    last = dataclasses.replace(SPEC.blocks[-1], steps=(Prefix(),))
+    model = configured(dataclasses.replace(SPEC, blocks=(SPEC.blocks[0], last)))
+    with pytest.raises(ConfigError, match="no patch tokens are left"):
+        scored(LabelFree(configured(), taps=(), product="tokens"), model, None)
 
 
 def test_an_exact_tail_is_matched_on_its_prefix_tokens() -> None:

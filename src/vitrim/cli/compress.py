@@ -292,10 +292,8 @@ def accuracy_rows(
         rows.append([f"{metric.short}, before recovery", before, tables.counted_text(metric, cut[key], count), ""])
         if recovered.get(key) is not None:
             rows.append([f"{metric.short}, {last}", before, tables.counted_text(metric, recovered[key], count), ""])
-    if difference and rows:
-        rows[0 if not recovered else 1][3] = (
-            f"{seen(difference)} ({difference['low']:+.2f} to {difference['high']:+.2f})"
-        )
+        if difference and key == "top1":
+            rows[-1][3] = f"{seen(difference)} ({difference['low']:+.2f} to {difference['high']:+.2f})"
     return rows
 
 

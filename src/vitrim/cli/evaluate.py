@@ -18,6 +18,7 @@ SPLITS = ("train", "validation", "val", "test", "all")
 @click.command()
 @click.argument("model")
 @click.option("--against", metavar="MODEL", help="Also how much it agrees with this one; the score of an encoder.")
+@options.product("What is compared with --against; tokens of an encoder, output of a classifier by default.")
 @options.DATA
 @click.option("--split", type=options.Named(*SPLITS), default="validation", show_default=True, help="Part of the data.")
 @click.option("--batch", "batch_size", type=options.COUNT, default=64, show_default=True, help="Images at a time.")
@@ -53,6 +54,8 @@ def evaluate(
     where = options.device_named(device)
     network = prepared.on(weights.load(model))
     reference = None if against is None else options.Weights().load(against)
+    if how["product"] == "tokens" and reference is None:
+        raise ConfigError("--product tokens compares tokens with a model's; pass --against DENSE.")
     if not network.spec.outputs and reference is None:
         raise ConfigError(
             f"{model} has no classifier to score. Pass --against DENSE to compare its features with a model's."

@@ -247,6 +247,13 @@ OUTPUT = bundle(
     click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout."),
     click.option("--quiet", is_flag=True, help="Show no progress."),
 )
+
+
+def product(help: str) -> Callable[[Verb], Verb]:
+    """--product, with what it says here."""
+    return click.option("--product", type=Named("output", "tokens"), help=help)
+
+
 DEVICE = click.option("--device", metavar="DEVICE", help="cpu, cuda, cuda:N, mps, or auto (default): the fastest.")
 COMPUTE = stack(
     DEVICE,

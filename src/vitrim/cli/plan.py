@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 @settings.VARIANT
 @options.BUDGET
 @settings.FREEZE
+@settings.PRODUCT
 @click.option("--data", metavar="DATA", help="Images: say what would be cut at each budget, and at what loss.")
 @options.BROKEN
 @settings.IMAGES

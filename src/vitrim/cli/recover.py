@@ -24,6 +24,7 @@ from vitrim.files import locked
     type=options.Named("auto", "distilled", "supervised", "label_free"),
     help="What to learn from; auto: labels and teacher where there are labels, else the teacher's tokens.",
 )
+@options.product("What label-free learning makes alike; tokens of an encoder, output of a classifier by default.")
 @options.TRAINING
 @click.option("--config", type=options.PLACE, metavar="FILE", help="JSON with keys of RecoverConfig.")
 @click.option("--resume", is_flag=True, help="Go on with the run at --out.")

@@ -27,6 +27,7 @@ ALIASES = {
     "tie_qk": "tie_qk",
     "images": "images",
     "freeze": "freeze",
+    "product": "product",
     "seed": "seed",
 }
 """Flags that are short for a setting, of whichever method has it."""
@@ -39,6 +40,7 @@ SET = click.option(
     help="A setting of the method; `vitrim methods NAME` lists them. Once for each.",
 )
 VARIANT = click.option("--variant", metavar="NAME", help="Short for --set variant=NAME.")
+PRODUCT = options.product("Short for --set product=NAME: what it is for, the output or all its tokens.")
 FREEZE = click.option("--freeze", metavar="PARTS", help="Parts to keep as they are: blocks.0-2,blocks.11.attention.")
 IMAGES = click.option("--images", type=options.COUNT, help="Unlabelled images that the method looks at.")
 PLANNED_BY = options.stack(
@@ -57,6 +59,7 @@ SPENT = options.stack(
     click.option("--tie-qk", is_flag=True, help="Short for --set tie_qk=true."),
     FREEZE,
     IMAGES,
+    PRODUCT,
 )
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vitrim.model import OPEN, Vit
-from vitrim.spec import Config
+from vitrim.spec import Config, ProductName, product_of
 
 
 @dataclass(frozen=True)
@@ -35,15 +35,11 @@ class Product:
     kind: Literal["classes", "labels", "features", "tokens"]
 
     @staticmethod
-    def of(config: Config, named: Literal["output", "tokens"] | None = None) -> Product:
-        """named: `output` is what `model(x)` gives, `tokens` every token behind the final norm, merged ones restored.
-
-        None: the tokens of an encoder, the output of a classifier.
-        """
-        outputs = config.spec.outputs
-        if named == "tokens" or (named is None and not outputs):
+    def of(config: Config, named: ProductName | None = None) -> Product:
+        """named: as `spec.product_of` has it, which raises ConfigError for tokens that are not there."""
+        if product_of(config.spec, named) == "tokens":
             return Product("tokens")
-        if not outputs:
+        if not config.spec.outputs:
             return Product("features")
         return Product("labels" if config.multi_label else "classes")
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from vitrim.model import Vit
     from vitrim.progress import Progress
     from vitrim.result import Compressed
-    from vitrim.spec import ModelSpec
+    from vitrim.spec import ModelSpec, ProductName
 
 log = logging.getLogger("vitrim.methods")
 
@@ -130,7 +130,18 @@ def configure(method: str, settings: Mapping[str, Any]) -> Any:
 
 def plan(method: str, spec: ModelSpec, config: MethodConfig | None = None) -> Plan:
     """What a method would reach, cost and need on this spec; trains and reads nothing."""
+    product_for(spec, config)
     return method_named(method).plan(spec, config)
+
+
+def product_for(spec: ModelSpec, config: MethodConfig | None) -> ProductName:
+    """What a network is for where this config cuts it. Raises ConfigError for tokens that are not there.
+
+    A method without the setting, such as uvc, goes by the answers: there it is what `spec.product_of` says without a name.
+    """
+    from vitrim.spec import product_of
+
+    return product_of(spec, getattr(config, "product", None))
 
 
 def compress(
@@ -163,6 +174,7 @@ def compress(
     require_model(model, "compress: the model")
     method = METHODS[method_of(config)]
     require_device(config)
+    product_for(model.spec, config)
     if seed is not None:
         config = replace(config, seed=seed)
     if teacher is not None and not method.takes_teacher:
@@ -191,6 +203,7 @@ def compress_family(
 ) -> list[Compressed]:
     """A smaller model for each budget, in their order; a method with `family` scores once for all. As `compress` otherwise."""
     method, place = METHODS[method_of(config)], None if folder is None else Path(folder)
+    product_for(model.spec, config)
     _finite(model, f"{method.name}: the model is not cut")
     from vitrim.surgery import with_own_positions
 
@@ -255,6 +268,7 @@ def _finished(made: Compressed, given: Vit, config: MethodConfig) -> Compressed:
     if made.model is not given:
         asked = config if budget is None else replace(config, budget=Budget(**budget.to_dict()))
         own = {"method": made.method, "variant": made.variant, "config": plain(asked), "seed": config.seed}
+        own["product"] = product_for(given.spec, config)
         made.model.provenance = descended(given.provenance, given.spec) | own
         made = _without_dead(made, given, config)
     if same_for_all(made.model) and same_for_all(given):
@@ -284,4 +298,5 @@ __all__ = [
     "method_named",
     "method_of",
     "plan",
+    "product_for",
 ]

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypedDict, Unpack
 
 from pydantic import Field
 
 from vitrim.budget import Budget
 from vitrim.config import checked
+from vitrim.spec import ProductName
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -51,9 +52,13 @@ class MethodConfig:
 class FittedConfig(MethodConfig):
     """What a method of closed forms is told besides."""
 
-    product: Literal["output", "tokens"] | None = None
+    product: ProductName | None = None
     """What the network is for, and errors are measured in. `output`: what `model(x)` gives; `tokens`: every token behind the final
     norm, merged ones restored. What is not the product may be lost. None: the tokens of an encoder, the output of a classifier."""
+
+    @property
+    def takes_tail(self) -> bool:
+        return self.product != "tokens"
 
 
 class Needs(TypedDict):

@@ -9,6 +9,7 @@ from vitrim.data import Images
 from vitrim.model import Vit
 from vitrim.pipeline.configs import EvaluateConfig
 from vitrim.progress import Progress
+from vitrim.spec import product_of
 from vitrim.tasks.classification import task_of
 from vitrim.tasks.task import METRICS, Metrics, named, paired
 
@@ -27,14 +28,18 @@ class Comparison(NamedTuple):
 
 
 def compare(models: Mapping[str, Vit], images: Images, config: EvaluateConfig, progress: Progress | None) -> Comparison:
-    """Score all models on the same images.  models: "dense" first, the final one last."""
+    """Score all models on the same images.  models: "dense" first, the final one last. Raises ConfigError for tokens that are not there."""
     chosen = images if config.limit is None or config.limit >= len(images) else images.take(config.limit, config.seed)
     dense, last = models["dense"], list(models)[-1]
     task = task_of(dense.spec)
+    tokens = product_of(models[last].spec, config.product, beside=dense.spec) == "tokens"
     found: dict[str, Metrics] = {}
     for name, model in models.items():
-        against = None if name == "dense" else task.reference_of(dense, found["dense"])
-        found[name] = task.evaluate(model, chosen, reference=against, progress=named(progress, name), **config.how)
+        how: dict[str, Any] = {**config.how, "progress": named(progress, name)}
+        if name != "dense":
+            how["reference"] = dense if tokens else task.reference_of(dense, found["dense"])
+            how["product"] = "tokens" if tokens else "output"
+        found[name] = task.evaluate(model, chosen, **how)
     return Comparison(
         metrics={name: {key: facts[key] for key in KEPT if key in facts} for name, facts in found.items()},
         gap=difference(task.successes(found["dense"]), task.successes(found[last])),

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from vitrim.config import checked
 from vitrim.errors import ConfigError
+from vitrim.spec import ProductName
 from vitrim.training.config import TrainConfig
 
 
@@ -21,7 +22,10 @@ class RecoverConfig(TrainConfig):
     min_lr: float = Field(default=1e-6, ge=0)
     objective: Literal["auto", "distilled", "supervised", "label_free"] = "auto"
     """distilled: labels and the dense model's answers. label_free: the dense model's tokens, no labels. auto: distilled
-    where there are labels and a classifier, else label_free."""
+    where there are labels and a classifier and tokens are not the product, else label_free."""
+    product: ProductName | None = None
+    """What label_free makes as the dense model has it: `output`, what `model(x)` gives, or `tokens`, all behind the final norm,
+    merged ones restored. None: the tokens of an encoder, the output of a classifier. `vitrim.run` takes the method's."""
     distillation: Literal["soft", "hard"] = "soft"
     """soft: the teacher's probabilities; hard: its choice."""
     alpha: float = Field(default=0.5, ge=0, le=1)
@@ -32,6 +36,14 @@ class RecoverConfig(TrainConfig):
     """Blocks whose outputs are matched too, with objective distilled."""
     freeze: tuple[str, ...] = ()
     """Parts whose weights stay, such as `blocks.0-2` or `blocks.11.attention`. `vitrim.run` adds those that the method froze."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.product == "tokens" and self.objective in ("distilled", "supervised"):
+            raise ConfigError(
+                f"product='tokens' with objective={self.objective!r}, which learns answers; expected objective='label_free' "
+                "(or auto), or no product."
+            )
 
 
 @checked
@@ -54,6 +66,9 @@ class EvaluateConfig:
     """Where to compute, such as cuda."""
     amp: Literal["no", "bf16", "fp16"] = "no"
     """Precision of the products."""
+    product: ProductName | None = None
+    """What is compared with the dense model's: `output`, what `model(x)` gives, or `tokens`, all behind the final norm. None: the
+    tokens of an encoder, the output of a classifier. `vitrim.run` takes the method's."""
 
     @property
     def how(self) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from vitrim.counting import Cost, cost
 from vitrim.data import Images
 from vitrim.errors import ConfigError, DataError
 from vitrim.freezing import frozen
-from vitrim.methods import METHODS, configure, method_named, method_of, require_device
+from vitrim.methods import METHODS, configure, method_named, method_of, product_for, require_device
 from vitrim.methods import plan as plan_of
 from vitrim.methods.method import MethodConfig
 from vitrim.model import Vit
@@ -30,6 +30,7 @@ from vitrim.pipeline.recovery import objective_named
 from vitrim.pipeline.reference import gets_tail, limited, reference_of
 from vitrim.progress import Progress
 from vitrim.result import Compressed, descended
+from vitrim.spec import ProductName, product_of
 from vitrim.tasks.classification import task_of
 from vitrim.tasks.task import Task, named
 from vitrim.timing import require_compiler
@@ -62,6 +63,7 @@ class Job:
 
     asked: as the caller said it. method, config: its shares turned into limits. tail: whether the network that the method is
     given, `given`, has an exact tail. first: the config of `init`, or None. train, held: training and validation images.
+    product: what the network is for. judging: how networks are compared, by that product unless it names its own.
     warnings: said so far. dense_top1: of the dense model on a few images, where it was looked at.
     """
 
@@ -69,13 +71,16 @@ class Job:
         """Refuses an unreachable budget, images that would not do, and a dense model that guesses."""
         self.asked = asked = asked if asked.tail else dataclasses.replace(asked, config=asked.config.without_tail())
         self.folder, self.progress = folder, progress
-        self.dense, judging = asked.dense, asked.judging
+        self.dense = asked.dense
         self.warnings: list[str] = []
         self.method = METHODS[method_of(asked.config)]
         require_device(asked.config)
+        self.product = product_for(self.dense.spec, asked.config)
+        self.judging = judging = dataclasses.replace(asked.judging, product=asked.judging.product or self._named)
         self.config = limited(asked.config, reference_of(self.dense, asked.relative_to))
         self.tail = gets_tail(self.dense.spec, self.config, wanted=asked.tail)
         self.given = surgery.exact_tail(self.dense) if self.tail else self.dense
+        product_of(self.given.spec, judging.product)
         self.planned = plan_of(self.method.name, self.given.spec, self.config)
         self.first = None if asked.init is None else self._first_config(asked.init)
         self.train, self.held = self._images()
@@ -88,6 +93,12 @@ class Job:
         if judging.check_dense and not folder.resume:
             how = {**judging.how, "seed": judging.seed, "progress": named(progress, "dense, a few images")}
             self.dense_top1 = self.task.refuse_untrained(self.dense, self.held, **how)
+
+    @property
+    def _named(self) -> ProductName | None:
+        """The product as the method was told it."""
+        found: ProductName | None = getattr(self.asked.config, "product", None)
+        return found
 
     @property
     def task(self) -> Task:
@@ -142,7 +153,7 @@ class Job:
             **({} if asked.image_px is None else {"image_px": list(asked.image_px)}),
             **({"on_broken": "skip"} if self.train.on_broken == "skip" else {}),
             "recover": None if self.recovery is None else plain(self.recovery),
-            "evaluate": plain(asked.judging),
+            "evaluate": plain(self.judging),
             "measure": None if asked.target is None else plain(asked.target),
             "relative_to": asked.relative_to,
             "exact_tail": self.tail,
@@ -158,10 +169,13 @@ class Job:
         """With the method's frozen parts among its own, and a batch that the images fill. Raises where it cannot begin."""
         freeze = tuple(dict.fromkeys((*wanted.freeze, *self.config.freeze)))
         frozen(self.dense.spec, freeze)
-        wanted = dataclasses.replace(wanted, freeze=freeze)
+        learns_answers = wanted.objective in ("distilled", "supervised")
+        product = wanted.product if learns_answers else wanted.product or self._named
+        wanted = dataclasses.replace(wanted, freeze=freeze, product=product)
         wanted, said = filled(wanted, len(self.train))
         for text in said:
             self._warn(f"Recovery: {text}")
+        product_of(self.given.spec, product)
         objective_named(wanted, self.dense, labelled=self.train.labelled)
         ready(wanted, self.train)
         return wanted
@@ -174,7 +188,11 @@ class Job:
         twice = {key: 2 * value for key, value in budget.to_dict().items()}
         capped = {key: min(1.0, value) if key.startswith("keep_") else value for key, value in twice.items()}
         loose = dataclasses.replace(budget, **capped)
-        both = {"seed", "freeze", "device", "images"} & {*keys(type(config))} & {*keys(method_named(init).config)}
+        both = (
+            {"seed", "freeze", "device", "images", "product"}
+            & {*keys(type(config))}
+            & {*keys(method_named(init).config)}
+        )
         shared = {key: value for key in both if (value := getattr(config, key)) not in (None, "auto")}
         first: MethodConfig = configure(init, {"budget": loose, **shared})
         first = first if self.asked.tail else first.without_tail()

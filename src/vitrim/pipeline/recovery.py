@@ -24,6 +24,7 @@ from vitrim.model import Vit, require_model
 from vitrim.pipeline.configs import RecoverConfig
 from vitrim.progress import Progress
 from vitrim.result import Compressed, descended
+from vitrim.spec import product_of
 from vitrim.tasks.classification import class_index, evaluate, same_for_all
 from vitrim.tasks.task import METRICS, Metrics, interval, quality
 from vitrim.training import FitResult, Objective, fit
@@ -63,6 +64,7 @@ def recover(
     data = opened.skipping(data, on_broken)
     labelled = False if config.objective == "label_free" else None
     images, held = (opened.open(data, split=split, labelled=labelled) for split in ("train", "validation"))
+    product_of(model.spec, config.product, beside=None if teacher is None else teacher.spec)
     config, said = filled(config, len(images))
     for text in said:
         log.warning(text)
@@ -209,7 +211,8 @@ def objective_named(config: RecoverConfig, model: Vit, *, labelled: bool) -> str
     """What "auto" means here. Raises DataError where labels are needed and there are none."""
     usable = labelled and bool(model.spec.outputs)
     if config.objective == "auto":
-        return "distilled" if usable else "label_free"
+        answers = product_of(model.spec, config.product) == "output"
+        return "distilled" if usable and answers else "label_free"
     if config.objective != "label_free" and not usable:
         lacks = "the images have no labels" if model.spec.outputs else "the model has no classifier"
         raise DataError(
@@ -236,16 +239,21 @@ def _objective(name: str, config: RecoverConfig, model: Vit, teacher: Vit | None
             smoothing=config.smoothing,
             multi_label=several,
         )
-    return LabelFree(teacher, taps=taps_for(model, teacher))
+    product = product_of(model.spec, config.product, beside=teacher.spec)
+    return LabelFree(teacher, taps=taps_for(model, teacher), product=product)
 
 
 def taps_for(model: Vit, teacher: Vit) -> tuple[str, ...]:
     """The block outputs that label-free training matches: the last of each third, where tokens still stand as in the dense model.
 
-    None for a narrower stream, whose channels are others: there the result alone is matched.
+    Where the model restores its tokens, those of all blocks, restored. None for a narrower stream, whose channels are others: there
+    the result alone is matched.
     """
     if model.spec.width != teacher.spec.width or len(model.spec.blocks) != len(teacher.spec.blocks):
         return ()
+    if model.spec.restore:
+        depth = len(model.spec.blocks)
+        return tuple(f"restored:{depth * part // 3 - 1}" for part in (1, 2, 3) if depth * part // 3)
     whole = [i for i, block in enumerate(model.spec.blocks) if not block.steps]
     before = next((i for i, block in enumerate(model.spec.blocks) if block.steps), len(model.spec.blocks))
     usable = [i for i in whole if i < before]
@@ -267,9 +275,12 @@ class _Validator:
     def __call__(self, model: Vit, *, device: torch.device | None = None) -> Metrics:
         """Figures, computed on this device; None: where the model is."""
         how: dict[str, Any] = {"batch_size": 256, "workers": self.config.workers, "device": device}
-        if self.teacher is not None and not self.reference and model.spec.outputs:
-            self.reference = evaluate(self.teacher, self.held, **how)
-        return _figures(evaluate(model, self.held, reference=self.reference or self.teacher, **how))
+        teacher, product = self.teacher, self.config.product
+        if teacher is not None and not self.reference and model.spec.outputs:
+            self.reference = evaluate(teacher, self.held, **how)
+        if teacher is not None and product_of(model.spec, product, beside=teacher.spec) == "tokens":
+            return _figures(evaluate(model, self.held, reference=teacher, product="tokens", **how))
+        return _figures(evaluate(model, self.held, reference=self.reference or teacher, product="output", **how))
 
 
 def _figures(found: Metrics) -> Metrics:

@@ -25,7 +25,7 @@ from vitrim.pipeline.configs import MeasureConfig
 from vitrim.pipeline.job import Job
 from vitrim.pipeline.recovery import better_again, training_speeds
 from vitrim.pipeline.summary import summary
-from vitrim.spec import spec_hash
+from vitrim.spec import product_of, spec_hash
 from vitrim.training import plain
 
 LEAST_GAIN = 1.05
@@ -69,6 +69,7 @@ def compress(job: Job, found: Found) -> dict[str, Any]:
         taught = {"teacher": job.dense} if job.method.takes_teacher else {}
     made = job.asked.compressor(start, job.config, **how(search), **taught)
     warnings = list(made.report.get("warnings", ()))  # logged by `vitrim.compress`
+    product_of(made.spec, job.judging.product, beside=job.dense.spec)  # refused now, and not when the recovery is over
     warnings += _doubts(job, made.model)
     made.save(job.folder.stages / "compressed", provenance=job.origin, force=True)
     shutil.rmtree(job.folder.stages / "search", ignore_errors=True)  # what a killed search would have gone on from
@@ -142,7 +143,7 @@ def evaluate(job: Job, found: Found) -> dict[str, Any]:
     models = {"dense": job.dense, "compressed": kept(job, "compressed")}
     if job.recovery is not None:
         models["recovered"] = kept(job, "recovered")
-    done = compare(models, job.held, job.asked.judging, job.progress)
+    done = compare(models, job.held, job.judging, job.progress)
     replace_text(job.folder.stages / "samples.json", reporting.as_text(sealed(done.samples)))
     return {"metrics": done.metrics, "difference": done.gap, "warnings": []}
 
@@ -178,6 +179,7 @@ def save(job: Job, found: Found) -> dict[str, Any]:
         "config": plain(job.asked.config) | {"exact_tail": job.tail, "init": job.asked.init},
         "data": job.held.fingerprint() | {"train": job.train.fingerprint()},
         "seed": job.config.seed,
+        "product": job.product,
         "metrics": {"before": metrics["dense"], "after": metrics.get("recovered") or metrics["compressed"]},
         "recovery": None if job.recovery is None else plain(job.recovery) | {"kept": found["recover"]["kept"]},
     }

@@ -16,6 +16,7 @@ from vitrim.pipeline.folder import STAGES
 from vitrim.pipeline.job import Job
 from vitrim.sources import timm
 from vitrim.spec import ModelSpec, spec_hash
+from vitrim.tasks.task import product_words
 
 
 def summary(job: Job, found: Mapping[str, Mapping[str, Any]], final: ModelSpec) -> dict[str, Any]:
@@ -34,6 +35,7 @@ def summary(job: Job, found: Mapping[str, Mapping[str, Any]], final: ModelSpec) 
         "method": {"name": compressed["method"], "variant": compressed["variant"]},
         "data": {"name": job.held.name, "split": "validation", "count": metrics["dense"]["count"]},
         "budget": {} if asked.config.budget is None else asked.config.budget.to_dict(),
+        "product": {"name": job.product, "words": product_words(job.dense.spec, final, job.product)},
         "limits": found["plan"]["limits"],
         "specs": {"dense": job.dense.spec.to_dict(), "compressed": final.to_dict()},
         "costs": {"dense": dense, "compressed": compressed["cost"]},

@@ -8,12 +8,13 @@
     method    {name, variant}
     data      {name, split, count}
     budget    {limit: value}, as given
+    product   {name, words}: what the network is for, and what else may be lost; absent from results of before it was there
     specs     {dense, compressed}: `ModelSpec.to_dict()`
     costs     {dense, compressed}: `Cost.to_dict()`
     original  {model, kept_macs, kept_params}: what is left of the network that the dense one was itself cut from; None where it was
               not, absent from results of before it was there
     file_bytes {dense, compressed}: of the weights on disk
-    metrics   {dense, compressed, recovered}: {top1, top5, loss, count, agreement}, shares in [0, 1]; any may be absent or None.
+    metrics   {dense, compressed, recovered}: figures of `vitrim.tasks.task.METRICS`, shares in [0, 1], and count; any may be absent or None.
               "compressed" is before recovery, "recovered" after it; None where there was no recovery
     difference {points, low, high, count, worse, better}: top-1 of the final model minus the dense one in percentage points with its paired
               95 % interval; None without labels

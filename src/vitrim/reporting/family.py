@@ -6,7 +6,7 @@ A family's summary is a dictionary of plain JSON values:
     vitrim   the version that wrote it
     name     of the folder
     model, method, data   as in a run's result, the same for all members
-    quality  which metric stands for quality: top1, agreement or cosine; None if none was measured
+    quality  which metric stands for quality: of `vitrim.tasks.task.QUALITY`; None if none was measured
     dense    {quality, macs, params}
     members  [{name, budget, macs, params, kept_macs, kept_params, quality, before_recovery, difference: as in a run's result,
              speed: [speed-up rows], warnings}] by falling MACs; `name` is the member's folder

@@ -74,14 +74,13 @@ def headline(result: Result) -> str:
 
 
 def loss_words(result: Result) -> str:
-    difference = result.get("difference")
-    if difference:
+    difference, key = result.get("difference"), quality(result)
+    if difference and (key is None or not task.METRICS[key].against_dense):
         if difference["low"] <= 0 <= difference["high"]:
             words = task.seen(difference)
             return "no difference in accuracy seen" if words == "no difference seen" else words
         word = "lost" if difference["points"] < 0 else "gained"
         return f"{abs(difference['points']):.1f} points of accuracy {word}"
-    key = quality(result)
     if key is None or not task.METRICS[key].against_dense:
         return ""
     metric, value = task.METRICS[key], lookup(result, f"metrics/{final_state(result)}/{key}")

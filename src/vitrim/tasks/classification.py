@@ -16,10 +16,10 @@ from vitrim import data
 from vitrim.data import Images
 from vitrim.data.labels import are_numbers
 from vitrim.data.transforms import UNPREPARED
-from vitrim.errors import DataError, fitting_in_memory
+from vitrim.errors import ConfigError, DataError, fitting_in_memory
 from vitrim.model import Vit, device_named
 from vitrim.progress import Progress
-from vitrim.spec import Config, ModelSpec, Preprocess
+from vitrim.spec import Config, ModelSpec, Preprocess, ProductName, product_of
 from vitrim.tasks.samples import samples as shown
 from vitrim.tasks.task import Metrics, Task
 
@@ -44,6 +44,7 @@ def evaluate(
     seed: int = 0,
     preprocess: Preprocess | None = None,
     labels: Sequence[str] | None = None,
+    product: ProductName | None = None,
     reference: nn.Module | Mapping[str, Any] | Sequence[int] | Tensor | None = None,
     metric: Metric | None = None,
     on_broken: str = "raise",
@@ -55,6 +56,7 @@ def evaluate(
     device: None means where the model is.  amp: "no", "bf16" or "fp16".  limit: as many images, drawn by seed.
     on_broken: "raise" stops at an image that cannot be read, "skip" leaves it out and says so.
     preprocess, labels: None means the model's own (`model.config`).
+    product: what the networks are for, `output` or `tokens`; None: the tokens of an encoder, where both networks give as many.
     reference: another model, the metrics of one, or its predictions: what agreement is measured with.
     metric: further figures from all logits [n, classes] and targets, merged into the result.
 
@@ -63,7 +65,11 @@ def evaluate(
     map (mean average precision) and loss stand in their place; a model that was trained so (`config.problem_type`) predicts the
     labels above one half, and agrees with another on an image where all of these are the same. An encoder gives cosine and knn_agreement with the
     reference, which must then be a model: the mean share of an image's 5 nearest neighbours that both agree on.
-    DataError for classes that do not match, a missing preprocessing, or a reference of other images.
+    Where tokens are the product, in place of cosine: token_cosine, the mean over images of that of all tokens behind the final norm,
+    worst_image_cosine, the least of an image, and class_cosine, of the class tokens alone, where there are some. Tokens are compared
+    batch by batch and not kept; each has 8 bytes of memory.
+    DataError for classes that do not match, a missing preprocessing, or a reference of other images; ConfigError for tokens that
+    are not there.
     """
     chosen = data.open(data.skipping(images, on_broken), split=split, limit=limit, seed=seed)
     config = getattr(model, "config", None)
@@ -79,12 +85,14 @@ def evaluate(
     if encoder and reference is not None and other is None:
         raise DataError("an encoder without a classifier is compared with a model; pass the dense model as reference=.")
     index = None if encoder else class_index(names, chosen.classes, classes=classes)
+    tokens = _by_tokens(model, reference, product)
 
     at = _device(model) if device is None else device_named(device) if isinstance(device, str) else device
     view = data.evaluation(how)
     passes = [model] if other is None else [model, other]
     outputs: list[list[Tensor]] = [[] for _ in passes]
     targets: list[Tensor] = []
+    cosines: list[Tensor] = []
     done = 0
     if progress is not None:
         progress("evaluate", 0, len(chosen))
@@ -94,8 +102,12 @@ def evaluate(
     )
     with room, _ready(passes, at), torch.no_grad(), _autocast(at, amp):
         for x, y in data.batches(chosen, view, batch_size, workers=workers, device=at):
-            for kept, each in zip(outputs, passes, strict=True):
-                kept.append(_features(each(x)).float().cpu() if encoder else _logits(each(x)).float().cpu())
+            answers = [each(x, want=("logits", "tokens")) if tokens else {"logits": each(x)} for each in passes]
+            for kept, said in zip(outputs, answers, strict=True):
+                answer = _features(said["logits"]) if encoder else _logits(said["logits"])
+                kept.append(answer.float().cpu())
+            if tokens:
+                cosines.append(alike(*(said["tokens"] for said in answers)))
             if y is not None and not encoder:
                 targets.append(_mapped(y.cpu(), index, outputs[0][-1].shape[-1]))
             done += len(x)
@@ -109,8 +121,14 @@ def evaluate(
     for said, found in (("the model", ours), ("the reference", theirs)):
         if found is not None:
             finite_answers(found, said)
+    if tokens and own is not None:
+        finite_answers(torch.cat(cosines), "one of the two networks")
+        facts |= token_likeness(torch.cat(cosines), own.spec)
     if encoder:
-        return facts | ({} if theirs is None else likeness(ours, theirs))
+        features = {} if theirs is None else likeness(ours, theirs)
+        if tokens:
+            features.pop("cosine", None)  # of what is pooled: the tokens say more
+        return facts | features
     wanted = torch.cat(targets) if targets else None
     facts |= scores(ours, wanted, kind)
     if metric is not None and wanted is not None:
@@ -118,6 +136,23 @@ def evaluate(
     if reference is not None:
         facts["agreement"] = _agreement(facts["predictions"], theirs if theirs is not None else reference, kind)
     return facts
+
+
+def _by_tokens(model: nn.Module, reference: object, product: ProductName | None) -> bool:
+    """Whether tokens are compared. Raises ConfigError where they were asked for and there are none to compare."""
+    both = isinstance(model, Vit) and isinstance(reference, Vit)
+    if product == "tokens" and not both:
+        raise ConfigError(
+            "product='tokens': tokens are compared with those of another model, both of vitrim; expected the dense one as reference= "
+            "(--against)."
+        )
+    if product not in (None, "output", "tokens"):
+        raise ConfigError(f"product={product!r}; expected 'output' or 'tokens'.")
+    return (
+        isinstance(model, Vit)
+        and isinstance(reference, Vit)
+        and product_of(model.spec, product, beside=reference.spec) == "tokens"
+    )
 
 
 def finite_answers(found: Tensor, who: str = "the model") -> None:
@@ -272,6 +307,20 @@ def likeness(features: Tensor, dense: Tensor) -> Metrics:
         ours, theirs = nearest(features), nearest(dense)
         shared = (ours[:, :, None] == theirs[:, None, :]).any(dim=2)
         facts["knn_agreement"] = shared.double().mean().item()
+    return facts
+
+
+def alike(ours: Tensor, dense: Tensor) -> Tensor:
+    """Cosine of each token with the dense model's.  Both B N D -> B N, float64 on the CPU."""
+    return F.cosine_similarity(ours.float(), dense.float(), dim=-1).cpu().double()
+
+
+def token_likeness(cosines: Tensor, spec: ModelSpec) -> Metrics:
+    """Figures of tokens beside the dense model's.  cosines: n N, prefix tokens first; spec: that has them."""
+    images = cosines.mean(dim=1)
+    facts: Metrics = {"token_cosine": images.mean().item(), "worst_image_cosine": images.min().item()}
+    if "cls" in spec.prefix:
+        facts["class_cosine"] = cosines[:, spec.prefix.index("cls")].mean().item()
     return facts
 
 

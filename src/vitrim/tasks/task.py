@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from vitrim.spec import token_walk, tokens_given
+
 if TYPE_CHECKING:
     from vitrim.data import Images
     from vitrim.model import Vit
     from vitrim.progress import Progress
-    from vitrim.spec import Config
+    from vitrim.spec import Config, ModelSpec, ProductName
 
 Metrics = dict[str, Any]
 """Figures of one network on some images, by the keys of `METRICS`, with `count`, `skipped`, and what comparisons need."""
@@ -39,6 +41,29 @@ class Metric:
 
 
 METRICS: dict[str, Metric] = {
+    "token_cosine": Metric(
+        title="Cosine of tokens to dense",
+        short="cosine of tokens with dense",
+        words="cosine to the dense tokens",
+        form="plain",
+        against_dense=True,
+        of="of all tokens",
+        kept="tokens at cosine {} to the dense model's",
+    ),
+    "worst_image_cosine": Metric(
+        title="Cosine of tokens, worst image",
+        short="cosine of tokens, worst image",
+        words="cosine to the dense tokens on the worst image",
+        form="plain",
+        against_dense=True,
+    ),
+    "class_cosine": Metric(
+        title="Cosine of the class token",
+        short="cosine of the class token",
+        words="cosine to the dense class token",
+        form="plain",
+        against_dense=True,
+    ),
     "top1": Metric(title="Top-1 accuracy", short="top-1", words="accuracy", counted=True),
     "top5": Metric(title="Top-5 accuracy", short="top-5", words="accuracy among the first five", counted=True),
     "map": Metric(title="Mean average precision", short="mean average precision", words="mean average precision"),
@@ -67,7 +92,7 @@ METRICS: dict[str, Metric] = {
 }
 """Every task's figures, in the order in which they are shown."""
 
-QUALITY = ("top1", "map", "agreement", "cosine")
+QUALITY = ("token_cosine", "top1", "map", "agreement", "cosine")
 """Which figure stands for quality: the first that is there."""
 
 
@@ -120,6 +145,36 @@ def seen(difference: Mapping[str, Any]) -> str:
     if reach <= FINE_POINTS:
         return "no difference seen"
     return f"too few images to tell: on {difference['count']}, less than {reach:.0f} points cannot be seen"
+
+
+PRODUCTS = {
+    "classify": "its answers",
+    "cls": "its features, the class token",
+    "mean": "its features, the mean of the patch tokens",
+    "map": "its features, which attention pools from the tokens",
+    "none": "its tokens",
+}
+"""What `model(x)` gives, by its pool, in words."""
+
+
+def product_words(dense: ModelSpec, small: ModelSpec, product: ProductName) -> str:
+    """What a network is for, what else the cut may have lost, and how many tokens its blocks run on: one sentence or two."""
+    (before, _), (after, _) = tokens_given(dense), tokens_given(small)
+    if product == "tokens":
+        found = f"It is for all its {after} tokens behind the final norm{', the class token among them' if 'cls' in small.prefix else ''}"
+        found += "; the classifier's answers are not, and may be lost." if small.outputs else "."
+    else:
+        kind = "classify" if small.outputs else small.pool.kind
+        found = (
+            f"It is for {PRODUCTS[kind]}; tokens by themselves are not, and may be lost"
+            if kind != "none"
+            else "It is for its tokens"
+        )
+        found += f": it gives {after} where the dense one gives {before}." if after != before else "."
+    counts = [at.mlp.count for at in token_walk(small)]
+    if small.restore and min(counts, default=after) < after:
+        found += f" Its blocks run on {counts[0]} tokens in the first to {counts[-1]} in the last; behind that all {after} come back."
+    return found
 
 
 class Task(Protocol):

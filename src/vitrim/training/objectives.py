@@ -25,7 +25,7 @@ from vitrim.errors import ConfigError, DataError, TrainingError
 from vitrim.files import locked, names_in
 from vitrim.model import Vit, build
 from vitrim.progress import Progress
-from vitrim.spec import Config, ModelSpec, Output, Preprocess
+from vitrim.spec import Config, ModelSpec, Output, Preprocess, ProductName, product_of
 from vitrim.tasks.classification import Kind, finite_answers, finite_figures, hot, scores
 from vitrim.training.config import TrainConfig, filled
 from vitrim.training.loop import AMP_DTYPES, FitResult, fit, mapped
@@ -92,8 +92,10 @@ class Supervised(Plain):
 class _Taught(Plain):
     """An objective with a teacher, which is never changed: asked in eval mode, without gradients.
 
-    taps: streams that are matched too, as `want` names them.
+    taps: streams that are matched too, as `want` names them. result: what else the teacher is asked for.
     """
+
+    result = "logits"
 
     def __init__(self, teacher: Vit, taps: Sequence[str]) -> None:
         super().__init__()
@@ -138,7 +140,7 @@ class _Taught(Plain):
         """What the teacher says of the model's images [B, C, h, w]: its result, and its streams at the taps."""
         if self.shift is not None:
             images = images * self.shift[0] + self.shift[1]
-        found: dict[str, Any] = self.teacher(images, want=("logits", *self.taps))
+        found: dict[str, Any] = self.teacher(images, want=(self.result, *self.taps))
         return found
 
     def matched(self, total: Tensor, found: dict[str, Any], theirs: dict[str, Any], weight: float = 1.0) -> Tensor:
@@ -224,24 +226,34 @@ class Distilled(_Taught):
 
 
 class LabelFree(_Taught):
-    """A teacher's features and answers, without labels: the streams' distance at the taps, and the result's.
+    """A teacher's product, without labels: the streams' distance at the taps, and the result's.
 
-    The result is the logits (KL divergence), or the pooled features of an encoder (relative distance).
+    The result is the logits (KL divergence), the pooled features of an encoder (relative distance), or, where the tokens are the
+    product, all of them behind the final norm (relative distance), merged ones restored.
     """
 
-    def __init__(self, teacher: Vit, *, taps: Sequence[str] | None = None) -> None:
-        """taps: what to match, as `want` names it ("block:5", "mid:5"); None: the last block, () the result alone."""
+    def __init__(self, teacher: Vit, *, taps: Sequence[str] | None = None, product: ProductName | None = None) -> None:
+        """taps: what to match, as `want` names it ("block:5", "restored:5"); None: the last block, () the result alone.
+
+        product: as `spec.product_of` has it.
+        """
         last = len(teacher.spec.blocks) - 1
+        self.result = "tokens" if product_of(teacher.spec, product) == "tokens" else "logits"
         super().__init__(teacher, ([f"block:{last}"] if last >= 0 else []) if taps is None else taps)
 
+    def _check(self, model: Vit) -> None:
+        super()._check(model)
+        if self.result == "tokens":
+            product_of(model.spec, "tokens", beside=self.teacher.spec)
+
     def loss(self, model: nn.Module, batch: Batch, step: Step) -> Tensor:
-        found, theirs = model(batch.images, want=("logits", *self.taps)), self.ask(batch.images)
-        if self.teacher.spec.outputs:
+        found, theirs = model(batch.images, want=(self.result, *self.taps)), self.ask(batch.images)
+        ours, goal = _wide(found[self.result]), _wide(theirs[self.result])
+        if self.result == "logits" and self.teacher.spec.outputs:
             differ = _label_divergence if self.teacher.config.multi_label else _divergence
-            total = differ(_wide(found["logits"]), _wide(theirs["logits"]), 1.0)
+            total = differ(ours, goal, 1.0)
         else:
-            goal = _wide(theirs["logits"])
-            total = (_wide(found["logits"]) - goal).square().mean() / goal.square().mean()
+            total = (ours - goal).square().mean() / goal.square().mean()
         self.parts = {"result_loss": total.detach()}
         return self.matched(total, found, theirs)
 

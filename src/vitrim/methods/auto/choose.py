@@ -20,7 +20,7 @@ from vitrim.methods.auto import merges
 from vitrim.methods.auto.config import AXES, AutoConfig
 from vitrim.methods.auto.merges import Merges
 from vitrim.space import BlockLevels, Choice, Space, frozen_parts, jumps, outlook, sizes
-from vitrim.spec import BlockSpec, Merge, ModelSpec, Prefix, Similarity, Step
+from vitrim.spec import BlockSpec, Merge, ModelSpec, Prefix, Similarity, Step, product_of
 
 RANKS = (1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4)
 UNITS = (1 / 64, 1 / 32, 3 / 64, 1 / 16, 3 / 32, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4)
@@ -155,7 +155,7 @@ def nets_of(spec: ModelSpec, config: AutoConfig) -> Nets:
         dense["classifier"] = "not cut, only refitted"
     if spec.pool.kind == "map":
         dense["attention pooling"] = "costed, never cut"
-    tokens = config.product == "tokens" or (config.product is None and not spec.outputs) or spec.pool.kind == "none"
+    tokens = product_of(spec, config.product) == "tokens" or spec.pool.kind == "none"
     why = {
         "width": "parts are frozen, and another stream width changes every part"
         if fixed

@@ -53,7 +53,7 @@ class AutoConfig(FittedConfig):
 
     @property
     def takes_tail(self) -> bool:
-        return "tail" in (self.axes or AXES)
+        return super().takes_tail and "tail" in (self.axes or AXES)
 
     def without_tail(self) -> Self:
         return replace(self, exact_tail=False)
