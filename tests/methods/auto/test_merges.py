@@ -1,7 +1,7 @@
 """Tokens as an axis: the plan of merges is exact at a price, within its budget, and merges where that pays."""
 
 from dataclasses import replace
-from itertools import product
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
@@ -11,108 +11,165 @@ from tests.specs import images, make, vit
 from vitrim import surgery
 from vitrim.budget import Budget
 from vitrim.counting import cost, macs
+from vitrim.errors import BudgetError, ConfigError
 from vitrim.methods.auto import AutoConfig, choose, merges
 from vitrim.methods.auto import run as auto
-from vitrim.methods.auto.merges import Merges, Stage
+from vitrim.methods.auto.merges import Merges, Node, Plan, Stage
+from vitrim.spec import ModelSpec, Position, Similarity, token_walk
 
 CLASSIFIER = vit(blocks=4, width=64, heads=4, head_dim=16, hidden=256, image=32)
 SPEC = replace(CLASSIFIER, outputs=())  # 64 patch tokens, which are the product
 
 
-def stages(seed: int, count: int = 3, levels: int = 4, choices: int = 3) -> list[Stage]:
-    random = np.random.default_rng(seed)
+GRID = Node(16, (4, 4)), Node(12, (4, 3)), Node(8, (4, 2)), Node(9, (3, 3)), Node(13), Node(10), Node(8)
+
+
+def stages(seed: int, count: int = 3, choices: int = 3) -> tuple[list[Stage], list[tuple[int, int]]]:
+    random, along = np.random.default_rng(seed), [*((n, n) for n in range(len(GRID))), *merges.ways(GRID)]
     found = []
     for _ in range(count):
-        merged = np.triu(random.random((levels, levels)), 1)
-        merged[np.tril_indices(levels, -1)] = np.inf
-        cost_of = [np.sort(random.random((choices, levels)), axis=1)[:, ::-1] for _ in range(2)]
-        found.append(Stage(random.random(choices), *cost_of, merged, 0.1 * random.random((levels, levels))))
-    return found
+        merged, moves = random.random(len(along)), 0.1 * random.random(len(along))
+        merged[: len(GRID)] = moves[: len(GRID)] = 0.0
+        merged[-1] = np.inf
+        found.append(Stage(random.random(choices), *random.random((2, choices, len(GRID))), merged, moves))
+    return found, along
 
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("price", [0.0, 0.3, 3.0])
-def test_no_other_levels_and_choices_are_better_at_a_price(seed: int, price: float) -> None:
-    given = stages(seed)
+def test_no_other_nodes_and_choices_are_better_at_a_price(seed: int, price: float) -> None:
+    given, along = stages(seed)
 
-    def value(levels: tuple[int, ...], chosen: tuple[int, ...]) -> tuple[float, float]:
+    def value(path: tuple[int, ...], chosen: tuple[int, ...]) -> tuple[float, float]:
         lost = used = 0.0
-        for own, before, after, choice in zip(given, (0, *levels), levels, chosen, strict=False):
-            lost += own.loss[choice] + own.merged[before, after]
-            used += own.attention[choice, before] + own.mlp[choice, after] + own.moves[before, after]
+        for own, before, after, choice in zip(given, (0, *path), path, chosen, strict=False):
+            way = along.index((before, after))
+            lost += own.loss[choice] + own.merged[way]
+            used += own.attention[choice, before] + own.mlp[choice, after] + own.moves[way]
         return lost, used
 
-    every = product(product(range(4), repeat=3), product(range(3), repeat=3))
-    best = min((value(*one) + one for one in every), key=lambda one: one[0] + price * one[1])
-    levels, used = merges.cheapest(given, price)
-    assert tuple(levels) == best[2]
+    paths = [path for path in product(range(len(GRID)), repeat=3) if all(way in along for way in pairwise((0, *path)))]
+    every = [value(*one) + one for one in product(paths, product(range(3), repeat=3))]
+    best = min(every, key=lambda one: one[0] + price * one[1])
+    path, used = merges.cheapest(given, along, price)
+    assert tuple(path) == best[2]
     assert used == pytest.approx(best[1])
 
 
-def plan(keep: float, loss: float) -> tuple[choose.Nets, merges.Schedule | None]:
+def plan(keep: float, loss: float, spec: ModelSpec = SPEC) -> tuple[choose.Nets, list[merges.Schedule]]:
     """Of a network whose merges lose so much from the whole to the least, and whose choices all lose 1."""
-    nets = choose.nets_of(SPEC, AutoConfig(axes=("mlp", "tokens")))
-    space = nets.space(SPEC.width, ())
+    nets = choose.nets_of(spec, AutoConfig(axes=("mlp", "tokens")))
+    space = nets.space(spec.width, ())
     losses = [{one: float(one != own.whole) for one in own.choices()} for own in space.levels]
-    rising = np.linspace(0, loss, len(nets.ladder))
-    given = Merges(nets.ladder, np.stack([rising] * len(SPEC.blocks)))
-    limit = Budget(keep_macs=keep).limits(cost(SPEC))["macs"]
-    return nets, merges.schedule(space, losses, given, limit, carry=True)
+    rising = np.array([loss * (64 - node.patches) / 56 for node in nets.nodes])
+    given = Merges(nets.nodes, np.stack([rising] * len(spec.blocks)))
+    limit = Budget(keep_macs=keep).limits(cost(spec))["macs"]
+    return nets, Plan(space, losses, given, carry=nets.restores).schedules(limit)
 
 
+@pytest.mark.parametrize("spec", [SPEC, CLASSIFIER], ids=["encoder", "classifier"])
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.9])
-def test_merges_that_lose_nothing_take_the_place_of_cuts_and_meet_the_budget(share: float) -> None:
-    nets, _ = plan(0.9, loss=0.0)
-    least = macs(nets.spec(nets.uncut(nets.steepest(SPEC.width)))) / macs(SPEC)
+def test_merges_that_lose_nothing_take_the_place_of_cuts_and_meet_the_budget(share: float, spec: ModelSpec) -> None:
+    nets, _ = plan(0.9, 0.0, spec)
+    least = macs(nets.spec(nets.uncut(nets.steepest(spec.width)))) / macs(spec)
     keep = least + (1 - least) * share
-    nets, steps = plan(keep, loss=0.0)
+    nets, (steps, _) = plan(keep, 0.0, spec)
     assert steps
-    assert macs(nets.spec(nets.uncut(steps))) <= keep * macs(SPEC)
+    assert macs(nets.spec(nets.uncut(steps))) <= keep * macs(spec)
 
 
 def test_merges_that_lose_much_are_left_out_and_what_is_out_of_reach_is_not_planned() -> None:
-    assert plan(0.8, loss=1e6)[1] == ()
-    assert plan(0.01, loss=1.0)[1] is None
+    assert plan(0.8, loss=1e6)[1][0] == ()
+    assert plan(0.01, loss=1.0)[1] == []
 
 
-def test_the_ladder_goes_from_all_tokens_to_an_eighth_and_no_step_takes_more_than_half() -> None:
-    for patches in (9, 16, 64, 196, 256, 1369):
-        counts = merges.ladder(patches)
-        assert counts[0] == patches
-        assert counts[-1] == max(4, round(patches / 8))
-        assert list(counts) == sorted(set(counts), reverse=True)
-        for level, before in enumerate(counts[:-1]):
-            after = counts[merges.furthest(counts, level)]
-            assert before - before // 2 <= after < before
-    assert merges.ladder(4) == (4,)
+@pytest.mark.parametrize("grid", [(3, 3), (4, 4), (8, 8), (14, 14), (16, 16), (37, 37), (2, 9), (1, 12)])
+def test_every_way_is_a_step_that_the_spec_allows_and_none_leads_back_to_a_lattice(grid: tuple[int, int]) -> None:
+    found = merges.nodes(grid)
+    patches = grid[0] * grid[1]
+    assert found[0] == Node(patches, grid)
+    assert len(set(found)) == len(found)
+    assert {node.patches for node in found if node.grid is None} >= {max(4, round(patches / 8))}
+    spec = replace(vit(blocks=1, patch=1), image_px=grid, position=Position(grid=grid))
+    reached = {0}
+    for a, b in merges.ways(found):
+        before, after = found[a], found[b]
+        assert before.grid is not None or after.grid is None
+        step = merges.merge(before, after, spec.width, carry=False)
+        assert before.after(step) == after
+        if before == found[0]:
+            walked = token_walk(replace(spec, blocks=(replace(spec.blocks[0], steps=(step,)),)))
+            assert (walked[0].leave.patches, walked[0].leave.grid) == after
+        reached |= {b} if a in reached else set()
+    assert reached == set(range(len(found)))
 
 
-def test_the_steepest_schedule_is_a_network_and_the_floor_counts_it() -> None:
-    nets = choose.nets_of(SPEC, AutoConfig(axes=("mlp", "tokens")))
-    spec = nets.spec(nets.uncut(nets.steepest(SPEC.width)))
-    assert macs(spec) < macs(SPEC)
-    assert nets.floor.macs < macs(nets.spec(replace(nets.uncut(), choices=nets.whole.lowest)))
+@pytest.mark.parametrize("grid", [(2, 2), (1, 4), (1, 1)])
+def test_a_grid_too_small_to_merge_says_so_where_that_is_asked_for(grid: tuple[int, int]) -> None:
+    assert len(merges.nodes(grid)) == 1
+    spec = replace(vit(blocks=2, patch=1), image_px=grid, position=Position(grid=grid))
+    with pytest.raises(
+        ConfigError, match=f"'tokens' does not apply .* a grid of {grid[0]} x {grid[1]} patches is too small"
+    ):
+        choose.plan(spec, AutoConfig(axes=("tokens", "mlp")))
+    assert "too small" in choose.plan(spec)["dense"]["tokens"]
+
+
+@pytest.mark.parametrize("spec", [SPEC, CLASSIFIER], ids=["encoder", "classifier"])
+def test_the_least_of_merges_and_widths_together_is_the_floor_and_below_it_is_refused_with_the_range(
+    spec: ModelSpec,
+) -> None:
+    config = AutoConfig(axes=("mlp", "tokens"))
+    nets = choose.nets_of(spec, config)
+    assert macs(nets.spec(nets.uncut(nets.steepest(spec.width)))) < macs(spec)
+    least = nets.floor().macs
+    assert least < cost(nets.spec(nets.slimmest)).macs
+    assert choose.plan(spec, replace(config, budget=Budget(max_macs=least)))["range"]["macs"] == [least, macs(spec)]
+    with pytest.raises(BudgetError, match=f"auto reaches {least:,} to {macs(spec):,}"):
+        choose.plan(spec, replace(config, budget=Budget(max_macs=least - 1)))
+
+
+def test_a_budget_of_parameters_is_met_without_merges_and_their_weights() -> None:
+    config = AutoConfig(axes=("mlp", "tokens"))
+    nets = choose.nets_of(SPEC, config)
+    slim = cost(nets.spec(nets.slimmest))
+    assert (
+        choose.plan(SPEC, replace(config, budget=Budget(max_params=slim.params)))["range"]["params"][0] == slim.params
+    )
+    zeros = Merges(nets.nodes, np.zeros((4, len(nets.nodes))))
+    scores = choose.Scores((choose.Losses(*({1: 0.0} for _ in range(4))),) * 4, {64: 0.0}, zeros)
+    assert choose.planned(nets, scores, 64, {"params": slim.params}) == [()]
+    assert len(choose.planned(nets, scores, 64, {"memory_bytes": slim.memory_bytes})) > 1
 
 
 def test_a_schedule_loses_what_its_steps_lose_in_order() -> None:
-    losses = np.array([[0.0, 1.0, 3.0], [0.0, 2.0, 5.0]])
-    given = Merges((8, 6, 4), losses)
-    steps = ((0, merges.merge(6, 64, carry=False)), (1, merges.merge(4, 64, carry=False)))
-    assert given.total(steps) == 1.0 + 3.0
-    assert given.loss(1, 8, 7) == 1.0
+    found = Node(16, (4, 4)), Node(8, (4, 2)), Node(12), Node(8), Node(6)
+    losses = np.array([[0.0, 5.0, 1.0, 3.0, 4.0], [0.0, 2.0, 2.0, 5.0, 9.0]])
+    given = Merges(found, losses)
+    steps = tuple(
+        (i, merges.merge(a, b, 64, carry=False)) for i, a, b in ((0, found[0], found[2]), (1, found[2], found[4]))
+    )
+    assert given.total(steps) == 1.0 + (9.0 - 2.0)
+    steps = tuple(
+        (i, merges.merge(a, b, 64, carry=False)) for i, a, b in ((0, found[0], found[1]), (1, found[1], found[4]))
+    )
+    assert given.total(steps) == 5.0 + (9.0 - 5.0)
+    assert given.loss(1, found[0], Node(14)) == 1.0
+    noisy = Merges.settled(found, np.array([[0.0, -1.0, 2.0, 1.0, 3.0]]))
+    assert noisy.losses.tolist() == [[0.0, 0.0, 2.0, 2.0, 3.0]]
 
 
 def test_where_tokens_are_the_product_all_come_back_and_the_stream_keeps_its_width() -> None:
-    for spec, named in ((SPEC, None), (CLASSIFIER, "tokens")):
+    for spec, named in ((SPEC, None), (CLASSIFIER, "tokens"), (CLASSIFIER, None)):
         nets = choose.nets_of(spec, AutoConfig(product=named))
-        found = nets.spec(nets.uncut(nets.steepest(spec.width)))
-        assert found.restore
-        assert all(step.carry for block in found.blocks for step in block.steps)  # type: ignore[union-attr]
-        assert nets.widths == (64,)
-        assert not nets.tail
-    assert (
-        len(choose.nets_of(CLASSIFIER, AutoConfig()).ladder) == 1
-    )  # merges of a classifier are schedules of their own
+        restored = not spec.outputs or named == "tokens"
+        step = merges.merge(nets.nodes[0], Node(57), 64, carry=nets.restores)
+        found = nets.spec(nets.uncut(((1, step),)))
+        assert found.restore == restored
+        assert isinstance(step, Similarity)
+        assert bool(step.carry) == restored
+        assert (nets.widths == (64,)) == restored
+        assert nets.tail == (not restored)
 
 
 def test_an_encoder_cut_on_its_tokens_gives_the_shapes_of_the_dense_one_and_is_like_it() -> None:

@@ -7,6 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -21,7 +22,7 @@ from vitrim.budget import Budget, exceeded
 from vitrim.closed_form import fisher
 from vitrim.counting import RESOURCES, cost
 from vitrim.errors import BudgetError, ConfigError, DataError, TrainingError
-from vitrim.methods.auto import AXES, AutoConfig, build, choose
+from vitrim.methods.auto import AXES, AutoConfig, build, choose, merges
 from vitrim.methods.auto import run as auto
 from vitrim.methods.auto import score as scoring
 from vitrim.methods.auto.choose import Candidate
@@ -106,11 +107,14 @@ def test_the_costs_that_plans_are_made_of_are_those_of_the_built_network(keep):
     ]
     for one, levels in zip(losses, nets.levels, strict=True):
         one.settle(levels.whole)
-    scores = choose.Scores(
-        tuple(losses), {w: 0.1 * (32 - w) for w in nets.widths}, (0.0, *(0.5,) * (len(nets.schedules) - 1))
-    )
+    free = merges.Merges(nets.nodes, np.zeros((3, len(nets.nodes))))
+    scores = choose.Scores(tuple(losses), {w: 0.1 * (32 - w) for w in nets.widths}, free)
     for width in nets.widths:
-        for steps in nets.schedules:
+        for steps in (
+            (),
+            nets.steepest(width),
+            *choose.planned(nets, scores, width, {"macs": int(keep * cost(WIDE).macs)}),
+        ):
             space = nets.space(width, steps)
             allocator = Allocator(space, partial(scores.loss, nets))
             for pick in (0, -1, len(allocator.choices[1]) // 2):
@@ -249,7 +253,7 @@ def test_the_tail_is_added_where_it_is_allowed_and_used_where_it_is_there():
         assert small.spec.blocks[-1].steps == (Prefix(),)
         assert small.report["exact_tail"]
     off = tuple(axis for axis in AXES if axis != "tail")
-    assert auto.compress(make(WIDE), config(0.5, axes=off), data=pixels(WIDE)).spec.blocks[-1].steps == ()
+    assert not surgery.has_exact_tail(auto.compress(make(WIDE), config(0.5, axes=off), data=pixels(WIDE)).spec)
     mean = replace(WIDE, pool=Pool(kind="mean"))
     assert auto.compress(make(mean), config(0.5), data=pixels(mean)).spec.blocks[-1].steps == ()
     with pytest.raises(ConfigError, match="axis 'tail' does not apply"):

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import product
-from typing import Any, Literal
+from typing import Any
+
+import numpy as np
 
 from vitrim import surgery
 from vitrim.allocation import Allocator
-from vitrim.budget import exceeded
+from vitrim.budget import Budget, exceeded
 from vitrim.closed_form import stream_width as narrowing
 from vitrim.counting import RESOURCES, Cost, cost
 from vitrim.errors import ConfigError
 from vitrim.freezing import Half, frozen
 from vitrim.methods.auto import merges
 from vitrim.methods.auto.config import AXES, AutoConfig
-from vitrim.methods.auto.merges import Merges
+from vitrim.methods.auto.merges import Merges, Node, Plan, Schedule
 from vitrim.space import BlockLevels, Choice, Space, frozen_parts, jumps, outlook, sizes
-from vitrim.spec import BlockSpec, Merge, ModelSpec, Prefix, Similarity, Step, product_of
+from vitrim.spec import BlockSpec, ModelSpec, Prefix, product_of
 
 RANKS = (1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4)
 UNITS = (1 / 64, 1 / 32, 3 / 64, 1 / 16, 3 / 32, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4)
@@ -30,9 +31,6 @@ WIDTHS = (7 / 8, 3 / 4, 5 / 8, 1 / 2, 3 / 8, 5 / 16, 1 / 4, 3 / 16)
 
 PARTS = ("qk", "v", "hidden")
 """What is cut within a block: ranks of the heads' two products, and hidden units."""
-
-Schedule = tuple[tuple[int, Step], ...]
-"""Token steps to add, each with its block."""
 
 
 @dataclass(frozen=True)
@@ -49,17 +47,15 @@ class Nets:
     """What may be cut of one network: a `Space` for each stream width and token schedule.
 
     whole: of the network as it is, LayerScale folded, without prefix step. tail: whether the result has one. widths: of the
-    stream, the whole first. schedules: token steps that no choice depends on, none first. ladder: counts of patch tokens to which
-    similar ones may merge in any blocks, the whole first, and alone where that is not planned: where tokens are not the product.
-    restores: whether a network that merges gives all tokens back.
+    stream, the whole first. nodes: what merges may leave of the patch tokens in any block, the whole first, and alone where none
+    may merge. restores: whether a network that merges gives all tokens back.
     """
 
     whole: Space
     tail: bool
     align: int
     widths: tuple[int, ...]
-    schedules: tuple[Schedule, ...]
-    ladder: tuple[int, ...]
+    nodes: tuple[Node, ...]
     restores: bool
 
     @property
@@ -122,27 +118,32 @@ class Nets:
         return {name: max(found[name], gaps[name]) for name in RESOURCES}
 
     @cached_property
-    def lowest(self) -> Candidate:
-        """The cheapest network."""
+    def slimmest(self) -> Candidate:
+        """The cheapest network without merges."""
         width = self.widths[-1]
-        choices = self.space(width, ()).lowest
-        found = [Candidate(width, steps, choices) for steps in (*self.schedules, self.steepest(width))]
-        return min(found, key=lambda candidate: cost(self.spec(candidate)).macs)
+        return Candidate(width, (), self.space(width, ()).lowest)
+
+    @cached_property
+    def lowest(self) -> Candidate:
+        """The network of the fewest operations."""
+        merged = replace(self.slimmest, steps=self.steepest(self.slimmest.width))
+        return min(self.slimmest, merged, key=lambda candidate: cost(self.spec(candidate)).macs)
 
     def steepest(self, width: int) -> Schedule:
-        """As many similar tokens merged as may, as early as they may, in a stream of this width."""
-        steps: list[tuple[int, Step]] = []
-        level = 0
-        for i in range(len(self.levels) - self.tail):
-            before, level = level, merges.furthest(self.ladder, level)
-            if level != before:
-                steps.append((i, merges.merge(self.ladder[level], width, carry=self.restores)))
-        return tuple(steps)
+        """Merges that leave the fewest operations to the cheapest network in a stream of this width."""
+        space = self.space(width, ())
+        free = Merges(self.nodes, np.zeros((len(self.levels), len(self.nodes))))
+        return Plan(space, [{choice: 0.0} for choice in space.lowest], free, carry=self.restores).steepest()
 
-    @property
-    def floor(self) -> Cost:
-        """Of the cheapest network."""
-        return cost(self.spec(self.lowest))
+    def floor(self, budget: Budget | None = None) -> Cost:
+        """Of the cheapest network; for a budget that merging cannot help, of the cheapest without."""
+        limits = {"macs": 0} if budget is None else budget.limits(self.whole.reference)
+        return cost(self.spec(self.lowest if pays(limits) else self.slimmest))
+
+
+def pays(limits: Mapping[str, int]) -> bool:
+    """Whether fewer tokens bring a network within such limits: not within one of parameters."""
+    return "macs" in limits or "memory_bytes" in limits
 
 
 def nets_of(spec: ModelSpec, config: AutoConfig) -> Nets:
@@ -162,7 +163,7 @@ def nets_of(spec: ModelSpec, config: AutoConfig) -> Nets:
         else "the tokens of the stream are the product"
         if tokens
         else narrowing.refusal(base),
-        "tokens": _tokens_refusal(base, restores=tokens),
+        "tokens": _tokens_refusal(base),
         "tail": "its tokens are the product" if tokens and spec.outputs else surgery.tail_refusal(spec, fixed),
     }
     axes = set(asked)
@@ -184,11 +185,10 @@ def nets_of(spec: ModelSpec, config: AutoConfig) -> Nets:
         tail=had or "tail" in axes,
         align=config.align,
         widths=widths,
-        schedules=_schedules(base) if "tokens" in axes and not tokens else ((),),
-        ladder=merges.ladder(math.prod(base.grid)) if "tokens" in axes and tokens else (math.prod(base.grid),),
+        nodes=merges.nodes(base.grid)[: None if "tokens" in axes else 1],
         restores=tokens,
     )
-    single = len(widths) == 1 and len(nets.schedules) == len(nets.ladder) == 1 and nets.tail == had
+    single = len(widths) == len(nets.nodes) == 1 and nets.tail == had
     if single and all(len(one.choices()) == 1 for one in levels):
         raise ConfigError(
             f"auto: nothing of this network can be cut on the axes {', '.join(asked)}"
@@ -197,31 +197,13 @@ def nets_of(spec: ModelSpec, config: AutoConfig) -> Nets:
     return nets
 
 
-def _tokens_refusal(spec: ModelSpec, *, restores: bool) -> str | None:
+def _tokens_refusal(spec: ModelSpec) -> str | None:
     if any(block.steps for block in spec.blocks):
         return "the network merges tokens already"
-    if len(merges.ladder(math.prod(spec.grid))) == 1 if restores else not any(_schedules(spec)):
-        return "too few blocks or tokens"
+    if len(merges.nodes(spec.grid)) == 1:
+        rows, cols = spec.grid
+        return f"a grid of {rows} x {cols} patches is too small to merge"
     return None
-
-
-def _schedules(spec: ModelSpec) -> tuple[Schedule, ...]:
-    """None; one or two lattice merges after a block; similarity merges. Places are shares of the depth."""
-    depth, (rows, cols) = len(spec.blocks), spec.grid
-    ends = sorted({i for share in (1 / 3, 1 / 2, 2 / 3, 5 / 6) if 0 <= (i := round(depth * share) - 1) <= depth - 2})
-    found: list[Schedule] = [()]
-
-    def half(axis: Literal["h", "v"]) -> Merge:
-        return Merge(at="end", axis=axis, keep=-(-(cols if axis == "h" else rows) // 2))
-
-    if cols > 1:
-        found += [((i, half("h")),) for i in ends]
-    if cols > 1 and rows > 1:
-        found += [((i, half("h")), (j, half("v"))) for i in ends for j in ends if i < j]
-    patches = rows * cols
-    for i in ends[-2:] if patches >= 8 else ():
-        found += [((i, Similarity(at="mid", keep=patches - patches // n)),) for n in (4, 2)]
-    return tuple(found)
 
 
 def unit_of(size: int, align: int) -> int:
@@ -261,7 +243,7 @@ def _levels(
 
 def floor(spec: ModelSpec, config: AutoConfig | None = None) -> Cost:
     """The cheapest network that the method makes of this spec."""
-    return nets_of(spec, config or AutoConfig()).floor
+    return nets_of(spec, config or AutoConfig()).floor()
 
 
 def tolerance(spec: ModelSpec, config: AutoConfig | None = None) -> dict[str, int]:
@@ -282,18 +264,18 @@ def _gaps(nets: Nets, whole: Candidate) -> dict[str, int]:
     kinds = [kind for kind in ("off", "empty") if any(getattr(levels, kind) for levels in nets.levels)]
     given = nets.whole.reference
 
-    def stretch(width: int, kind: str, lost: int) -> tuple[Cost, Cost]:
+    def stretch(width: int, kind: str, lost: int, steps: Schedule = ()) -> tuple[Cost, Cost]:
         ends = []
         for choices in ([levels.least for levels in nets.space(width, ()).levels], list(nets.whole.whole)):
             for i in range(lost):
                 if getattr(nets.levels[i], kind):
                     choices[i] = choices[i].without("attention") if kind == "off" else Choice()
-            ends.append(cost(nets.spec(Candidate(width, (), tuple(choices)))))
+            ends.append(cost(nets.spec(Candidate(width, steps, tuple(choices)))))
         return ends[0], ends[1]
 
-    points = [nets.lowest, *(nets.uncut(steps) for steps in nets.schedules[1:])]
-    stretches = [(at, at) for at in (given, *(cost(nets.spec(one)) for one in points))]
+    stretches = [(at, at) for at in (given, cost(nets.spec(nets.lowest)))]
     stretches += [stretch(width, "", 0) for width in nets.widths]
+    stretches += [stretch(nets.lowest.width, "", 0, nets.lowest.steps)]
     found = _unfilled(stretches)
     if any(gap > getattr(given, name) / 100 for name, gap in found.items()):
         more = product(nets.widths[-1:], kinds, range(1, count + 1))
@@ -324,7 +306,7 @@ def plan(spec: ModelSpec, config: AutoConfig | None = None) -> dict[str, Any]:
         "auto",
         config.score,
         config.budget,
-        floor=nets.floor,
+        floor=nets.floor(config.budget),
         reference=nets.whole.reference,
         tolerance=nets.tolerance,
         needs={"images": config.images, "labels": False, "training": False},
@@ -376,14 +358,10 @@ def between(losses: Mapping[int, float], size: int) -> float:
 
 @dataclass(frozen=True)
 class Scores:
-    """What the plans are made of.  widths, schedules: divergences of the narrower stream and of the merges alone.
-
-    merges: of similar tokens; None where none may merge.
-    """
+    """What the plans are made of.  widths: divergences of the narrower stream alone. merges: None where none may be."""
 
     blocks: tuple[Losses, ...]
     widths: dict[int, float]
-    schedules: tuple[float, ...]
     merges: Merges | None = None
 
     def loss(self, nets: Nets, i: int, choice: Choice) -> float:
@@ -392,10 +370,7 @@ class Scores:
 
     def net(self, nets: Nets, width: int, steps: Schedule) -> float:
         """Of a stream width and token steps alone."""
-        if steps in nets.schedules:
-            return self.widths[width] + self.schedules[nets.schedules.index(steps)]
-        assert self.merges is not None
-        return self.widths[width] + self.merges.total(steps)
+        return self.widths[width] + (self.merges.total(steps) if self.merges else 0.0)
 
     def total(self, nets: Nets, one: Candidate) -> float:
         """The predicted divergence of a candidate: the sum of its parts."""
@@ -405,12 +380,15 @@ class Scores:
 
 
 def best_candidates(nets: Nets, scores: Scores, limits: Mapping[str, int], *, count: int) -> list[Candidate]:
-    """The candidates of the least predicted divergence within the limits, each of another stream width or token schedule.
+    """The candidates of the least predicted divergence within the limits, each of another stream width or other merges.
 
-    Exact over blocks within each of them; schedules of similarity steps are planned for each width. Those that leave more of the budget than law 7 allows
-    count only where there are no others.
+    Exact over blocks within each of them; merges are planned for each width. Those that leave more of the budget than law 7
+    allows count only where there are no others.
     """
-    pairs = [(w, steps) for w in nets.widths for steps in (*nets.schedules, *planned(nets, scores, w, limits))]
+    pairs = [(w, steps) for w in nets.widths for steps in planned(nets, scores, w, limits)]
+    if pays(limits) and scores.merges is not None:
+        pairs.append((nets.lowest.width, nets.lowest.steps))
+    pairs = list(dict.fromkeys(pairs))
     order = sorted(((scores.net(nets, w, steps), w, n) for n, (w, steps) in enumerate(pairs)))
     near = {name: max(getattr(nets.whole.reference, name) // 100, most) for name, most in nets.tolerance.items()}
     found: list[tuple[bool, float, Candidate]] = []
@@ -432,7 +410,8 @@ def best_candidates(nets: Nets, scores: Scores, limits: Mapping[str, int], *, co
             if not loose:
                 break
     if not found:
-        found.append((True, scores.total(nets, nets.lowest), nets.lowest))
+        last = nets.lowest if pays(limits) else nets.slimmest
+        found.append((True, scores.total(nets, last), last))
     found.sort(key=lambda one: one[:2])
     chosen = list(dict.fromkeys(one for loose, _, one in found if loose == found[0][0]))[:count]
     assert not any(exceeded(cost(nets.spec(one)), limits) for one in chosen)
@@ -441,21 +420,23 @@ def best_candidates(nets: Nets, scores: Scores, limits: Mapping[str, int], *, co
 
 WEIGHTS = (1.0, 2.0, 0.5)
 """What losses of merging count beside those of the choices: where they do not add up as assumed, another weight does better."""
+SHARES = (0.8, 0.6, 0.4, 0.2)
+"""Of the operations, for which merges are planned where memory alone is limited: fewer tokens are fewer activations."""
 
 
 def planned(nets: Nets, scores: Scores, width: int, limits: Mapping[str, int]) -> list[Schedule]:
-    """Schedules of similarity steps worth an exact allocation in a stream of this width."""
-    if scores.merges is None or "macs" not in limits:
-        return []
+    """Merges worth an exact allocation in a stream of this width, none of them first."""
+    if scores.merges is None or not pays(limits):
+        return [()]
     space = nets.space(width, ())
     losses = [
         {choice: scores.loss(nets, i, choice) for choice in levels.choices()} for i, levels in enumerate(space.levels)
     ]
-    found = [
-        merges.schedule(space, losses, scores.merges, limits["macs"], carry=nets.restores, weight=weight)
-        for weight in WEIGHTS
-    ]
-    return [steps for steps in dict.fromkeys(found) if steps]
+    plan = Plan(space, losses, scores.merges, carry=nets.restores)
+    whole = nets.whole.reference.macs
+    bounds = [limits["macs"]] if "macs" in limits else [int(share * whole) for share in SHARES]
+    found = [steps for bound in bounds for weight in WEIGHTS for steps in plan.schedules(bound, weight=weight)]
+    return list(dict.fromkeys([(), *found]))
 
 
 def _no_half_gone(nets: Nets, i: int, choice: Choice) -> bool:

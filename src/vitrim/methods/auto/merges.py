@@ -1,47 +1,103 @@
-"""auto: tokens as an axis of the plan: where similar ones merge and how many, by what merging loses and what fewer tokens save.
+"""auto: tokens as an axis of the plan: where they merge and how many, by what merging loses and what fewer tokens save.
 
 A merged token with its size in the attention (`proportional`) is worth as many equal tokens, so that a merge is a change of the
 dense stream, and its loss does not depend on what later blocks become. What a block costs depends on the tokens that reach it:
-the state that makes costs additive is their number. `schedule` is dynamic programming over (block, tokens left) at a price of
-operations, which bisection finds.
+the state that makes costs additive is their number, and their lattice while there is one. `Plan` is dynamic programming over
+(block, node) at a price of operations, which bisection finds.
 
-Shapes: L levels of the ladder, C choices of a block.
+A step is a way from one node to a lower one: to fewer columns or rows of the lattice, pairs chosen by content but where half
+go, or to fewer tokens of a count on the ladder, whatever is most alike. From the ladder no way leads back to a lattice.
+
+Shapes: n nodes, E ways between them, C choices of a block.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
+from vitrim.allocation import Table, pareto
 from vitrim.counting import attention_macs, mlp_macs, similarity_macs
 from vitrim.space import Choice, Space
-from vitrim.spec import Prefix, Similarity
+from vitrim.spec import Merge, Prefix, Similarity, Step
 
 LEVELS = 16
 """Counts of patch tokens on the ladder, the whole among them."""
 LEAST = 1 / 8
 """Share of the patch tokens below which no merge goes."""
+LATTICES = ((3 / 4, 1), (1 / 2, 1), (3 / 4, 3 / 4), (1 / 2, 3 / 4), (1 / 2, 1 / 2))
+"""Shares of columns and rows that lattice merges leave."""
 DIRECTIONS = 1 / 4
 """Share of the stream's directions in which tokens are compared, of `MOST` at the most: those that the product minds."""
 MOST = 64
 LONGEST = 1 / 8
-"""Share of the tokens in front of a step that it may merge, or a rung: more at once are worse matched than losses foretell."""
+"""Share of the tokens in front of a step of similar ones that it may merge, or a rung: more at once are worse matched than losses
+foretell."""
 BISECTIONS = 24
 
 Floats = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
-Schedule = tuple[tuple[int, Similarity], ...]
+Ints = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
+Schedule = tuple[tuple[int, Step], ...]
+"""Token steps to add, each with its block."""
 
 
-def ladder(patches: int) -> tuple[int, ...]:
-    """Counts of patch tokens on offer, falling, the whole first; alone where there are too few to merge."""
+class Node(NamedTuple):
+    """Patch tokens at one place. grid: rows and columns of their lattice; None: similar ones have merged, and it is lost."""
+
+    patches: int
+    grid: tuple[int, int] | None = None
+
+    def after(self, step: Step) -> Node:
+        """What a step of the plan leaves of these."""
+        assert not isinstance(step, Prefix)
+        if isinstance(step, Similarity):
+            return Node(step.keep)
+        assert self.grid is not None
+        rows, cols = (self.grid[0], step.keep) if step.axis == "h" else (step.keep, self.grid[1])
+        return Node(rows * cols, (rows, cols))
+
+
+def nodes(grid: tuple[int, int]) -> tuple[Node, ...]:
+    """What may be left of a lattice, the whole first, no way leading to an earlier one; alone where there are too few to merge."""
+    rows, cols = grid
+    patches = rows * cols
     least = max(4, round(patches * LEAST))
+    fewer = ((math.ceil(rows * v), math.ceil(cols * h)) for h, v in LATTICES)
+    lattices = [at for at in dict.fromkeys(fewer) if at != grid and math.prod(at) >= least]
     levels = min(LEVELS, patches - least + 1)
-    if levels < 2:
-        return (patches,)
-    return tuple(round(patches - (patches - least) * n / (levels - 1)) for n in range(levels))
+    rungs = [round(patches - (patches - least) * n / (levels - 1)) for n in range(1, levels)]
+    return (Node(patches, grid), *(Node(math.prod(at), at) for at in lattices), *(Node(count) for count in rungs))
+
+
+def ways(found: Sequence[Node]) -> list[tuple[int, int]]:
+    """Pairs of nodes, before and after, of which one step leads from the first to the second; sorted by the second."""
+    return [(a, b) for b, after in enumerate(found) for a in range(b) if _leads(found, found[a], after)]
+
+
+def _leads(found: Sequence[Node], before: Node, after: Node) -> bool:
+    gone = before.patches - after.patches
+    if not 0 < gone <= before.patches // 2:
+        return False
+    if after.grid is None:
+        next_rung = max(node.patches for node in found if node.grid is None and node.patches < before.patches)
+        return after.patches == next_rung or gone <= before.patches * LONGEST
+    if before.grid is None:
+        return False
+    (rows, cols), (fewer_rows, fewer_cols) = before.grid, after.grid
+    return (rows == fewer_rows and cols > fewer_cols) or (cols == fewer_cols and rows > fewer_rows)
+
+
+def nearest(found: Sequence[Node], n: int) -> Node:
+    """The node from which another is measured: the rung above, or the lattice with its columns and all rows, or the whole."""
+    if (grid := found[n].grid) is None:
+        return found[n - 1] if found[n - 1].grid is None else found[0]
+    rows, _ = found[0].grid or grid
+    return next((node for node in found[1:n] if node.grid == (rows, grid[1])), found[0])
 
 
 def directions(width: int) -> int:
@@ -49,33 +105,56 @@ def directions(width: int) -> int:
     return max(1, min(MOST, round(width * DIRECTIONS)))
 
 
-def furthest(counts: Sequence[int], level: int) -> int:
-    """The lowest level of the ladder that one step reaches from a level."""
-    before, found = counts[level], level
-    for at in range(level + 1, len(counts)):
-        gone = before - counts[at]
-        if gone <= before // 2 and (at == level + 1 or gone <= before * LONGEST):
-            found = at
-    return found
+def merge(before: Node, after: Node, width: int, *, carry: bool) -> Merge | Similarity:
+    """The step that leads from one node to another.  carry: of what sets similar tokens apart."""
+    if after.grid is None:
+        rank = directions(width)
+        return Similarity(at="mid", keep=after.patches, proportional=True, match="ward", metric=rank, carry=carry)
+    assert before.grid is not None
+    if after.grid[0] == before.grid[0]:
+        return Merge(at="mid", axis="h", keep=after.grid[1], proportional=True)
+    return Merge(at="mid", axis="v", keep=after.grid[0], proportional=True)
 
 
 @dataclass(frozen=True)
 class Merges:
-    """What merging loses.  counts: the ladder.  losses: [blocks, L], rising: of one block's stream brought down to a count."""
+    """What merging loses.  losses: [blocks, n], of one block's stream brought down from the whole to a node."""
 
-    counts: tuple[int, ...]
+    nodes: tuple[Node, ...]
     losses: Floats
 
-    def loss(self, i: int, before: int, after: int) -> float:
-        """Of merging `before` patch tokens to `after` in block `i`."""
-        at = np.interp([before, after], self.counts[::-1], self.losses[i][::-1])
+    @staticmethod
+    def settled(found: tuple[Node, ...], losses: Floats) -> Merges:
+        """No node at less than one that leads to it in the same way: what noise says otherwise."""
+        losses = losses.copy()
+        for a, b in ways(found):
+            if a == 0 or (found[a].grid is None) == (found[b].grid is None):
+                losses[:, b] = np.maximum(losses[:, b], losses[:, a])
+        return Merges(found, losses)
+
+    @cached_property
+    def _places(self) -> dict[Node, int]:
+        return {node: n for n, node in enumerate(self.nodes)}
+
+    @cached_property
+    def _ladder(self) -> list[int]:
+        """The whole and the counts of similar tokens, rising."""
+        return [n for n in range(len(self.nodes) - 1, 0, -1) if self.nodes[n].grid is None] + [0]
+
+    def loss(self, i: int, before: Node, after: Node) -> float:
+        """Of the step from one node to another in block `i`."""
+        if after.grid is not None:
+            return float(self.losses[i, self._places[after]] - self.losses[i, self._places[before]])
+        counts = [self.nodes[n].patches for n in self._ladder]
+        at = np.interp([before.patches, after.patches], counts, self.losses[i, self._ladder])
         return float(at[1] - at[0])
 
-    def total(self, steps: Sequence[tuple[int, Any]]) -> float:
-        """Of a schedule of similarity steps, in the order of the blocks."""
-        found, now = 0.0, self.counts[0]
+    def total(self, steps: Schedule) -> float:
+        """Of a schedule, in the order of the blocks."""
+        found, now = 0.0, self.nodes[0]
         for i, step in steps:
-            found, now = found + self.loss(i, now, step.keep), step.keep
+            after = now.after(step)
+            found, now = found + self.loss(i, now, after), after
         return found
 
 
@@ -83,8 +162,8 @@ class Merges:
 class Stage:
     """What one block may become, and lose and cost.
 
-    loss: [C] of its choices. attention: [C, L] operations by the tokens in front, mlp: [C, L] by those behind. merged: [L, L] what
-    merging from one level to another loses, inf where no step does it. moves: [L, L] operations of that step.
+    loss: [C] of its choices. attention: [C, n] operations by the tokens in front, mlp: [C, n] by those behind. merged: [E] what the
+    step of each way loses, inf where the block has none. moves: [E] operations of that step.
     """
 
     loss: Floats
@@ -94,94 +173,116 @@ class Stage:
     moves: Floats
 
 
-def cheapest(stages: Sequence[Stage], price: float) -> tuple[list[int], float]:
-    """Levels behind each block where losses and operations at this price are least together; and these operations.
+def cheapest(stages: Sequence[Stage], along: Sequence[tuple[int, int]], price: float) -> tuple[list[int], float]:
+    """Nodes behind each block where losses and operations at this price are least together; and these operations.
 
-    Dynamic programming: exact, since what a block loses and costs depends on the levels in front and behind alone.
+    along: the E ways, those that stay where they are among them. Dynamic programming: exact, since what a block loses and costs
+    depends on the nodes in front and behind alone.
     """
-    count = len(stages[0].merged)
+    before, after = (np.array(ends) for ends in zip(*along, strict=True))
+    count = int(after.max()) + 1
     best, took, costs = np.full(count, np.inf), [], []
     best[0] = 0.0
-    before, after = np.indices((count, count))
     for own in stages:
-        each = own.loss[:, None, None] + price * (own.attention[:, :, None] + own.mlp[:, None, :])  # C L L
+        each = own.loss[:, None] + price * (own.attention[:, before] + own.mlp[:, after])  # C E
         pick = each.argmin(0)
         costs.append(own.attention[pick, before] + own.mlp[pick, after] + own.moves)
-        value = best[:, None] + each.min(0) + own.merged + price * own.moves
+        value = np.full((count, count), np.inf)
+        value[before, after] = best[before] + each.min(0) + own.merged + price * own.moves
         took.append(value.argmin(0))
         best = value.min(0)
+    numbers = {way: e for e, way in enumerate(along)}
     at = int(best.argmin())
-    levels, used = [at], 0.0
+    found, used = [at], 0.0
     for step, cost in zip(reversed(took), reversed(costs), strict=True):
-        levels.append(int(step[at]))
-        used += float(cost[levels[-1], at])
-        at = levels[-1]
-    return levels[-2::-1], used
+        before_it = int(step[at])
+        used += float(cost[numbers[before_it, at]])
+        found.append(before_it)
+        at = before_it
+    return found[-2::-1], used
 
 
-def schedule(
-    space: Space,
-    losses: Sequence[Mapping[Choice, float]],
-    merges: Merges,
-    limit: int,
-    *,
-    carry: bool,
-    weight: float = 1.0,
-) -> Schedule | None:
-    """Where to merge how many tokens, so that merges and the blocks' choices together lose least within `limit` operations.
+class Plan:
+    """Where to merge how many tokens of one space, beside its blocks' choices.
 
-    space: without token steps but an exact tail. losses: of each block's choices. weight: of the losses of merging, beside those
-    of the choices. None where the limit is out of reach.
+    space: without token steps but an exact tail. losses: of each block's choices.
     """
-    stages = [_stage(space, i, own, merges, carry, weight) for i, own in enumerate(losses)]
-    left = limit - space.outside["macs"]
 
-    def at(price: float) -> Schedule | None:
-        levels, used = cheapest(stages, price)
-        return _steps(levels, merges.counts, space.base.width, carry) if used <= left else None
+    def __init__(self, space: Space, losses: Sequence[Mapping[Choice, float]], merges: Merges, *, carry: bool) -> None:
+        self.space, self.merges, self.carry = space, merges, carry
+        self.ways = [*((n, n) for n in range(len(merges.nodes))), *ways(merges.nodes)]
+        self.stages = [self._stage(i, own) for i, own in enumerate(losses)]
 
-    if (free := at(0.0)) is not None:
-        return free
-    high = (sum(float(np.ptp(own.loss)) for own in stages) + float(merges.losses.max()) + 1e-30) / max(left, 1) * 1e6
-    low, found = high * 1e-14, at(high)
-    for _ in range(BISECTIONS if found is not None else 0):
-        middle = (low * high) ** 0.5
-        here = at(middle)
-        low, high, found = (middle, high, found) if here is None else (low, middle, here)
-    return found
+    def schedules(self, limit: int, *, weight: float = 1.0) -> list[Schedule]:
+        """The steps with which merges and choices together lose least within `limit` operations; none where it is out of reach.
 
+        weight: of the losses of merging, beside those of the choices. Also the steps of the least price at which too many
+        operations are left: with other choices these may be within.
+        """
+        stages = [replace(own, merged=weight * own.merged) for own in self.stages]
+        left = limit - self.space.outside["macs"]
 
-def merge(keep: int, width: int, *, carry: bool) -> Similarity:
-    """The step that the plan uses."""
-    return Similarity(at="mid", keep=keep, proportional=True, match="ward", metric=directions(width), carry=carry)
+        def at(price: float) -> tuple[Schedule, bool]:
+            path, used = cheapest(stages, self.ways, price)
+            return self._steps(path), used <= left
 
+        free, fits = at(0.0)
+        if fits:
+            return [free]
+        most = float(self.merges.losses.max()) * weight
+        high = (sum(float(np.ptp(own.loss)) for own in stages) + most + 1e-30) / max(left, 1) * 1e6
+        low, over = high * 1e-14, free
+        found, fits = at(high)
+        for _ in range(BISECTIONS if fits else 0):
+            middle = (low * high) ** 0.5
+            steps, within = at(middle)
+            if within:
+                high, found = middle, steps
+            else:
+                low, over = middle, steps
+        return [found, over] if fits else []
 
-def _steps(levels: Sequence[int], counts: Sequence[int], width: int, carry: bool) -> Schedule:
-    found, now = [], 0
-    for i, level in enumerate(levels):
-        if level != now:
-            found.append((i, merge(counts[level], width, carry=carry)))
-        now = level
-    return tuple(found)
+    def steepest(self) -> Schedule:
+        """The steps with which the fewest operations are left, where neither choices nor merges lose anything."""
+        return self._steps(cheapest(self.stages, self.ways, 1.0)[0])
 
+    def _steps(self, path: Sequence[int]) -> Schedule:
+        found: list[tuple[int, Step]] = []
+        now = self.merges.nodes[0]
+        for i, n in enumerate(path):
+            if (after := self.merges.nodes[n]) != now:
+                found.append((i, merge(now, after, self.space.base.width, carry=self.carry)))
+                now = after
+        return tuple(found)
 
-def _stage(space: Space, i: int, losses: Mapping[Choice, float], merges: Merges, carry: bool, weight: float) -> Stage:
-    counts, width, count = merges.counts, space.base.width, len(merges.counts)
-    tokens = np.array(counts, dtype=np.float64) + len(space.base.prefix)
-    ends = any(isinstance(step, Prefix) for step in space.base.blocks[i].steps)  # only prefix tokens go through it
-    going = np.full_like(tokens, len(space.base.prefix)) if ends else tokens
-    attention, mlp = np.zeros((2, len(losses), count))
-    for n, choice in enumerate(losses):
-        block = space.block(i, choice)
-        if (a := block.attention) is not None:
-            attention[n] = attention_macs(a.heads, a.qk_dim, a.v_dim, tokens=tokens, width=width, queries=going)
-        if (m := block.mlp) is not None:
-            ranks = {"fc1_rank": m.fc1_rank, "fc2_rank": m.fc2_rank}
-            mlp[n] = mlp_macs(m.hidden, tokens=going, width=width, kind=m.kind, **ranks)
-    merged, moves = np.full((count, count), np.inf), np.zeros((count, count))
-    np.fill_diagonal(merged, 0.0)
-    for level, before in enumerate(counts if not ends else ()):
-        for to in range(level + 1, furthest(counts, level) + 1):
-            merged[level, to] = weight * merges.loss(i, before, counts[to])
-            moves[level, to] = similarity_macs(before, counts[to], width, metric=directions(width), carry=carry)
-    return Stage(np.array(list(losses.values())), attention, mlp, merged, moves)
+    def _stage(self, i: int, losses: Mapping[Choice, float]) -> Stage:
+        space, found, width = self.space, self.merges.nodes, self.space.base.width
+        tokens = np.array([node.patches + len(space.base.prefix) for node in found], dtype=np.float64)
+        ends = any(isinstance(step, Prefix) for step in space.base.blocks[i].steps)  # only prefix tokens go through it
+        going = np.full_like(tokens, len(space.base.prefix)) if ends else tokens
+        choices = self._worthy(i, losses)
+        attention, mlp = np.zeros((2, len(choices), len(found)))
+        for n, choice in enumerate(choices):
+            block = space.block(i, choice)
+            if (a := block.attention) is not None:
+                attention[n] = attention_macs(a.heads, a.qk_dim, a.v_dim, tokens=tokens, width=width, queries=going)
+            if (m := block.mlp) is not None:
+                ranks = {"fc1_rank": m.fc1_rank, "fc2_rank": m.fc2_rank}
+                mlp[n] = mlp_macs(m.hidden, tokens=going, width=width, kind=m.kind, **ranks)
+        merged, moves = np.zeros((2, len(self.ways)))
+        for e, (start, end) in enumerate(self.ways):
+            if start == end:
+                continue
+            merged[e] = math.inf if ends else self.merges.loss(i, found[start], found[end])
+            step = merge(found[start], found[end], width, carry=self.carry)
+            if isinstance(step, Similarity):
+                patches = found[start].patches
+                moves[e] = similarity_macs(patches, step.keep, width, metric=step.metric, carry=step.carry)
+        return Stage(np.array([losses[choice] for choice in choices]), attention, mlp, merged, moves)
+
+    def _worthy(self, i: int, losses: Mapping[Choice, float]) -> list[Choice]:
+        """Choices that no other one beats in loss and in both halves' operations: those grow with the tokens alike."""
+        halves = [[self.space.price(i, c.without(half))[0] for half in ("mlp", "attention")] for c in losses]
+        rows = pareto(Table(np.array(halves, dtype=np.int64), np.array(list(losses.values()))))
+        choices = list(losses)
+        return [choices[row] for row in rows]

@@ -8,12 +8,13 @@ Gives    a spec with smaller ranks, hidden widths, stream and token counts, and 
 How      1 sensitivity: a backward pass with random signs, how much the outputs mind a disturbance at each place.
          2 parts: for each block, every rank and every width from one set of sums over the dense stream.
          3 scores: what each part of each block costs alone, in output divergence (`fisher`), or measured (`measured`).
-         4 plans: for each stream width and token schedule an exact allocation over blocks; losses add.
+         4 plans: for each stream width the merges that lose least beside all else, at a price of operations; for each of these an
+           exact allocation over blocks; losses add.
          5 builds: the best plans, front to back on the student's stream towards the dense one; the best on held-out images stays.
 Departs  from our own sheet: scores and choices are made on the held-out quarter of the images; the network that stays is built
          once more from all of them.
 
-Its files: `config`, `choose` (2, 4), `score` (1 to 3), `build` (5), and here the calls.
+Its files: `config`, `choose` (2, 4), `merges` (4), `score` (1 to 3), `build` (5), and here the calls.
 """
 
 from __future__ import annotations
@@ -91,9 +92,8 @@ def _reachable(model: Vit, config: AutoConfig, budgets: Sequence[Budget]) -> Net
     if not budgets:
         raise ConfigError("auto: no budgets; expected one or more.")
     nets = nets_of(model.spec, config)
-    floor = nets.floor
     for budget in budgets:
-        budget.refuse_unreachable(floor=floor, reference=nets.whole.reference, method="auto")
+        budget.refuse_unreachable(floor=nets.floor(budget), reference=nets.whole.reference, method="auto")
     return nets
 
 

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -24,11 +23,11 @@ from vitrim.errors import DataError
 from vitrim.methods.auto import merges
 from vitrim.methods.auto.choose import Losses, Nets, Scores
 from vitrim.methods.auto.config import AutoConfig
-from vitrim.methods.auto.merges import Merges
+from vitrim.methods.auto.merges import Merges, Node
 from vitrim.methods.fitting import Run, kept
 from vitrim.model import OPEN, Block, Stream, TokenStep, Vit
 from vitrim.space import BlockLevels
-from vitrim.spec import token_walk
+from vitrim.spec import mergeable, token_walk
 from vitrim.tokens import likeness
 
 HELD_OUT = 4
@@ -119,15 +118,15 @@ class Job(Run):
         """Of `merge_maps`."""
         return self.kept("merge-maps", partial(merge_maps, self)).tensors
 
-    def merger(self, i: int, patches: int, keep: int) -> TokenStep:
-        """The step that merges so many patch tokens in block `i` of the dense stream."""
-        step = TokenStep(
-            merges.merge(keep, self.base.spec.width, carry=self.nets.restores), self.base.spec.width, length=patches
-        )
+    def merger(self, i: int, before: Node, after: Node) -> TokenStep:
+        """The step from one node to another in block `i` of the dense stream."""
+        width = self.base.spec.width
+        step = merges.merge(before, after, width, carry=self.nets.restores)
+        made = TokenStep(step, width, length=mergeable(step, before.patches, before.grid))
         for name in ("metric", "carry"):
-            if (value := self.maps.get(f"{i}/{name}")) is not None:
-                setattr(step, name, nn.Parameter(value.to(self.device), requires_grad=False))
-        return step.to(self.device)
+            if getattr(made, name) is not None:
+                setattr(made, name, nn.Parameter(self.maps[f"{i}/{name}"].to(self.device), requires_grad=False))
+        return made
 
     @cached_property
     def logs(self) -> list[Tensor] | None:
@@ -354,23 +353,21 @@ def all_parts(job: Job) -> list[Piece]:
 
 
 def score(job: Job) -> Scores:
-    """What every option costs alone: blocks' parts, stream widths, token schedules."""
+    """What every option costs alone: blocks' parts, stream widths, merges."""
     rows = job.kept("scores", lambda: _packed(score_blocks(job, all_parts(job)))).values["blocks"]
     blocks = tuple(Losses(**{kind: dict(row[kind]) for kind in KINDS}) for row in rows)
     nets = job.nets
-    trials = [("width", w) for w in nets.widths[1:]] + [("schedule", s) for s in range(1, len(nets.schedules))]
-    found: dict[tuple[str, int], float] = {("width", nets.widths[0]): 0.0, ("schedule", 0): 0.0}
-    for done, (kind, n) in enumerate(trials, start=1):
-        found[kind, n] = job.kept(f"{kind}-{n}", partial(_trial, job, kind, n)).values["loss"]
-        job.tell("widths" if kind == "width" else "schedules", done, len(trials))
     widths: dict[int, float] = {}
     most = 0.0
-    for w in nets.widths:  # no narrower stream below a wider one: what noise says otherwise
-        widths[w] = most = max(most, found["width", w])
+    for done, w in enumerate(nets.widths):  # no narrower stream below a wider one: what noise says otherwise
+        if done:
+            most = max(most, job.kept(f"width-{w}", partial(_narrower, job, w)).values["loss"])
+            job.tell("widths", done, len(nets.widths) - 1)
+        widths[w] = most
     merged = None
-    if len(nets.ladder) > 1:
-        merged = Merges(nets.ladder, np.array(job.kept("merges", partial(merge_losses, job)).values["losses"]))
-    return Scores(blocks, widths, tuple(found["schedule", s] for s in range(len(nets.schedules))), merged)
+    if len(nets.nodes) > 1:
+        merged = Merges.settled(nets.nodes, np.array(job.kept("merges", partial(merge_losses, job)).values["losses"]))
+    return Scores(blocks, widths, merged)
 
 
 MERGED = 16
@@ -430,27 +427,28 @@ def _apart(x: Tensor, metric: Tensor, streams: Sequence[Tensor]) -> list[Tensor]
 
 @torch.no_grad()
 def merge_losses(job: Job) -> Piece:
-    """`losses`, [blocks, L]: of the dense stream behind each attention brought down the ladder, a rung at a time."""
+    """`losses`, [blocks, n]: of the dense stream behind each attention brought down to each node, a rung at a time, columns before rows."""
     nets, base, like, product = job.nets, job.base, next(job.base.parameters()), job.product
     net = surgery.with_spec(base, replace(base.spec, restore=nets.restores), base.state_dict(), share=True).eval()
-    sums, done = np.zeros((len(base.blocks), len(nets.ladder))), 0
+    sums, done = np.zeros((len(base.blocks), len(nets.nodes))), 0
     for x in job.inputs.batches("held"):
         x = x[: MERGED - done].to(like)
         stream = net.embed(x)
         before = product.outcome(net(x, gates=OPEN, want=(product.want,))[product.want])
         for i, block in enumerate(net.blocks):
-            merged = block.attend(stream).stream
-            for level, (now, keep) in enumerate(pairwise(nets.ladder), start=1):
-                merged = job.merger(i, now, keep)(merged)
-                after = block.transform(merged).stream
+            merged = {nets.nodes[0]: block.attend(stream).stream}
+            for n, node in enumerate(nets.nodes[1:], start=1):
+                nearest = merges.nearest(nets.nodes, n)
+                merged[node] = job.merger(i, nearest, node)(merged[nearest])
+                after = block.transform(merged[node]).stream
                 told = product.outcome(cf.answers(net, after, i + 1, product.want))
-                sums[i, level] += float(product.divergence(before, told).sum())
+                sums[i, n] += float(product.divergence(before, told).sum())
             stream = block.run(stream)
             job.tell("merges", i + 1, len(base.blocks))
         done += len(x)
         if done >= MERGED:
             break
-    return Piece({}, {"losses": np.maximum.accumulate(sums / done, axis=1).tolist()})
+    return Piece({}, {"losses": (sums / done).tolist()})
 
 
 KINDS = ("qk", "v", "hidden", "off")
@@ -460,17 +458,9 @@ def _packed(rows: Sequence[Losses]) -> Piece:
     return Piece({}, {"blocks": [{kind: sorted(getattr(one, kind).items()) for kind in KINDS} for one in rows]})
 
 
-def _trial(job: Job, kind: str, n: int) -> Piece:
-    """The loss of a stream width, or of a token schedule, with everything else dense."""
-    nets, base = job.nets, job.base
-    if kind == "width":
-        trial, _ = job.narrowed(n, "probe")
-    else:
-        after = nets.spec(nets.uncut(nets.schedules[n]), tail=False)  # its steps have no weights
-        blocks = [replace(b, steps=to.steps) for b, to in zip(base.spec.blocks, after.blocks, strict=True)]
-        spec = replace(base.spec, blocks=tuple(blocks), restore=nets.restores)
-        trial = surgery.with_spec(base, spec, base.state_dict(), share=True)
-    return Piece({}, {"loss": job.divergence(trial)})
+def _narrower(job: Job, width: int) -> Piece:
+    """The loss of a stream width, with everything else dense."""
+    return Piece({}, {"loss": job.divergence(job.narrowed(width, "probe")[0])})
 
 
 def score_blocks(job: Job, library: Sequence[Piece]) -> list[Losses]:
