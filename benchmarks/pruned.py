@@ -95,13 +95,29 @@ def from_scratch(small: Vit, seed: int) -> Vit:
     return found
 
 
-def torch_pruning(dense: Vit, x: Tensor, y: Tensor, limit: int, *, whole_heads: bool = False) -> Vit:
+def torch_pruning(
+    dense: Vit,
+    x: Tensor,
+    y: Tensor | None,
+    limit: int,
+    *,
+    whole_heads: bool = False,
+    gradients: dict[str, Tensor] | None = None,
+) -> Vit:
     """Torch-Pruning 1.6 by its own recipe for timm's ViTs: group Taylor, dims in every head and MLP units, the stream whole.
 
     x, y: images as the network takes them, and labels, for the gradients. whole_heads: its other choice, heads instead of dims in
-    heads. Raises DataError where it cut nothing of an attention or no MLP units, which its isomorphic mode does without a word.
+    heads. gradients: of another loss, by timm's names; labels are not needed then. Raises DataError where it cut nothing of an
+    attention or no MLP units, which its isomorphic mode does without a word.
     """
     import torch_pruning as tp
+
+    def learn(module: Any) -> None:
+        if gradients is None:
+            nn.functional.cross_entropy(module(x), y).backward()
+            return
+        for name, parameter in module.named_parameters():
+            parameter.grad = gradients[name].clone() if name in gradients else None
 
     def pruned(share: float) -> Vit:
         module: Any = to_module(dense)
@@ -130,7 +146,7 @@ def torch_pruning(dense: Vit, x: Tensor, y: Tensor, limit: int, *, whole_heads: 
                 head_pruning_ratio=1 - max(share, fewest) if whole_heads else 0.0,
             )
             module.zero_grad()
-            nn.functional.cross_entropy(module(x), y).backward()
+            learn(module)
             for group in pruner.step(interactive=True):
                 group.prune()
         for block in module.blocks:
