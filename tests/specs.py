@@ -140,9 +140,8 @@ def _steps(draw: st.DrawFn, tokens: Tokens, restore: bool) -> tuple[tuple[object
         how: dict[str, Any] = (
             {"match": "ward", "metric": draw(st.sampled_from([None, 1, 5]))} if draw(st.booleans()) else {}
         )
-        return (
-            Similarity(at=at, keep=keep, proportional=proportional, carry=restore and draw(st.booleans()), **how),
-        ), left
+        carry = draw(st.sampled_from([None, 1, 3])) if restore else None
+        return (Similarity(at=at, keep=keep, proportional=proportional, carry=carry, **how),), left
     return (), tokens
 
 

@@ -66,6 +66,9 @@ def test_the_formulas_take_tensors() -> None:
 
 def test_a_similarity_step_counts_as_the_design_says() -> None:
     assert similarity_macs(9, 6, 16) == 5 * 4 * 16 + 3 * 4 * 17
+    compared = 9 * 16 * 5 + 5 * 4 * 5
+    carried = 3 * 16 * 2 * 2 + 3 * 4 * 16
+    assert similarity_macs(9, 6, 16, metric=5, carry=2) == compared + 3 * 4 * 17 + carried
 
 
 def test_peak_activations_follow_the_stated_formula() -> None:

@@ -192,6 +192,9 @@ def test_ward_merges_what_adds_least_to_the_scatter_within_groups(patches: int, 
     assert merged == min(added, key=lambda pair: added[pair])
 
 
+NOTHING = torch.ones(6, 2, dtype=torch.float64), torch.zeros(2, 6, dtype=torch.float64)
+
+
 @pytest.mark.parametrize("match", ["cosine", "ward"])
 @pytest.mark.parametrize("patches", [8, 9])
 def test_what_is_carried_along_unchanged_gives_every_token_back(match: str, patches: int) -> None:
@@ -199,7 +202,7 @@ def test_what_is_carried_along_unchanged_gives_every_token_back(match: str, patc
     history = []
     seen, weights = x, sizes
     for keep in (patches - 3, patches - 5):  # groups of sizes 1 to 4, merged again
-        merged = merge_similar(seen, weights, keep=keep, match=match, carry=torch.eye(6, dtype=torch.float64))
+        merged = merge_similar(seen, weights, keep=keep, match=match, carry=NOTHING)
         seen, weights = merged.x, merged.sizes
         history.append(merged.undo)
     assert close(restore(seen, tuple(history), carried=True), x, 1e-12)
@@ -210,7 +213,7 @@ def test_a_network_that_restores_gives_the_shapes_of_one_that_does_not_merge() -
     from vitrim.spec import Pool
 
     dense = vit(pool=Pool(kind="none"), outputs=())
-    step = Similarity(keep=9, match="ward", metric=4, carry=True, proportional=True)
+    step = Similarity(keep=9, match="ward", metric=4, carry=2, proportional=True)
     spec = replace(dense, restore=True, blocks=(replace(dense.blocks[0], steps=(step,)), dense.blocks[1]))
     model, x = make(spec), images(dense)
     assert model(x).shape == make(dense)(x).shape == (2, 17, 16)
@@ -220,7 +223,7 @@ def test_a_network_that_restores_gives_the_shapes_of_one_that_does_not_merge() -
             for name, value in block.named_parameters():
                 if name.startswith(("attention.out", "mlp.fc2")):
                     value.zero_()
-        model.blocks[0].steps[0].carry.copy_(torch.eye(16))
+        model.blocks[0].steps[0].carry_b.zero_()
     assert close(model(x), model.norm(model.embed(x).x))  # nothing happens behind the merge: carrying undoes it
 
 
@@ -287,7 +290,9 @@ def test_two_merges_save_what_the_sheet_says_of_deit_small() -> None:
         ((Prefix(), Merge(axis="h", keep=2)), "no patch tokens left"),
         ((Similarity(keep=12, metric=3),), "expected match='ward'"),
         ((Similarity(keep=12, match="ward", metric=99),), "at most the stream's width"),
-        ((Similarity(keep=12, carry=True),), "nothing restores the tokens"),
+        ((Similarity(keep=12, carry=2),), "nothing restores the tokens"),
+        ((Similarity(keep=12, carry=0),), "carry=0; expected a number above 0"),
+        ((Similarity(keep=12, carry=99),), "at most the stream's width"),
     ],
 )
 def test_impossible_steps_are_refused(steps: tuple[object, ...], message: str) -> None:

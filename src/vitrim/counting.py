@@ -110,21 +110,21 @@ def mlp_macs(
     return linear_macs(tokens, width, first, fc1_rank) + linear_macs(tokens, hidden, width, fc2_rank)
 
 
-def similarity_macs(patches: int, keep: int, width: int, *, metric: int | None = None, carry: bool = False) -> int:
+def similarity_macs(patches: int, keep: int, width: int, *, metric: int | None = None, carry: int | None = None) -> int:
     """MACs of one similarity merge: scores between the two sets, and a one-hot product for the merged ones.
 
-    metric: directions in which distances are taken, to which all tokens are mapped. carry: the merged ones' differences go through
-    a square linear, and to their targets through the one-hot product.
+    metric: directions in which distances are taken, to which all tokens are mapped. carry: rank of the factors through which
+    the merged ones' differences go, and to their targets through the one-hot product.
     """
     sources, targets, gone = patches - patches // 2, patches // 2, patches - keep
     found = sources * targets * (metric or width) + gone * targets * (width + 1)
     found += patches * width * metric if metric else 0
-    return found + (gone * width * width + gone * targets * width if carry else 0)
+    return found + (gone * width * 2 * carry + gone * targets * width if carry else 0)
 
 
 def similarity_params(step: Similarity, width: int) -> int:
     """Parameters of a similarity step: what maps tokens to the metric, and differences to what comes back."""
-    return width * (step.metric or 0) + width * width * step.carry
+    return width * (step.metric or 0) + 2 * width * (step.carry or 0)
 
 
 def attention_params(a: AttentionSpec, width: int) -> Any:

@@ -312,12 +312,13 @@ class Mlp(Sublayer):
 class TokenStep(nn.Module):
     """One token step of a block.
 
-    gate: [D] of a learned merge. metric: [D, R], and carry: [D, D], of a similarity step that has them.
+    gate: [D] of a learned merge. metric: [D, R], carry_a: [D, R] and carry_b: [R, D], of a similarity step that has them.
     """
 
     gate: nn.Parameter | None
     metric: nn.Parameter | None
-    carry: nn.Parameter | None
+    carry_a: nn.Parameter | None
+    carry_b: nn.Parameter | None
 
     def __init__(self, step: Step, width: int, *, length: int) -> None:
         super().__init__()
@@ -325,9 +326,10 @@ class TokenStep(nn.Module):
         self.length = length  # columns, rows or patch tokens that it finds at the spec's own image size
         learned = isinstance(step, Merge) and step.weight == "learned"
         self.register_parameter("gate", nn.Parameter(torch.empty(width)) if learned else None)
-        rank, carry = (step.metric, step.carry) if isinstance(step, Similarity) else (None, False)
+        rank, carry = (step.metric, step.carry) if isinstance(step, Similarity) else (None, None)
         self.register_parameter("metric", nn.Parameter(torch.empty(width, rank)) if rank else None)
-        self.register_parameter("carry", nn.Parameter(torch.empty(width, width)) if carry else None)
+        self.register_parameter("carry_a", nn.Parameter(torch.empty(width, carry)) if carry else None)
+        self.register_parameter("carry_b", nn.Parameter(torch.empty(carry, width)) if carry else None)
 
     def keep(self, n: int) -> int:
         """How many of `n` remain; at another image size the same share goes."""
@@ -345,9 +347,8 @@ class TokenStep(nn.Module):
         if keep == n:
             return stream
         if isinstance(step, Similarity):
-            merged = merging.merge_similar(
-                patches, sizes, keep=keep, match=step.match, metric=self.metric, carry=self.carry
-            )
+            carry = None if self.carry_a is None or self.carry_b is None else (self.carry_a, self.carry_b)
+            merged = merging.merge_similar(patches, sizes, keep=keep, match=step.match, metric=self.metric, carry=carry)
         else:
             assert stream.grid is not None
             merged = merging.merge_lattice(

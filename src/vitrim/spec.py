@@ -154,7 +154,8 @@ class Similarity:
 
     match: what is most similar: by the cosine, or by the least size-weighted squared distance (Ward's criterion).
     metric: distances are taken in so many learned directions of the stream; None: in the stream. For `ward`.
-    carry: what sets each merged token apart goes through a learned linear, and comes back where tokens are restored.
+    carry: what sets each merged token apart comes back where tokens are restored, through a learned linear: the identity and two
+    factors of this rank. None: it is lost.
     """
 
     at: Literal["start", "mid", "end"] = "mid"
@@ -162,7 +163,7 @@ class Similarity:
     proportional: bool = False
     match: Literal["cosine", "ward"] = "cosine"
     metric: int | None = None
-    carry: bool = False
+    carry: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -592,14 +593,20 @@ def _check_step(spec: ModelSpec, i: int, j: int, step: Step) -> None:
                 f"{where}: weight={step.weight!r} with tau={step.tau!r}; expected tau above 0 with weight='similarity', else none."
             )
     elif isinstance(step, Similarity):
-        _positive(where, metric=step.metric)
+        _positive(where, metric=step.metric, carry=step.carry)
         if step.metric is not None and (step.match != "ward" or step.metric > spec.width):
             raise SpecError(
                 f"{where}: metric={step.metric!r} with match={step.match!r}; expected match='ward' and at most the stream's width, "
                 f"{spec.width}, or none."
             )
-        if step.carry and not spec.restore:
-            raise SpecError(f"{where}: carry=True, but nothing restores the tokens; set restore=True on the spec.")
+        if step.carry is not None and step.carry > spec.width:
+            raise SpecError(
+                f"{where}: carry={step.carry!r}; expected a rank of at most the stream's width, {spec.width}, or none."
+            )
+        if step.carry is not None and not spec.restore:
+            raise SpecError(
+                f"{where}: carry={step.carry!r}, but nothing restores the tokens; set restore=True on the spec."
+            )
     elif isinstance(step, Prefix):
         if spec.restore:
             raise SpecError(
@@ -670,7 +677,7 @@ _JSON = Codec(
     most={ModelSpec: {"blocks": MOST_BLOCKS, "outputs": MOST_OUTPUTS}},
     later={
         ModelSpec: {"restore": False},
-        Similarity: {"match": "cosine", "metric": None, "carry": False},
+        Similarity: {"match": "cosine", "metric": None, "carry": None},
         Pool: {"act": "gelu"},
         Preprocess: {"crop_rounding": "even"},
         Config: {"problem_type": "single_label_classification"},

@@ -132,14 +132,15 @@ def merge_similar(
     keep: int,
     match: str = "cosine",
     metric: Tensor | None = None,  # D R
-    carry: Tensor | None = None,  # D D
+    carry: tuple[Tensor, Tensor] | None = None,  # D R, R D
 ) -> Merged:
     """Merge the `P - keep` most alike tokens of even index into their best match of odd index.  x: B P D; sizes: B P.
 
     What remains: the unmerged even ones in order, then the odd ones in order. MACs: `counting.similarity_macs`.
     match: `cosine`, or `ward`: the least s t / (s + t) |x - y|^2 of two tokens of sizes s and t, which is what merging them adds
     to the scatter within groups; `metric` maps tokens to where |x - y| is taken.
-    carry: maps the difference of each merged token from its group; the group's target gets what makes them cancel, by size.
+    carry: the difference of each merged token from its group comes back, and what two factors make of it; the group's target gets
+    what makes them cancel, by size.
     """
     b, p, d = x.shape
     removed, targets = p - keep, p // 2
@@ -165,7 +166,8 @@ def merge_similar(
     if carry is None:
         return Merged(merged, merged_sizes, Undo("tokens", owner, None))
     values = merged[:, sources - removed :]  # of the targets, B targets D
-    apart = (take(x[:, 0::2], chosen) - take(values, to)) @ carry  # B R D
+    apart = take(x[:, 0::2], chosen) - take(values, to)  # B R D
+    apart = apart + (apart @ carry[0]) @ carry[1]
     against = onehot @ (apart * sizes[:, 0::2].gather(1, chosen)[:, :, None])
     order = chosen.topk(removed, dim=-1, largest=False).indices  # from their order in the row to that of `chosen`
     place = order.gather(1, (gone.long().cumsum(-1) - 1).clamp_min(0))

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from tests.specs import images, make, specs, vit
 from vitrim import closed_form as cf
+from vitrim.closed_form.regression import reduced_rank
 from vitrim.errors import DataError
 from vitrim.model import Gates
 from vitrim.spec import Merge, Similarity
@@ -142,6 +143,17 @@ def test_a_metric_of_outputs_changes_no_refit_without_a_ridge():
     w, _ = cf.refit(sums(x, y), prior, ridge=1e-13)
     turned, _ = cf.refit(sums(x, y @ turn), prior @ turn, ridge=1e-13)
     assert torch.allclose(turned, w @ turn, atol=1e-7)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 6])
+def test_a_regression_of_lower_rank_is_the_best_of_its_rank_and_the_ridge_regression_at_full_rank(rank):
+    x, y = (torch.randn(40, n, generator=torch.Generator().manual_seed(n), dtype=torch.float64) for n in (6, 8))
+    a, b = reduced_rank(x.mT @ x, x.mT @ y, rank, ridge=1e-9)
+    whole = torch.linalg.lstsq(x, y).solution
+    energy = torch.linalg.svdvals(x @ whole).square()
+    lost = (y - x @ a @ b).square().sum() - (y - x @ whole).square().sum()
+    assert (a.shape, b.shape) == ((6, rank), (rank, 8))
+    assert lost == pytest.approx(float(energy[rank:].sum()), rel=1e-5, abs=1e-5)
 
 
 def test_the_ridge_is_chosen_by_images_left_out():

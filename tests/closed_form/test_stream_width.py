@@ -13,7 +13,7 @@ from vitrim.closed_form import stream_width as narrowing
 from vitrim.counting import cost, macs, params
 from vitrim.errors import SpecError
 from vitrim.model import Vit
-from vitrim.spec import ModelSpec, Output, Pool, Position, T2TPerformer
+from vitrim.spec import ModelSpec, Output, Pool, Position, Similarity, T2TPerformer
 
 SPEC = vit(blocks=2, width=16)
 
@@ -62,6 +62,40 @@ def test_the_full_width_is_exact_for_every_family(changes):
     spec = replace(SPEC, **changes)
     model, x = make(spec), images(spec, 3)
     assert close(narrowing.narrow(model, narrowing.directions(stream_of(model, x), 16))(x), model(x))
+
+
+def carrying(rank: int) -> Vit:
+    """A classifier that merges, compares tokens in `rank` directions and carries along as many, blind to the mean of the channels."""
+    step = Similarity(keep=11, proportional=True, match="ward", metric=rank, carry=rank)
+    spec = replace(
+        SPEC, restore=True, blocks=(replace(SPEC.blocks[0], steps=(step,)), SPEC.blocks[1]), pool=Pool(kind="mean")
+    )
+    model = make(spec)
+    with torch.no_grad():
+        for name in ("metric", "carry_a"):
+            value = getattr(model.blocks[0].steps[0], name)
+            value.sub_(value.mean(0))
+    return model
+
+
+@pytest.mark.parametrize("rank", [3, 16])
+def test_steps_that_compare_and_carry_go_into_the_narrow_stream(rank):
+    model, x = carrying(rank), images(SPEC, 3)
+    gram = stream_of(model, x)
+    assert close(narrowing.narrow(model, narrowing.directions(gram, 16))(x), model(x))
+    narrow = narrowing.narrow(model, narrowing.directions(gram, 9))
+    step = narrow.spec.blocks[0].steps[0]
+    assert isinstance(step, Similarity)
+    assert (step.metric, step.carry) == (min(rank, 9),) * 2
+    assert params(narrow.spec) == sum(p.numel() for p in narrow.parameters())
+    assert narrow(x).isfinite().all()
+
+
+def test_fewer_directions_give_the_same_distances():
+    metric, x = torch.randn(4, 7, dtype=torch.float64), torch.randn(9, 4, dtype=torch.float64)
+    fewer = narrowing.compared(metric)
+    assert fewer.shape == (4, 4)
+    assert close(torch.cdist(x @ fewer, x @ fewer), torch.cdist(x @ metric, x @ metric), 1e-9)
 
 
 @pytest.mark.parametrize(

@@ -142,7 +142,7 @@ def test_label_free_matches_the_features_of_an_encoder() -> None:
 
 @pytest.mark.parametrize("outputs", [(), SPEC.outputs])
 def test_label_free_matches_every_token_where_they_are_the_product(outputs: Any) -> None:
-    step = Similarity(keep=3, match="ward", carry=True)
+    step = Similarity(keep=3, match="ward", carry=2)
     spec = dataclasses.replace(SPEC, outputs=outputs)
     merging = dataclasses.replace(
         spec, restore=True, blocks=(dataclasses.replace(SPEC.blocks[0], steps=(step,)), SPEC.blocks[1])

@@ -154,6 +154,18 @@ def refit(
     return w, (stats.y - mean_x @ w) / stats.weight
 
 
+def reduced_rank(xx: Tensor, xy: Tensor, rank: int, *, ridge: float) -> tuple[Tensor, Tensor]:
+    """Two factors [M, R], [R, D] whose product is the ridge regression of that rank on sums xx [M, M], xy [M, D]; float64.
+
+    ridge: pull towards 0, as a share of the mean of the inputs' squares.
+    """
+    values, vectors = torch.linalg.eigh(xx)
+    pull = ridge * xx.diagonal().mean().clamp_min(1e-300)
+    root = (vectors / (values.clamp_min(0) + pull).sqrt()) @ vectors.mT
+    left, strength, right = torch.linalg.svd(root @ xy)
+    return root @ (left[:, :rank] * strength[:rank]), right[:rank]
+
+
 def loss(
     stats: Regression,
     w: Tensor,

@@ -24,7 +24,7 @@ from vitrim.closed_form.factors import fold_value_bias
 from vitrim.closed_form.regression import Regression, refit
 from vitrim.errors import DataError, SpecError
 from vitrim.model import Vit
-from vitrim.spec import BlockSpec, Merge, ModelSpec
+from vitrim.spec import BlockSpec, Merge, ModelSpec, Similarity, Step
 from vitrim.surgery import with_spec
 
 RIDGE = 1e-3
@@ -35,6 +35,14 @@ FLAT = 1e-3
 """Share of the identity in that metric."""
 Weights = Callable[[str, int], Tensor | None]
 """Token weights [N] of a reader by its name and the number of tokens; None: all alike."""
+
+
+def compared(metric: Tensor) -> Tensor:
+    """Directions [D', R] with at most D' of them that give the same distances."""
+    if metric.shape[1] <= metric.shape[0]:
+        return metric
+    values, vectors = torch.linalg.eigh(metric @ metric.mT)
+    return vectors * values.clamp_min(0).sqrt()
 
 
 def refusal(spec: ModelSpec) -> str | None:
@@ -80,7 +88,14 @@ def _narrowed_block(block: BlockSpec, width: int) -> BlockSpec:
             fc1_rank=_worth(m.fc1_rank, width, rows),
             fc2_rank=_worth(m.fc2_rank, m.hidden, width),
         )
-    return replace(block, attention=a, mlp=m)
+    return replace(block, attention=a, mlp=m, steps=tuple(_narrowed_step(step, width) for step in block.steps))
+
+
+def _narrowed_step(step: Step, width: int) -> Step:
+    if not isinstance(step, Similarity):
+        return step
+    metric, carry = (None if rank is None else min(rank, width) for rank in (step.metric, step.carry))
+    return replace(step, metric=metric, carry=carry)
 
 
 def _worth(rank: int | None, inputs: int, outputs: int) -> int | None:
@@ -283,6 +298,8 @@ def narrow(model: Vit, basis: Basis, corrected: Mapping[str, Reader] | None = No
             edit.attention(i, block)
         if block.mlp is not None:
             edit.mlp(i, block, after)
+        for j in range(len(block.steps)):
+            edit.step(f"blocks.{i}.steps.{j}")
     for output in new.outputs:
         edit.classifier(output.name, len(output.reads), "norm" if model.spec.final_norm else "pool_norm")
     edit.plain("norm" if model.spec.final_norm else "pool_norm")
@@ -378,6 +395,18 @@ class _Edit:
         self.writes(f"{here}.fc2")
         self.gate(here, norm, site)
         self.plain(norm)
+
+    def step(self, here: str) -> None:
+        """What compares tokens, and what carries their differences along: in a narrow stream, at ranks of its width at the most."""
+        if f"{here}.metric" in self.state:
+            self.put(f"{here}.metric", compared(self.basis.up.mT @ self.get(f"{here}.metric")))
+        if f"{here}.carry_a" in self.state:
+            a, b = self.basis.up.mT @ self.get(f"{here}.carry_a"), self.get(f"{here}.carry_b") @ self.basis.down
+            if b.shape[0] > self.basis.width:
+                left, strength, b = torch.linalg.svd(a @ b)
+                a = left * strength
+            self.put(f"{here}.carry_a", a)
+            self.put(f"{here}.carry_b", b)
 
     def classifier(self, name: str, reads: int, norm: str) -> None:
         first = f"heads.{name}_a" if f"heads.{name}_a.weight" in self.state else f"heads.{name}"

@@ -329,6 +329,14 @@ NETWORKS: dict[str, ModelSpec] = {
     "cut by dcvit": replace(
         WIDE, blocks=(WIDE.blocks[0], replace(WIDE.blocks[0], attention=None), replace(WIDE.blocks[0], mlp=None))
     ),
+    "merged by auto": replace(
+        WIDE,
+        restore=True,
+        blocks=tuple(
+            replace(WIDE.blocks[0], steps=(Similarity(keep=keep, proportional=True, match="ward", metric=12, carry=9),))
+            for keep in (14, 12, 11)
+        ),
+    ),
     "merged": replace(
         WIDE,
         blocks=(

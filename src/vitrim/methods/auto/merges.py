@@ -35,6 +35,9 @@ LATTICES = ((3 / 4, 1), (1 / 2, 1), (3 / 4, 3 / 4), (1 / 2, 3 / 4), (1 / 2, 1 / 
 DIRECTIONS = 1 / 4
 """Share of the stream's directions in which tokens are compared, of `MOST` at the most: those that the product minds."""
 MOST = 64
+CARRIED = 1 / 16
+"""Rank of what carries differences along, as a share of the stream's width, of `MOST_CARRIED` at the most: a higher one does worse."""
+MOST_CARRIED = 16
 LONGEST = 1 / 8
 """Share of the tokens in front of a step of similar ones that it may merge, or a rung: more at once are worse matched than losses
 foretell."""
@@ -92,6 +95,11 @@ def _leads(found: Sequence[Node], before: Node, after: Node) -> bool:
     return (rows == fewer_rows and cols > fewer_cols) or (cols == fewer_cols and rows > fewer_rows)
 
 
+def carried(width: int) -> int:
+    """Rank of what carries along what sets similar tokens apart."""
+    return max(1, min(MOST_CARRIED, round(width * CARRIED)))
+
+
 def nearest(found: Sequence[Node], n: int) -> Node:
     """The node from which another is measured: the rung above, or the lattice with its columns and all rows, or the whole."""
     if (grid := found[n].grid) is None:
@@ -108,8 +116,8 @@ def directions(width: int) -> int:
 def merge(before: Node, after: Node, width: int, *, carry: bool) -> Merge | Similarity:
     """The step that leads from one node to another.  carry: of what sets similar tokens apart."""
     if after.grid is None:
-        rank = directions(width)
-        return Similarity(at="mid", keep=after.patches, proportional=True, match="ward", metric=rank, carry=carry)
+        how = {"metric": directions(width), "carry": carried(width) if carry else None}
+        return Similarity(at="mid", keep=after.patches, proportional=True, match="ward", **how)
     assert before.grid is not None
     if after.grid[0] == before.grid[0]:
         return Merge(at="mid", axis="h", keep=after.grid[1], proportional=True)

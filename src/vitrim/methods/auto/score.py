@@ -19,6 +19,7 @@ from vitrim.checkpoints import Journal, Piece
 from vitrim.closed_form import fisher
 from vitrim.closed_form import stream_width as narrowing
 from vitrim.closed_form import sublayers as parts
+from vitrim.closed_form.regression import reduced_rank
 from vitrim.errors import DataError
 from vitrim.methods.auto import merges
 from vitrim.methods.auto.choose import Losses, Nets, Scores
@@ -123,7 +124,7 @@ class Job(Run):
         width = self.base.spec.width
         step = merges.merge(before, after, width, carry=self.nets.restores)
         made = TokenStep(step, width, length=mergeable(step, before.patches, before.grid))
-        for name in ("metric", "carry"):
+        for name in ("metric", "carry_a", "carry_b"):
             if getattr(made, name) is not None:
                 setattr(made, name, nn.Parameter(self.maps[f"{i}/{name}"].to(self.device), requires_grad=False))
         return made
@@ -379,10 +380,11 @@ CARRY_RIDGE = 1e-2
 
 @torch.no_grad()
 def merge_maps(job: Job) -> Piece:
-    """What the merges of each block go by: `i/metric` [D, R], where tokens are compared, the least direction first, and `i/carry` [D, D] for its step.
+    """What the merges of each block go by: `i/metric` [D, R], where tokens are compared, the least direction first, and the factors
+    `i/carry_a` [D, R], `i/carry_b` [R, D].
 
     metric: the leading directions of what the product minds of patch tokens behind the attention. carry: regression of the
-    difference of two like tokens at the end of the dense stream on their difference here.
+    difference of two like tokens at the end of the dense stream on their difference here, beyond that itself.
     """
     base, found, like = job.base, {}, next(job.base.parameters())
     width, count, prefix = base.spec.width, len(base.blocks), len(base.spec.prefix)
@@ -403,10 +405,9 @@ def merge_maps(job: Job) -> Piece:
                 apart = [d.flatten(0, 1) for d in _apart(here, found[f"{i}/metric"], (here, last))]
                 grams[i] += (apart[0].mT @ apart[0]).to("cpu", torch.float64)
                 crosses[i] += (apart[0].mT @ apart[1]).to("cpu", torch.float64)
-        eye = torch.eye(width, dtype=torch.float64)
         for i, (gram, cross) in enumerate(zip(grams, crosses, strict=True)):
-            pull = CARRY_RIDGE * gram.diagonal().mean().clamp_min(1e-300) * eye
-            found[f"{i}/carry"] = own_memory(torch.linalg.solve(gram + pull, cross + pull).to(like.dtype))
+            a, b = reduced_rank(gram, cross - gram, merges.carried(width), ridge=CARRY_RIDGE)
+            found[f"{i}/carry_a"], found[f"{i}/carry_b"] = (own_memory(one.to(like.dtype)) for one in (a, b))
     return Piece(found, {})
 
 
