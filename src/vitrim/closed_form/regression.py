@@ -12,7 +12,7 @@ Shapes   n rows, M inputs (hidden units, head channels), D outputs, K kept.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial, reduce
 from operator import add
@@ -164,6 +164,25 @@ def reduced_rank(xx: Tensor, xy: Tensor, rank: int, *, ridge: float) -> tuple[Te
     root = (vectors / (values.clamp_min(0) + pull).sqrt()) @ vectors.mT
     left, strength, right = torch.linalg.svd(root @ xy)
     return root @ (left[:, :rank] * strength[:rank]), right[:rank]
+
+
+def refits(
+    stats: Regression, prior: Tensor, order: Elimination, sizes: Iterable[int], *, ridge: float, bias: bool = True
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """For each size m the indices `order.kept(m)`, and W [m, D] and b [D] of `refit` on them.
+
+    The kept sets are nested, so that one factor of the whole serves them all: in the order of importance, the factor of the first
+    m inputs is its leading part.
+    """
+    xx, xy, _ = stats.moments(bias=bias)
+    first = order.order.flip(0).to(xx.device)
+    xx, xy, prior = xx[first][:, first], xy[first], prior.to(xx)[first]
+    factor, _ = _cholesky(xx, _strength(xx, ridge))
+    for m in sizes:
+        w = prior[:m] + torch.cholesky_solve(xy[:m] - xx[:m, :m] @ prior[:m], factor[:m, :m])
+        keep, place = first[:m].sort()
+        w = w[place]
+        yield keep, w, (stats.y - stats.x[keep] @ w) / stats.weight if bias else None
 
 
 def loss(

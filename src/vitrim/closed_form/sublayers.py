@@ -9,6 +9,7 @@ Shapes: H heads, Q and V their widths, D width, M hidden units, E inner width of
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from vitrim.closed_form.factors import Factors, factorise_qk, factorise_vo
-from vitrim.closed_form.regression import Elimination, Regression, eliminate, refit
+from vitrim.closed_form.regression import Elimination, Regression, eliminate, refit, refits
 from vitrim.model import Attention, Mlp
 
 SCORE_RIDGE = 1e-5
@@ -170,12 +171,27 @@ def refitted(
     """New weights [K, E] of the linear and the bias [D] behind it all, or None.  keep: indices of the inputs that stay."""
     inner, _ = seen(stats, last, metric)
     w, b = refit(inner, last.prior, ridge=ridge, keep=keep, bias=last.bias)
-    if b is None:
-        return w.cpu(), None
-    if last.outputs is not None:
+    return w.cpu(), _behind(stats, last, w, b, keep)
+
+
+def refitted_at(
+    stats: Regression, last: Last, metric: Tensor | None, order: Elimination, sizes: Iterable[int], *, ridge: float
+) -> Iterator[tuple[int, Tensor, Tensor, Tensor | None]]:
+    """For each size K the indices that stay, and what `refitted` gives for them."""
+    inner, _ = seen(stats, last, metric)
+    sizes = tuple(sizes)
+    for size, (keep, w, b) in zip(
+        sizes, refits(inner, last.prior, order, sizes, ridge=ridge, bias=last.bias), strict=True
+    ):
+        yield size, keep.cpu(), w.cpu(), _behind(stats, last, w, b, keep)
+
+
+def _behind(stats: Regression, last: Last, w: Tensor, b: Tensor | None, keep: Tensor | None) -> Tensor | None:
+    """The bias behind the linear and the factor behind it, if there is one: what all outputs need, not its image alone."""
+    if b is not None and last.outputs is not None:
         mean = (stats.x if keep is None else stats.x[keep.to(stats.x.device)]) / stats.weight
         b = stats.y / stats.weight - mean @ w @ last.outputs.to(w).mT
-    return w.cpu(), b.cpu()
+    return None if b is None else b.cpu()
 
 
 def mean_target(stats: Regression) -> Tensor:

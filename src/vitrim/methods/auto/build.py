@@ -21,6 +21,8 @@ from vitrim.spec import BlockSpec, SelectionStep, Similarity, spec_hash, token_w
 
 FLAT = 1e-3
 """Share of the identity in an output metric, which keeps its root invertible."""
+SCORE_ROWS = 128
+"""Tokens for each query dim from which the factors of scores are taken: their moments are small."""
 HEAD_RIDGE = 0.3
 """Pull of a classifier towards the inherited one: its rows are one an image."""
 
@@ -98,14 +100,18 @@ class Refit:
         if after.qk_dim < before.qk_dim:
             block: Block = self.module(i, spec)
             scores = parts.Scores()
+            rows = 0
             for _, stream in walk.pairs():
                 entry = block.start(stream)
                 q, k, _ = block.attention.qkv_heads(block.norm1(entry.x))
                 scores.add(q, k, self.job.weights(site, q.shape[2]).to(q))
+                rows += entry.x.shape[0] * entry.x.shape[1]
+                if rows >= SCORE_ROWS * before.qk_dim:
+                    break
             factors = scores.factors(block.attention).sliced(after.qk_dim)
             _, _, v, _ = parts.head_weights(block.attention)
-            rows = [_rows(factors.left), _rows(factors.right.mT), _rows(v)]
-            self.put(f"{here}.qkv", torch.cat(rows))
+            factored = [_rows(factors.left), _rows(factors.right.mT), _rows(v)]
+            self.put(f"{here}.qkv", torch.cat(factored))
             self.state.pop(f"{here}.k_bias", None)
             if factors.left_bias is not None:
                 self.put(f"{here}.q_bias", factors.left_bias.flatten())
@@ -150,6 +156,7 @@ class Refit:
             if levels.refit[0]:
                 bias = f"blocks.{i}.attention.out.bias"
                 self.put(bias, parts.double(self.state[bias]) + mean)
+                walk.changed()
             return None, None  # in front of a frozen attention the mean would change what it reads
         assert before is not None
         last, metric = parts.last_linear(block.mlp), self.metric(site)
@@ -211,6 +218,31 @@ class Refit:
         small = surgery.with_spec(job.model, spec, self.state, last).eval()
         self.refit_heads(small)
         return small
+
+    @torch.no_grad()
+    def losses_by_block(self, images: int) -> list[float]:
+        """Divergences of the networks whose first 0, 1, ..., L blocks are those built here and the rest dense; once built.
+
+        images: of those on which options are scored.
+        """
+        job, product, count = self.job, self.job.product, len(self.goal.blocks)
+        like = next(job.base.parameters())
+        spec = replace(self.start.spec, restore=self.goal.restore)
+        dense = surgery.with_spec(self.start, spec, self.start.state_dict(), share=True).eval()
+        blocks = [self.module(i, self.goal.blocks[i]) for i in range(count)]
+        sums, done = [0.0] * (count + 1), 0
+        for x in job.inputs.batches("scored"):
+            x = x[: images - done].to(like)
+            before = product.outcome(job.base(x, gates=OPEN, want=(product.want,))[product.want])
+            stream = dense.embed(x)
+            for i in range(count + 1):
+                after = product.outcome(cf.answers(dense, stream, i, product.want))
+                sums[i] += float(product.divergence(before, after).sum())
+                stream = blocks[i].run(stream) if i < count else stream
+            done += len(x)
+            if done >= images:
+                break
+        return [value / done for value in sums]
 
     def refit_heads(self, small: Vit) -> None:
         """The last linear of each classifier, on what the student gives it, towards the dense logits."""

@@ -20,9 +20,11 @@ Its files: `config`, `choose` (2, 4), `merges` (4), `score` (1 to 3), `build` (5
 from __future__ import annotations
 
 import hashlib
+import statistics
 import tempfile
 from collections.abc import Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -41,6 +43,9 @@ from vitrim.model import Vit
 from vitrim.progress import Progress
 from vitrim.result import Compressed
 from vitrim.spec import SelectionStep, spec_hash
+
+CHECKED = 16
+"""Images on which is measured what each block of a trial network adds to the divergence."""
 
 
 def compress(model: Vit, config: AutoConfig, **how: Unpack[How]) -> Compressed:
@@ -109,7 +114,7 @@ def job_of(
     resume: bool = False,
 ) -> Job:
     """A run. scratch: for held streams."""
-    inputs = Inputs(model, data, config)
+    inputs = Inputs(model, data, config, nets)
     free = ("budget", "builds", "device")  # a run may be gone on with under others
     identity = identity_of(config, free=free, given=model.spec, weights=model, data=inputs.mark)
     journal = Journal(folder, "auto", identity, resume=resume)
@@ -148,7 +153,8 @@ def _one(job: Job, scores: Scores, budget: Budget) -> Compressed:
         name = f"build-{_name(one)}"
         job.tell("candidates", number, len(plans), predicted=scores.total(nets, one))
         reached = job.kept(f"{name}-reached", partial(_reached, job, one, name)).values
-        candidates.append({**_described(nets, scores, one), "reached_kl": reached["reached"]})
+        described = _described(nets, scores, one)
+        candidates.append(described | {"reached_kl": reached["reached"], **_agreement(described, reached["blocks"])})
     job.tell("candidates", len(plans), len(plans))
     best = min(range(len(plans)), key=lambda n: (candidates[n]["reached_kl"], n))
     small = Refit(job, plans[best], "all", f"final-{_name(plans[best])}").build()
@@ -171,8 +177,43 @@ def _one(job: Job, scores: Scores, budget: Budget) -> Compressed:
 
 
 def _reached(job: Job, plan: Candidate, name: str) -> Piece:
-    """The divergence of a plan's network, built from the images that do not judge it."""
-    return Piece({}, {"reached": job.divergence(Refit(job, plan, "fit", name).build())})
+    """The divergence of a plan's network, built from images that do not judge it, and of its first blocks with the rest dense."""
+    trial = Refit(job, plan, "few", name)
+    reached = job.divergence(trial.build())
+    return Piece({}, {"reached": reached, "blocks": trial.losses_by_block(CHECKED)})
+
+
+def _agreement(described: dict[str, Any], totals: Sequence[float]) -> dict[str, Any]:
+    """How well the plan foretold what becoming its block adds to the divergence.  totals: after 0, 1, ... blocks.
+
+    blocks: with `reached_kl` of each. rank_correlation: Spearman's, of predicted and reached over the blocks; None where all are
+    alike. predicted_kl is the sum of the predicted ones, with that of the stream's width, which `totals` begin with.
+    """
+    added = [after - before for before, after in pairwise(totals)]
+    foretold = [row["predicted_kl"] for row in described["blocks"]]
+    blocks = [{**row, "reached_kl": value} for row, value in zip(described["blocks"], added, strict=True)]
+    return {"blocks": blocks, "rank_correlation": _rank_correlation(foretold, added)}
+
+
+def _rank_correlation(one: Sequence[float], other: Sequence[float]) -> float | None:
+    """Spearman's; ties have their mean rank. None where it is not defined."""
+    ranks = [_ranks(values) for values in (one, other)]
+    if min(len(set(values)) for values in ranks) < 2:
+        return None
+    return statistics.correlation(*ranks)
+
+
+def _ranks(values: Sequence[float]) -> list[float]:
+    ordered = sorted(values)
+    return [ordered.index(value) + (ordered.count(value) - 1) / 2 for value in values]
+
+
+def _merged(scores: Scores | None, plan: Candidate) -> dict[int, float]:
+    """What the token steps of each block are predicted to lose, where they were planned block by block."""
+    if scores is None or scores.merges is None:
+        return {}
+    totals = [scores.merges.total(plan.steps[:n]) for n in range(len(plan.steps) + 1)]
+    return {i: after - before for (i, _), (before, after) in zip(plan.steps, pairwise(totals), strict=True)}
 
 
 def _name(plan: Candidate) -> str:
@@ -184,8 +225,9 @@ def _described(nets: Nets, scores: Scores | None = None, plan: Candidate | None 
     one = plan or nets.uncut()
     spec = nets.whole.given if plan is None else nets.spec(plan)
     at = cost(spec)
+    merged = _merged(scores, one)
     rows = [
-        {"block": i, "predicted_kl": scores.loss(nets, i, choice) if scores else 0.0}
+        {"block": i, "predicted_kl": scores.loss(nets, i, choice) + merged.get(i, 0.0) if scores else 0.0}
         | {name: [getattr(choice, name), getattr(whole, name)] for name in PARTS}
         for i, (choice, whole) in enumerate(zip(one.choices, nets.whole.whole, strict=True))
     ]

@@ -33,6 +33,12 @@ from vitrim.tokens import likeness
 
 HELD_OUT = 4
 """One image in so many is held out: options are scored and plans compared on it."""
+SENSED, SCORED = 16_384, 8_192
+"""Tokens from which sensitivities are summed, and on which options are scored: their images are the first of those to fit, and of those held out."""
+ROWS = 16
+"""Tokens for each unknown of a regression that is only for scores or a trial plan; the network that stays is fitted on all."""
+GRAPH = 1_024
+"""Tokens whose graph is held at once."""
 PROBE = 64
 """Images from which the readers of a trial stream width are corrected."""
 
@@ -40,10 +46,10 @@ PROBE = 64
 class Inputs:
     """The calibration images as the network takes them, read anew by each pass, a batch at a time.
 
-    Parts: `fit`, `held` (every fourth image), `probe` (the first of `fit`), `all`.
+    Parts: `fit`, `held` (every fourth image), `all`; the first of `fit`: `probe`, `sensed`, `few`; the first of `held`: `scored`.
     """
 
-    def __init__(self, model: Vit, source: Any, config: AutoConfig) -> None:
+    def __init__(self, model: Vit, source: Any, config: AutoConfig, nets: Nets) -> None:
         if source is None:
             raise DataError("auto: it needs a few hundred unlabelled images, and none were given. Pass data=.")
         self.batch_size = config.batch_size
@@ -57,8 +63,15 @@ class Inputs:
             )
         every = np.arange(self.count)
         step_ = min(HELD_OUT, self.count)
-        held = every % step_ == step_ - 1
-        self.rows = {"all": every, "held": every[held], "fit": every[~held], "probe": every[~held][:PROBE]}
+        is_held = every % step_ == step_ - 1
+        held, fit = every[is_held], every[~is_held]
+        tokens = max((at.keys.count for at in token_walk(nets.base)), default=1)
+
+        def images(rows: int) -> int:
+            return math.ceil(rows / tokens)
+
+        self.rows = {"all": every, "held": held, "scored": held[: images(SCORED)], "fit": fit, "probe": fit[:PROBE]}
+        self.rows |= {"sensed": fit[: images(SENSED)], "few": fit[: images(ROWS * unknowns_of(nets))]}
         if self.feed.alike(self.batch_size):
             raise DataError(
                 f"auto: all {self.count} images are equal; expected different ones, such as a few hundred photos."
@@ -69,15 +82,20 @@ class Inputs:
         return self.feed.subset(self.rows[part]).batches(self.batch_size)
 
 
-def warnings_of(nets: Nets, inputs: Inputs) -> list[str]:
-    """What the images are too few for."""
+def unknowns_of(nets: Nets) -> int:
+    """Of the largest regression: inputs of a linear that is refitted."""
     sizes = [
         size
         for whole, levels in zip(nets.whole.whole, nets.levels, strict=True)
         for size, refit in zip((whole.heads * whole.v, whole.hidden), levels.refit, strict=True)
         if refit
     ]
-    unknowns = max(sizes, default=0)
+    return max(sizes, default=0)
+
+
+def warnings_of(nets: Nets, inputs: Inputs) -> list[str]:
+    """What the images are too few for."""
+    unknowns = unknowns_of(nets)
     least = min((at.mlp.count for at in token_walk(nets.base)), default=1)
     rows = len(inputs.rows["fit"]) * least
     if rows >= 2 * unknowns:
@@ -100,6 +118,11 @@ class Job(Run):
     config: AutoConfig
     inputs: Inputs
     journal: Journal
+
+    @property
+    def graph(self) -> int:
+        """Images whose graph is held at once."""
+        return max(1, GRAPH // max((at.keys.count for at in token_walk(self.base.spec)), default=1))
 
     def kept(self, name: str, make: Callable[[], Piece]) -> Piece:
         """A finished piece of work, from the journal where it has been noted."""
@@ -158,9 +181,9 @@ class Job(Run):
         return {n: cf.Sensitivity(**{kind: t[f"{n}/{kind}"] for kind in kinds}) for n in cf.places(self.base)}
 
     def _sensitivity(self) -> Piece:
-        fit, total = self.inputs.batches("fit"), len(self.inputs.rows["fit"])
-        told = partial(self.tell, "sensitivity", total=total)
-        found = cf.sensitivity(self.base, fit, product=self.product, seed=self.config.seed, progress=told)
+        batches = (part for x in self.inputs.batches("sensed") for part in x.split(self.graph))
+        told = partial(self.tell, "sensitivity", total=len(self.inputs.rows["sensed"]))
+        found = cf.sensitivity(self.base, batches, product=self.product, seed=self.config.seed, progress=told)
         return Piece(
             {f"{name}/{kind}": value for name, site in found.items() for kind, value in vars(site).items()}, {}
         )
@@ -270,9 +293,7 @@ def block_parts(job: Job, i: int, held: cf.StreamCache) -> Piece:
             continue
         last, metric = parts.last_linear(block.mlp), job.sites[f"block:{i}"].metric
         order = parts.elimination(stats, last, metric, ridge=config.ridge)
-        for size in kept_sizes:
-            stay = order.kept(size)
-            w, shift = parts.refitted(stats, last, metric, ridge=config.ridge, keep=stay)
+        for size, stay, w, shift in parts.refitted_at(stats, last, metric, order, kept_sizes, ridge=config.ridge):
             keep(f"{name}/{size}/keep", stay)
             keep(f"{name}/{size}/w", w)
             keep(f"{name}/{size}/b", shift)
@@ -343,7 +364,7 @@ def all_parts(job: Job) -> list[Piece]:
     held = cf.StreamCache(job.scratch, "dense")
     like = next(job.base.parameters())
     with torch.no_grad():
-        held.fill(job.base.embed(x.to(like)) for x in job.inputs.batches("fit"))
+        held.fill(job.base.embed(x.to(like)) for x in job.inputs.batches("few"))
     for i, block in enumerate(job.base.blocks):
         found.append(job.kept(f"parts-{i}", partial(block_parts, job, i, held)))
         if i + 1 < count:
@@ -397,7 +418,7 @@ def merge_maps(job: Job) -> Piece:
         grams = [torch.zeros(width, width, dtype=torch.float64) for _ in range(count)]
         crosses = [torch.zeros(width, width, dtype=torch.float64) for _ in range(count)]
         names = [*(f"mid:{i}" for i in range(count)), f"block:{count - 1}"]
-        for x in job.inputs.batches("fit"):
+        for x in job.inputs.batches("sensed"):
             seen = base(x.to(like), gates=OPEN, want=names)
             last = seen[names[-1]][:, prefix:]
             for i, name in enumerate(names[:-1]):
@@ -467,9 +488,9 @@ def _narrower(job: Job, width: int) -> Piece:
 def score_blocks(job: Job, library: Sequence[Piece]) -> list[Losses]:
     """Each level alone, everything else dense, on the held-out images. Each scored batch is noted."""
     generator = torch.Generator().manual_seed(job.config.seed)
-    total, done = len(job.inputs.rows["held"]), 0
+    total, done = len(job.inputs.rows["scored"]), 0
     sums: list[dict[tuple[str, int], float]] = [{} for _ in job.base.blocks]
-    for n, x in enumerate(job.inputs.batches("held")):
+    for n, x in enumerate(job.inputs.batches("scored")):
         noted = job.kept(f"scored-{n}", partial(batch_losses, job, library, x, generator))
         generator.set_state(noted.tensors["signs"])
         for so_far, one in zip(sums, noted.values["blocks"], strict=True):
@@ -494,19 +515,31 @@ def batch_losses(job: Job, library: Sequence[Piece], x: Tensor, generator: torch
 
     Also the state in which the generator is left.
     """
+    sums: list[dict[tuple[str, int], float]] = [{} for _ in job.base.blocks]
+    for part in x.to(next(job.base.parameters())).split(job.graph):
+        _add_losses(job, library, part, generator, sums)
+    blocks = [[(part, size, lost) for (part, size), lost in block.items()] for block in sums]
+    return Piece({"signs": generator.get_state()}, {"blocks": blocks})
+
+
+def _add_losses(
+    job: Job,
+    library: Sequence[Piece],
+    x: Tensor,
+    generator: torch.Generator,
+    sums: Sequence[dict[tuple[str, int], float]],
+) -> None:
+    """Add to the sums of each block, by part and size, what that level loses on images [B, C, h, w]."""
     base, product = job.base, job.product
-    x = x.to(next(base.parameters()))
     grads: fisher.Gradients | None = None
     if job.config.score == "fisher":
         names, draws = cf.places(base), job.config.draws
         grads = fisher.gradients(base, x, names, product=product, draws=draws, generator=generator)
-    rows: list[list[tuple[str, int, float]]] = []
     with torch.no_grad():
         before = product.outcome(base(x, gates=OPEN, want=(product.want,))[product.want])
         stream = base.embed(x)
         for i, (block, found) in enumerate(zip(base.blocks, library, strict=True)):
             entry = block.start(stream)
-            rows.append([])
 
             def emit(part: str, size: int, place: str, change: Tensor, i: int = i, entry: Stream = entry) -> None:
                 if grads is not None:
@@ -514,11 +547,10 @@ def batch_losses(job: Job, library: Sequence[Piece], x: Tensor, generator: torch
                 else:
                     after = product.outcome(_answer_after(base, i, place, entry, change, product.want))
                     lost = product.divergence(before, after)
-                rows[i].append((part, size, float(lost.sum())))
+                sums[i][part, size] = sums[i].get((part, size), 0.0) + float(lost.sum())
 
             changes(block, i, job.nets.levels[i], found, entry, emit)
             stream = block.run(stream)
-    return Piece({"signs": generator.get_state()}, {"blocks": rows})
 
 
 def _answer_after(base: Vit, i: int, place: str, entry: Stream, change: Tensor, want: str) -> Tensor:

@@ -5,6 +5,8 @@ from typing import Any
 
 from vitrim.result import Column, Section, Table
 
+PARTS = ("qk", "v", "hidden")
+
 
 def sections(facts: Mapping[str, Any]) -> tuple[Section, ...]:
     """facts: {report, history, start, dense}, of which the report is read."""
@@ -24,7 +26,35 @@ def sections(facts: Mapping[str, Any]) -> tuple[Section, ...]:
         f"them. Both figures: {told['metric']}."
     )
     rows = tuple(_row(one, told) for one in told["candidates"])
-    return (Table(title="Predicted and reached", lead=lead, columns=columns, rows=rows),)
+    plans = Table(title="Predicted and reached", lead=lead, columns=columns, rows=rows)
+    return (plans, _by_block(told))
+
+
+def _by_block(told: Mapping[str, Any]) -> Table:
+    """The taken plan, block by block: what was cut, and how well it was foretold what that loses."""
+    merged = {step["block"]: step.get("keep") for step in told["steps"]}
+    ratio = told["reached_kl"] / told["predicted_kl"] if told["predicted_kl"] else None
+    order = told["rank_correlation"]
+    lead = (
+        "What each block became, as now of before, and what that adds to the divergence: predicted from it alone, and reached, with the "
+        "blocks in front as they were built and those behind dense."
+        + (f" In all {ratio:.2f} times the predicted divergence was reached." if ratio is not None else "")
+        + (f" Rank correlation of predicted and reached over the blocks: {order:.2f}." if order is not None else "")
+    )
+    columns = (
+        Column(heading="block"),
+        *(Column(heading=name) for name in ("query-key dims", "value dims", "MLP units")),
+        *((Column(heading="tokens kept"),) if merged else ()),
+        Column(heading="predicted"),
+        Column(heading="reached"),
+    )
+    rows = []
+    for row in told["blocks"]:
+        cells = [str(row["block"]), *(f"{now} of {was}" if was else "" for now, was in (row[part] for part in PARTS))]
+        if merged:
+            cells.append(str(merged.get(row["block"]) or ""))
+        rows.append((*cells, row["predicted_kl"], row["reached_kl"]))
+    return Table(title="Predicted and reached", caption="Block by block", lead=lead, columns=columns, rows=tuple(rows))
 
 
 def _row(one: Mapping[str, Any], told: Mapping[str, Any]) -> tuple[float | str | None, ...]:

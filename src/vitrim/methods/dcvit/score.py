@@ -179,9 +179,7 @@ def _curve(s: Scoring, index: int, folds: list[cf.Regression], *, attention: boo
     trial = cf.total([fold for n, fold in enumerate(folds) if n % FOLDS != FOLDS - 1 and fold.weight > 0] or folds)
     loses = not attention and s.job.space.levels[index].whole.attention
     levels, losses = _levels(hidden, unit(hidden, s.job.config.align), top=loses), []
-    for m in levels:
-        keep = found.kept(m)
-        w, b = sublayers.refitted(trial, linear, metric, ridge=ridge, keep=keep)
+    for _, keep, w, b in sublayers.refitted_at(trial, linear, metric, found, levels, ridge=ridge):
         run = partial(_cut_block, block, attention=attention, linear=linear, keep=keep, w=w, b=b)
         losses.append(_measure(s, index, run))
     return Curve(order=found.order, errors=found.errors, ridge=ridge, levels=levels, losses=losses)
