@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.specs import images, make, specs, vit
+from tests.specs import close, images, make, specs, vit
 from vitrim import closed_form as cf
-from vitrim.closed_form.regression import reduced_rank
+from vitrim.closed_form.regression import reduced_rank, refits
 from vitrim.errors import DataError
 from vitrim.model import Gates
 from vitrim.spec import Merge, Similarity
@@ -293,3 +293,21 @@ def test_sensitivity_of_an_encoder_and_without_images():
     assert float(sites["mid:0"].metric.diagonal().mean()) == pytest.approx(1)
     with pytest.raises(DataError, match="no images"):
         cf.sensitivity(make(spec), [])
+
+
+@given(data=st.data())
+def test_refits_of_nested_sets_equal_a_refit_of_each(data: st.DataObject) -> None:
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
+    x, y = (torch.randn(40, n, generator=generator, dtype=torch.float64) for n in (7, 3))
+    prior = torch.randn(7, 3, generator=generator, dtype=torch.float64)
+    stats, bias = cf.Regression.empty(7, 3), data.draw(st.booleans())
+    stats.add(x, y)
+    order = cf.eliminate(stats, prior, ridge=1e-2, bias=bias)
+    sizes = (1, 4, 7)
+    for size, (keep, w, b) in zip(sizes, refits(stats, prior, order, sizes, ridge=1e-2, bias=bias), strict=True):
+        assert torch.equal(keep, order.kept(size))
+        alone, shift = cf.refit(stats, prior, ridge=1e-2, keep=keep, bias=bias)
+        assert close(w, alone)
+        assert (b is None) == (shift is None)
+        if b is not None:
+            assert close(b, shift)

@@ -47,3 +47,29 @@ def test_a_narrower_student_has_goals_in_its_own_stream_and_what_a_half_took_on_
     entry = student.embed(x)
     assert close(dense.x, theirs.run(teacher.embed(x)).x)
     assert close(stream.x, ours.run(entry._replace(x=entry.x + shift)).x)
+
+
+@torch.no_grad()
+def test_what_a_pass_holds_is_what_the_next_would_compute_and_a_changed_attention_is_seen():
+    spec = vit(blocks=2, width=16, heads=2, head_dim=8, hidden=24)
+    teacher, student = make(spec), make(spec, seed=1)
+    x = images(spec, 4)
+
+    def ends(*, asked: bool, changed: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        walk = cf.Walk([teacher.embed(x)], [student.embed(x)], folder=None, device="cpu")
+        if asked:
+            for rows in (walk.attention, walk.mlp):
+                list(rows(teacher.blocks[0], student.blocks[0]))
+        if changed:
+            student.blocks[0].attention.out.bias.add_(1)
+            walk.changed()
+        walk.advance(teacher.blocks[0], student.blocks[0])
+        ((dense, stream),) = walk.pairs()
+        return dense.x, stream.x
+
+    plain, held = ends(asked=False, changed=False), ends(asked=True, changed=False)
+    assert all(torch.equal(a, b) for a, b in zip(plain, held, strict=True))
+    moved = ends(asked=True, changed=True)
+    assert torch.equal(moved[0], plain[0])
+    assert torch.equal(moved[1], student.blocks[0].run(student.embed(x)).x)
+    assert not torch.equal(moved[1], plain[1])

@@ -455,6 +455,15 @@ def test_the_prediction_is_that_of_the_report_and_comes_with_what_would_be_cut()
     assert small.report["reached_kl"] > 0
 
 
+def test_what_each_block_adds_is_measured_and_adds_up_to_what_was_reached():
+    few = pixels(WIDE)
+    report = auto.compress(make(WIDE), config(0.3, builds=1, exact_tail=False, batch_size=4), data=few).report
+    added = sum(block["reached_kl"] for block in report["blocks"]) + report["widths"][str(report["width"][0])]
+    assert len(report["blocks"]) == len(WIDE.blocks)
+    assert added == pytest.approx(report["reached_kl"], rel=0.5)  # the classifier is refitted besides
+    assert -1 <= report["rank_correlation"] <= 1
+
+
 def test_the_best_of_the_built_plans_on_held_out_images_is_kept():
     report = auto.compress(make(WIDE), config(0.3, builds=3), data=pixels(WIDE)).report
     assert len(report["candidates"]) == 3

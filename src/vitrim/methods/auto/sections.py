@@ -32,7 +32,7 @@ def sections(facts: Mapping[str, Any]) -> tuple[Section, ...]:
 
 def _by_block(told: Mapping[str, Any]) -> Table:
     """The taken plan, block by block: what was cut, and how well it was foretold what that loses."""
-    merged = {step["block"]: step.get("keep") for step in told["steps"]}
+    merged = {step["block"]: _kept(step) for step in told["steps"]}
     ratio = told["reached_kl"] / told["predicted_kl"] if told["predicted_kl"] else None
     order = told["rank_correlation"]
     lead = (
@@ -52,9 +52,13 @@ def _by_block(told: Mapping[str, Any]) -> Table:
     for row in told["blocks"]:
         cells = [str(row["block"]), *(f"{now} of {was}" if was else "" for now, was in (row[part] for part in PARTS))]
         if merged:
-            cells.append(str(merged.get(row["block"]) or ""))
+            cells.append(merged.get(row["block"], ""))
         rows.append((*cells, row["predicted_kl"], row["reached_kl"]))
     return Table(title="Predicted and reached", caption="Block by block", lead=lead, columns=columns, rows=tuple(rows))
+
+
+def _kept(step: Mapping[str, Any]) -> str:
+    return f"{step['keep']}" + {"h": " columns", "v": " rows"}.get(step.get("axis", ""), "")
 
 
 def _row(one: Mapping[str, Any], told: Mapping[str, Any]) -> tuple[float | str | None, ...]:
