@@ -7,6 +7,7 @@ model says of them, so no label is read.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -95,13 +96,14 @@ def photographs(source: Any, split: str, count: int | None = None, seed: int = 0
 class Fidelity:
     """Scores networks against the dense one on the same photographs; the dense model's answers are computed once.
 
-    images: as `prepared` gives them.
+    images: as `prepared` gives them. held: a file where the dense model's answers are kept for other processes; None: nowhere.
     """
 
     dense: Vit
     decoder: Decoder
     images: Images
     batch_size: int = 8
+    held: Path | None = None
 
     def batches(self) -> Iterator[Tensor]:
         """[B, 3, h, w] as the model takes them, the same in every pass."""
@@ -121,7 +123,15 @@ class Fidelity:
 
     @cached_property
     def reference(self) -> list[dict[str, Tensor]]:
-        return [self.seen(self.dense, x) for x in self.batches()]
+        if self.held is not None and self.held.is_file():
+            kept: list[dict[str, Tensor]] = torch.load(self.held, mmap=True)
+            return kept
+        found = [self.seen(self.dense, x) for x in self.batches()]
+        if self.held is not None:
+            unfinished = self.held.with_suffix(f".{os.getpid()}")
+            torch.save(found, unfinished)
+            unfinished.replace(self.held)
+        return found
 
     def score(self, model: Vit) -> dict[str, float]:
         """Means over photographs: `cosine` of all tokens, `worst` image's, `cls`; the map's `map_mae` and `map_iou`; `after N`: the

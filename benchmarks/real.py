@@ -17,7 +17,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -111,8 +111,10 @@ class Bench:
         return photographs.Fidelity(self.dense, self.decoder, self.fitting, batch_size=size).batches()
 
     def fidelity(self, split: str, count: int | None) -> photographs.Fidelity:
-        images = photographs.prepared(photographs.photographs(self.setting.data, split, count))
-        return photographs.Fidelity(self.dense, self.decoder, images)
+        found = photographs.photographs(self.setting.data, split, count)
+        held = self.setting.networks / f"{self.setting.model.name}-{found.fingerprint()['sha256'][:16]}.pt"
+        held.parent.mkdir(parents=True, exist_ok=True)
+        return photographs.Fidelity(self.dense, self.decoder, photographs.prepared(found), held=held)
 
 
 Made = Vit | VitrimError
@@ -419,9 +421,13 @@ class Run:
 
     def run(self, function: Callable[[Setting, Job], list[dict[str, Any]]], jobs: list[Job]) -> None:
         """Each job in a process of its own, some at a time."""
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(self.options.jobs, mp_context=context, max_tasks_per_child=1) as pool:
-            futures = {pool.submit(function, self.setting, job): job for job in jobs}
+
+        def alone(job: Job) -> list[dict[str, Any]]:
+            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+                return process.submit(function, self.setting, job).result()
+
+        with ThreadPoolExecutor(self.options.jobs) as pool:
+            futures = {pool.submit(alone, job): job for job in jobs}
             for future in as_completed(futures):
                 job = futures[future]
                 try:

@@ -134,7 +134,7 @@ def wide(rows: Sequence[Row]) -> list[str]:
     found = []
     for row in ordered(rows):
         if "refused" in row:
-            found.append([LABELS[row["row"]], f"refused: {row['refused']}", *[""] * (len(heads) - 2)])
+            found.append([LABELS[row["row"]], f"refused: {row['refused'].split('. ')[0]}", *[""] * (len(heads) - 2)])
             continue
         cells = [LABELS[row["row"]], f"{row['kept_macs']:.1%}", f"{row['kept_params']:.1%}"]
         cells += [f"{row[name]:.4f}" for name in ("cosine", "worst", "cls")]
