@@ -159,8 +159,8 @@ def stems(draw: st.DrawFn) -> tuple[Stem, tuple[int, int]]:
 
 
 @st.composite
-def specs(draw: st.DrawFn, *, steps: bool = True, gates: bool = True) -> ModelSpec:
-    """Any network that the spec can say and the model can build, small."""
+def specs(draw: st.DrawFn, *, steps: bool = True, gates: bool = True, restores: bool = False) -> ModelSpec:
+    """Any network that the spec can say and the model can build, small. restores: only those that give every token back."""
     flag = st.booleans()
     stem, patch = draw(stems())
     grid = (draw(st.integers(2, 5)), draw(st.integers(2, 5)))
@@ -171,7 +171,7 @@ def specs(draw: st.DrawFn, *, steps: bool = True, gates: bool = True) -> ModelSp
     pool = Pool(kind="map", heads=2, hidden=10) if kind == "map" else Pool(kind=kind)
     tokens = Tokens(prefix=len(prefix), patches=grid[0] * grid[1], grid=grid)
     blocks = []
-    restore = steps and draw(st.sampled_from([False, False, True]))
+    restore = steps and (restores or draw(st.sampled_from([False, False, True])))
     for _ in range(draw(st.integers(0, 3))):
         attention = draw(st.one_of(attentions(), attentions(), st.none()))
         mlp = draw(st.one_of(mlps(), mlps(), st.none()))

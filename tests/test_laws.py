@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.specs import close, images, keeps, make, specs, vit
@@ -75,6 +76,21 @@ def test_law_2_torch_counts_the_zeros_of_padded_heads_too(spec: ModelSpec) -> No
     assert bool(found.padding_macs) == bool(unequal)
 
 
+@given(specs(restores=True), st.integers(1, 6), st.integers(1, 6))
+@settings(max_examples=30)
+def test_a_network_that_restores_gives_the_shapes_of_one_that_merges_nothing(
+    spec: ModelSpec, rows: int, cols: int
+) -> None:
+    whole = replace(spec, restore=False, blocks=tuple(replace(block, steps=()) for block in spec.blocks))
+    both = make(spec), make(whole)
+    want = ("logits", "outputs", "reads", "pooled", "tokens")
+    want += tuple(f"{tap}:{i}" for i in range(len(spec.blocks)) for tap in ("restored", "map"))
+    for grid in (spec.grid, (rows, cols)):  # its own image size, and any other
+        x = images(replace(whole, image_px=(grid[0] * spec.patch_px[0], grid[1] * spec.patch_px[1])), 1)
+        found, expected = (model(x, gates=OPEN, want=want) for model in both)
+        assert tree_map(lambda y: y.shape, found) == tree_map(lambda y: y.shape, expected)
+
+
 @given(specs(steps=False))
 def test_padding_heads_changes_nothing(spec: ModelSpec) -> None:
     model, x = make(spec), images(spec)
@@ -91,7 +107,10 @@ def test_law_3_cut_equals_masked(data: st.DataObject) -> None:
     chosen = data.draw(keeps(spec))
     smaller = cut(model, chosen, method="test")
     # A similarity step may choose other pairs only if the stream differs, and a gate may flip only then too.
-    assert close(model(x, masks=masked_twin(model, chosen), gates=OPEN), smaller(x, gates=OPEN))
+    want = ("logits", "tokens")
+    masked = model(x, masks=masked_twin(model, chosen), gates=OPEN, want=want)
+    found = smaller(x, gates=OPEN, want=want)
+    assert all(close(masked[name], found[name]) for name in want)
     assert params(smaller.spec) == sum(p.numel() for p in smaller.parameters())
 
 
@@ -191,6 +210,31 @@ def test_it_compiles_without_a_graph_break(spec: ModelSpec) -> None:
 @settings(max_examples=6)
 def test_law_9_it_exports_with_a_dynamic_batch(spec: ModelSpec) -> None:
     model = make(spec)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    with torch.no_grad():
+        exported = torch.export.export(model, (images(spec, 2),), dynamic_shapes=({0: batch},)).module()
+        for count in (1, 5):
+            x = images(spec, count, seed=count)
+            assert close(model(x), exported(x), 1e-8)
+
+
+class Tokens(torch.nn.Module):
+    """What is exported of a network whose tokens are the product."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens: torch.Tensor = self.model(x, want=("tokens",))["tokens"]
+        return tokens
+
+
+@pytest.mark.slow
+@given(specs(restores=True))
+@settings(max_examples=4)
+def test_law_9_restored_tokens_are_exported_with_a_dynamic_batch(spec: ModelSpec) -> None:
+    model = Tokens(make(spec))
     batch = torch.export.Dim("batch", min=1, max=64)
     with torch.no_grad():
         exported = torch.export.export(model, (images(spec, 2),), dynamic_shapes=({0: batch},)).module()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -152,6 +153,12 @@ def test_similarity_weights_favour_the_typical_token() -> None:
     assert (merged.x.view(3, 2, 3)[1, 0] - 1).abs().max() < 0.01
 
 
+def test_a_pair_without_neighbours_merges_by_halves() -> None:
+    x, sizes = tokens(2, 1, width=5)
+    merged = merge_lattice(x, sizes, grid=(2, 1), axis="v", keep=1, weight="similarity", tau=0.1)
+    assert close(merged.x[:, 0], x.mean(1), 1e-12)
+
+
 @pytest.mark.parametrize("patches", [8, 9])
 def test_similar_tokens_merge_by_size_and_restore_to_their_sources(patches: int) -> None:
     x, sizes = tokens(1, patches, batch=3)
@@ -213,8 +220,7 @@ def test_a_network_that_restores_gives_the_shapes_of_one_that_does_not_merge() -
     from vitrim.spec import Pool
 
     dense = vit(pool=Pool(kind="none"), outputs=())
-    step = Similarity(keep=9, match="ward", metric=4, carry=2, proportional=True)
-    spec = replace(dense, restore=True, blocks=(replace(dense.blocks[0], steps=(step,)), dense.blocks[1]))
+    spec = carrying(dense)
     model, x = make(spec), images(dense)
     assert model(x).shape == make(dense)(x).shape == (2, 17, 16)
     assert model.features(x, [1])[0].shape == (2, 16, 4, 4)
@@ -225,6 +231,67 @@ def test_a_network_that_restores_gives_the_shapes_of_one_that_does_not_merge() -
                     value.zero_()
         model.blocks[0].steps[0].carry_b.zero_()
     assert close(model(x), model.norm(model.embed(x).x))  # nothing happens behind the merge: carrying undoes it
+
+
+def carrying(dense: Any, keep: int = 9) -> Any:
+    """The same network, which merges in its first block and gives every token back."""
+    step = Similarity(keep=keep, match="ward", metric=4, carry=2, proportional=True)
+    return replace(dense, restore=True, blocks=(replace(dense.blocks[0], steps=(step,)), *dense.blocks[1:]))
+
+
+def test_a_tap_gives_each_merged_token_at_all_that_it_stands_for() -> None:
+    model = make(carrying(vit()))
+    found = model(images(model.spec), want=("block:1", "restored:1", "map:1", "restored:0", "block:0"))
+    merged, restored = found["block:1"], found["restored:1"]
+    assert (merged.shape[1], restored.shape[1]) == (10, 17)
+    assert torch.equal(restored[:, :1], merged[:, :1])  # the class token
+    assert torch.equal(found["map:1"].flatten(2).mT, restored[:, 1:])
+    for one, all_ in zip(merged[:, 1:], restored[:, 1:], strict=True):
+        assert len(all_.unique(dim=0)) == 9
+        assert torch.equal(all_.unique(dim=0), one.unique(dim=0))
+    assert found["restored:0"].shape == (2, 17, 16)
+    assert found["block:0"].shape == (2, 10, 16)
+
+
+@pytest.mark.parametrize("tap", ["map:1", "restored:1"])
+def test_a_tap_of_a_block_whose_tokens_are_gone_is_refused(tap: str) -> None:
+    spec = vit()
+    model = make(replace(spec, blocks=(spec.blocks[0], replace(spec.blocks[1], steps=(Prefix(),)))))
+    assert model.features(images(spec), [0])[0].shape == (2, 16, 4, 4)
+    with pytest.raises(SpecError, match=f"{tap} was asked for behind a prefix step.* take a block before 1"):
+        model(images(spec), want=(tap,))
+
+
+def test_images_of_another_size_lose_the_same_share_of_tokens_and_get_all_back() -> None:
+    # 16 to 9 patch tokens; its directions and what it carries are of the stream, whatever the size
+    model = make(carrying(vit()))
+    x = torch.randn(1, 3, 24, 32, dtype=torch.float64)
+    found = model(x, want=("tokens", "block:1"))
+    assert found["tokens"].shape[1] == 1 + 6 * 8
+    assert found["block:1"].shape[1] == 1 + 48 - round(7 * 48 / 16)
+    tiny = torch.randn(1, 3, 4, 4, dtype=torch.float64)
+    assert model(tiny, want=("tokens",))["tokens"].shape[1] == 2  # a single patch has none to merge with
+
+
+@pytest.mark.slow
+def test_what_is_carried_has_the_same_gradients_where_blocks_are_recomputed() -> None:
+    model, x = make(carrying(vit())), images(vit())
+    grads = []
+    for again in (False, True):
+        model.grad_checkpoint = again
+        model.zero_grad()
+        model(x, want=("tokens",))["tokens"].square().sum().backward()
+        grads.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert model.blocks[0].steps[0].carry_b.grad.abs().max() > 0
+    assert all(close(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_what_is_carried_counts_as_memory_until_it_is_restored() -> None:
+    dense = vit(blocks=3, image=64)
+    spec = carrying(dense, keep=200)
+    without = replace(spec, blocks=(replace(spec.blocks[0], steps=(Similarity(keep=200),)), *spec.blocks[1:]))
+    assert [at.carried for at in token_walk(spec)] == [256, 256, 256]
+    assert cost(spec).activation_bytes - cost(without).activation_bytes == 4 * 256 * 16
 
 
 @pytest.mark.parametrize("prefix", [(), ("cls",), ("cls", "dist")])

@@ -162,7 +162,7 @@ def mlp_price(m: MlpSpec | None, at: BlockTokens) -> tuple[Any, Any]:
 
 
 def block_peak(block: BlockSpec, at: BlockTokens) -> int:
-    """Numbers alive in the widest moment of a block: `N*D` of the stream kept, plus the widest of the half that runs."""
+    """Numbers alive in the widest moment of a block: `N*D` of the stream kept, what merges carry along, and the widest of its halves."""
     found = 0
     if (a := block.attention) is not None:
         n = at.keys.count
@@ -170,7 +170,7 @@ def block_peak(block: BlockSpec, at: BlockTokens) -> int:
     if (m := block.mlp) is not None:
         n = at.mlp.count
         found = max(found, 2 * n * at.width + 2 * n * m.hidden)
-    return found
+    return found + at.carried * at.width
 
 
 def _half_extras(half: AttentionSpec | MlpSpec, width: int) -> int:

@@ -371,6 +371,7 @@ class BlockTokens:
     """Tokens of one block: at its entry, as attention's keys and queries, in its MLP, at its exit.
 
     width: of the stream there. before: the tokens that each step finds, in the order of `BlockSpec.steps`.
+    carried: patch tokens of which something is kept beside the stream, until they are restored; once for each step so far that carries.
     """
 
     width: int
@@ -380,13 +381,14 @@ class BlockTokens:
     mlp: Tokens
     leave: Tokens
     before: tuple[Tokens, ...]
+    carried: int
 
 
 def token_walk(spec: ModelSpec) -> tuple[BlockTokens, ...]:
     """Tokens along the blocks at the spec's image size. Raises SpecError where a step cannot be done."""
     rows, cols = spec.grid
     tokens = Tokens(prefix=len(spec.prefix), patches=rows * cols, grid=(rows, cols))
-    walk = []
+    walk, carried = [], 0
     for i, block in enumerate(spec.blocks):
         enter = tokens
         before: dict[int, Tokens] = {}
@@ -396,6 +398,7 @@ def token_walk(spec: ModelSpec) -> tuple[BlockTokens, ...]:
             for j, step in enumerate(block.steps):
                 if step.at == at:
                     before[j] = tokens
+                    carried += tokens.patches if isinstance(step, Similarity) and step.carry else 0
                     tokens = _after(step, tokens, f"block {i}, step {j}")
                     if not isinstance(step, Prefix) and at == "start":
                         keys = tokens
@@ -409,6 +412,7 @@ def token_walk(spec: ModelSpec) -> tuple[BlockTokens, ...]:
                 mlp=places["mid"],
                 leave=places["end"],
                 before=tuple(before[j] for j in range(len(block.steps))),
+                carried=carried,
             )
         )
     return tuple(walk)

@@ -108,7 +108,7 @@ def merge_lattice(
 
 
 def _typical(lattice: Tensor, pick: object, first: Tensor, second: Tensor, tau: float) -> Tensor:
-    """Share of the first of each pair: softmax of both cosines with the mean of the cells around the pair."""
+    """Share of the first of each pair: softmax of both cosines with the mean of the cells around the pair; half where there are none."""
     padded = F.pad(lattice, (0, 0, 1, 1, 1, 1))
     ones = F.pad(torch.ones_like(lattice[..., :1]), (0, 0, 1, 1, 1, 1))
 
@@ -119,7 +119,9 @@ def _typical(lattice: Tensor, pick: object, first: Tensor, second: Tensor, tau: 
     one, two = pick(lattice, first), pick(lattice, second)
     total = pick(around(padded), first) + pick(around(padded), second) - one - two  # each is the other's neighbour
     count = pick(around(ones), first) + pick(around(ones), second) - 2
-    centre = total / count.clamp_min(1)
+    centre = torch.where(
+        count > 0, total / count.clamp_min(1), 0
+    )  # of a pair that stands alone, else a rounding's direction
     alike_one = F.cosine_similarity(one, centre, dim=-1)
     alike_two = F.cosine_similarity(two, centre, dim=-1)
     return torch.sigmoid((alike_one - alike_two) / tau)[..., None]

@@ -11,7 +11,7 @@ import pytest
 from tests.specs import vit
 from vitrim.errors import SourceError
 from vitrim.sources.expressible import KINDS, Family, require, unsayable
-from vitrim.spec import Merge, ModelSpec, Output, Pool, Prefix, T2TTransformer
+from vitrim.spec import Merge, ModelSpec, Output, Pool, Prefix, Similarity, T2TTransformer
 
 PLAIN = Family(name="Plain")
 
@@ -56,6 +56,11 @@ ROWS: dict[str, tuple[Callable[[], ModelSpec], str, dict[str, Any] | None]] = {
     "no attention": (lambda: without(attention=None), "block 1 has no attention, and Plain's blocks have both", None),
     "no MLP": (lambda: without(mlp=None), "block 1 has no MLP, and Plain's blocks have both", None),
     "merge": (lambda: stepped(Merge(axis="h", keep=2)), "block 1 merges tokens", None),
+    "merge that restores": (
+        lambda: replace(stepped(Similarity(keep=12)), restore=True),
+        "block 1 merges tokens",
+        None,
+    ),
     "gate": (lambda: halved({"gate": True}), "block 1 has a gate", None),
     "gated MLP": (lambda: halved(mlp={"gate": True}), "block 1 has a gate", None),
     "factors": (lambda: halved(mlp={"fc2_rank": 3}), "block 1 has an MLP in two factors", None),
