@@ -155,8 +155,9 @@ def test_a_schedule_loses_what_its_steps_lose_in_order() -> None:
     )
     assert given.total(steps) == 5.0 + (9.0 - 5.0)
     assert given.loss(1, found[0], Node(14)) == 1.0
-    noisy = Merges.settled(found, np.array([[0.0, -1.0, 2.0, 1.0, 3.0]]))
-    assert noisy.losses.tolist() == [[0.0, 0.0, 2.0, 2.0, 3.0]]
+    assert merges.measured(found) == [1, 2, 4]  # of 8 tokens nothing is measured
+    settled = Merges.settled(found, np.array([[0.0, -1.0, 1.0, 0.0, 9.0], [0.0, 1.0, 4.0, 0.0, 3.0]]))
+    assert settled.losses.tolist() == [[0.0, 0.0, 1.0, pytest.approx((7 / 3) ** 2), 9.0], [0.0, 1.0, 4.0, 4.0, 4.0]]
 
 
 def test_where_tokens_are_the_product_all_come_back_and_the_stream_keeps_its_width() -> None:

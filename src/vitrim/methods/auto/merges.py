@@ -100,6 +100,13 @@ def carried(width: int) -> int:
     return max(1, min(MOST_CARRIED, round(width * CARRIED)))
 
 
+def measured(found: Sequence[Node]) -> list[int]:
+    """Nodes whose losses are measured: lattices, and every second rung of the ladder, the last and the first among them."""
+    rungs = [n for n in range(1, len(found)) if found[n].grid is None]
+    lattices = [n for n in range(1, len(found)) if found[n].grid is not None]
+    return sorted({*lattices, *rungs[::-2], *rungs[:1]})
+
+
 def nearest(found: Sequence[Node], n: int) -> Node:
     """The node from which another is measured: the rung above, or the lattice with its columns and all rows, or the whole."""
     if (grid := found[n].grid) is None:
@@ -133,8 +140,17 @@ class Merges:
 
     @staticmethod
     def settled(found: tuple[Node, ...], losses: Floats) -> Merges:
-        """No node at less than one that leads to it in the same way: what noise says otherwise."""
+        """Of what has been measured: rungs between on the line of the roots, as losses grow about with the square of what is gone.
+
+        No node at less than one that leads to it in the same way: what noise says otherwise.
+        """
         losses = losses.copy()
+        known = [0, *(n for n in measured(found) if found[n].grid is None)]
+        counts = [found[n].patches for n in known]
+        for n in range(1, len(found)):
+            if found[n].grid is None and n not in known:
+                roots = [np.interp(found[n].patches, counts[::-1], row[known[::-1]] ** 0.5) for row in losses]
+                losses[:, n] = np.square(roots)
         for a, b in ways(found):
             if a == 0 or (found[a].grid is None) == (found[b].grid is None):
                 losses[:, b] = np.maximum(losses[:, b], losses[:, a])

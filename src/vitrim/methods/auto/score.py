@@ -392,8 +392,8 @@ def score(job: Job) -> Scores:
     return Scores(blocks, widths, merged)
 
 
-MERGED = 16
-"""Held-out images on which merges are measured."""
+MERGED, FEWEST = 2_048, 8
+"""Tokens of the held-out images on which merges are measured, and the fewest of these images."""
 PAIRS = 1 / 2
 """Share of a block's tokens, those most like their match, from which is learned what sets merged tokens apart at the end."""
 CARRY_RIDGE = 1e-2
@@ -449,12 +449,17 @@ def _apart(x: Tensor, metric: Tensor, streams: Sequence[Tensor]) -> list[Tensor]
 
 @torch.no_grad()
 def merge_losses(job: Job) -> Piece:
-    """`losses`, [blocks, n]: of the dense stream behind each attention brought down to each node, a rung at a time, columns before rows."""
+    """`losses`, [blocks, n]: of the dense stream behind each attention brought down to each node, a rung at a time, columns before rows.
+
+    0 where none is measured.
+    """
     nets, base, like, product = job.nets, job.base, next(job.base.parameters()), job.product
     net = surgery.with_spec(base, replace(base.spec, restore=nets.restores), base.state_dict(), share=True).eval()
     sums, done = np.zeros((len(base.blocks), len(nets.nodes))), 0
+    tokens = max((at.keys.count for at in token_walk(base.spec)), default=1)
+    images, told_of = max(FEWEST, math.ceil(MERGED / tokens)), set(merges.measured(nets.nodes))
     for x in job.inputs.batches("held"):
-        x = x[: MERGED - done].to(like)
+        x = x[: images - done].to(like)
         stream = net.embed(x)
         before = product.outcome(net(x, gates=OPEN, want=(product.want,))[product.want])
         for i, block in enumerate(net.blocks):
@@ -462,13 +467,15 @@ def merge_losses(job: Job) -> Piece:
             for n, node in enumerate(nets.nodes[1:], start=1):
                 nearest = merges.nearest(nets.nodes, n)
                 merged[node] = job.merger(i, nearest, node)(merged[nearest])
+                if n not in told_of:
+                    continue
                 after = block.transform(merged[node]).stream
                 told = product.outcome(cf.answers(net, after, i + 1, product.want))
                 sums[i, n] += float(product.divergence(before, told).sum())
             stream = block.run(stream)
             job.tell("merges", i + 1, len(base.blocks))
         done += len(x)
-        if done >= MERGED:
+        if done >= images:
             break
     return Piece({}, {"losses": (sums / done).tolist()})
 
