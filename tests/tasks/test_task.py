@@ -2,10 +2,36 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
+from tests.specs import vit
 from vitrim.pipeline.comparison import difference
-from vitrim.tasks.task import counts, interval, paired, quality, seen
+from vitrim.spec import Pool, Similarity
+from vitrim.tasks.task import counts, interval, paired, product_words, quality, seen
+
+
+def test_what_a_network_is_for_and_what_may_be_lost_is_said_in_words() -> None:
+    dense = vit(blocks=3)
+    encoder = replace(dense, outputs=())
+    merged = replace(
+        encoder, blocks=(encoder.blocks[0], replace(encoder.blocks[1], steps=(Similarity(keep=12),)), encoder.blocks[2])
+    )
+    said = product_words(encoder, replace(merged, restore=True), "tokens")
+    assert said == (
+        "It is for all its 17 tokens behind the final norm, the class token among them. Its blocks run on 17 tokens in the first to 13 in "
+        "the last; behind that all 17 come back."
+    )
+    assert "answers are not, and may be lost" in product_words(dense, dense, "tokens")
+    assert (
+        product_words(dense, dense, "output") == "It is for its answers; tokens by themselves are not, and may be lost."
+    )
+    assert product_words(encoder, merged, "output") == (
+        "It is for its features, the class token; tokens by themselves are not, and may be lost: it gives 13 where the dense one gives 17."
+    )
+    everything = replace(encoder, pool=Pool(kind="none"))
+    assert product_words(everything, everything, "output") == "It is for its tokens."
 
 
 def test_the_interval_of_a_share_is_wilsons() -> None:

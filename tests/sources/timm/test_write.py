@@ -21,7 +21,7 @@ from vitrim import surgery
 from vitrim.errors import SourceError
 from vitrim.model import Vit, build
 from vitrim.sources import timm as source
-from vitrim.spec import Preprocess
+from vitrim.spec import Preprocess, Similarity
 
 # ----------------------------------------------------------------------------------------------------------------- back
 
@@ -54,6 +54,16 @@ def test_a_folded_layer_scale_goes_back_as_ones() -> None:
     module = assert_back(folded, layer_scale=True)
     assert torch.equal(module.state_dict()["blocks.1.ls2.gamma"], torch.ones(24, dtype=torch.float64))
     small("deit3_small_patch16_224").load_state_dict(module.state_dict(), strict=True)
+
+
+def test_a_network_that_restores_goes_back_where_it_merges_nothing_and_is_refused_where_it_does() -> None:
+    model = vitrim.from_model(small("vit_tiny_patch16_224"), verify=False)
+    whole = surgery.with_spec(model, replace(model.spec, restore=True), model.state_dict())
+    assert_back(whole)
+    blocks = (*model.spec.blocks[:-1], replace(model.spec.blocks[-1], steps=(Similarity(keep=5),)))
+    merged = surgery.with_spec(whole, replace(whole.spec, blocks=blocks), whole.state_dict())
+    with pytest.raises(SourceError, match=r"block \d+ merges tokens. Save it as a folder of vitrim"):
+        source.to_module(merged)
 
 
 def test_fewer_blocks_and_a_narrower_mlp_go_back() -> None:
