@@ -19,7 +19,12 @@ from safetensors.torch import save_file
 from vitrim.cli import main
 
 README = Path(__file__).parents[1] / "README.md"
-SMALLER = {"timm:vit_tiny_patch16_224": "timm:test_vit", "32": "8"}
+SMALLER = {
+    "timm:vit_tiny_patch16_224": "timm:test_vit",
+    "32": "8",
+    "hf:facebook/dinov2-small": "hf:dino",
+    "224": "56",
+}
 LESS = {
     "compress": ["--config", "less.json"],
     "evaluate": ["--limit", "20"],
@@ -64,8 +69,11 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("text", blocks("bash"), ids=["first steps", "own model and images"])
+@pytest.mark.parametrize("text", blocks("bash"), ids=["first steps", "own model and images", "encoders"])
 def test_the_commands_work_in_the_order_they_stand(text: str, place: Path) -> None:
+    if "hf:" in text:
+        kit = pytest.importorskip("tests.sources.huggingface.kit")
+        kit.saved(kit.small("dinov2_encoder"), place / "dino", do_resize=True)
     for words in commands(text):
         assert words[0] == "vitrim"
         less = LESS.get(words[1], [])

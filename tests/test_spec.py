@@ -32,6 +32,7 @@ def test_an_encoder_is_for_its_tokens_where_it_gives_one_for_each_patch() -> Non
 
 
 def test_beside_another_network_both_give_as_many_tokens_of_one_width() -> None:
+    assert product_of(ENCODER, "tokens", beside=vit(outputs=(), image=32)) == "tokens"  # it sees the same images
     merged, narrow = ending(ENCODER, Similarity(keep=12)), vit(outputs=(), width=8)
     assert product_of(ENCODER, beside=ending(ENCODER, Similarity(keep=12), restore=True)) == "tokens"
     for other, said in ((merged, "13 tokens of width 16"), (narrow, "17 tokens of width 8")):

@@ -713,10 +713,12 @@ def tokens_given(spec: ModelSpec) -> tuple[int, int]:
 def product_of(spec: ModelSpec, named: ProductName | None = None, *, beside: ModelSpec | None = None) -> ProductName:
     """What a network is for: as named, or the tokens of an encoder that gives one for each patch, the output of others.
 
-    beside: of a network that it is compared with, whose tokens have to be as many, of one width.
+    beside: of a network that it is compared with on the same images, whose tokens have to be as many, of one width.
     Raises ConfigError where tokens are named that are not there.
     """
     found = tokens_given(spec)
+    if beside is not None and beside.image_px != spec.image_px:
+        beside = at_size(beside, spec.image_px)
     lacking = None
     if any(isinstance(step, Prefix) for block in spec.blocks for step in block.steps):
         lacking = "the last block lets only prefix tokens through (an exact tail), so that no patch tokens are left"
