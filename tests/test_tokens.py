@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from tests.specs import close, images, make, vit
 from vitrim.counting import cost
 from vitrim.errors import SpecError
 from vitrim.model import Gates
-from vitrim.spec import Merge, Prefix, Similarity, token_walk
+from vitrim.spec import Merge, Position, Prefix, Similarity, token_walk
 from vitrim.tokens import Merged, merge_lattice, merge_similar, restore
 
 
@@ -322,6 +322,25 @@ def test_maps_come_back_on_the_lattice_of_the_input(axis: str, keep: int, propor
     assert [tuple(m.shape) for m in maps] == [(2, 16, 4, 4)] * 2
     bigger = torch.randn(1, 3, 24, 32, dtype=torch.float64)
     assert model.features(bigger, [1])[0].shape == (1, 16, 6, 8)
+
+
+@pytest.mark.parametrize("kind", ["cls", "mean", "map"])
+@pytest.mark.parametrize("axis", ["h", "v"])
+def test_equal_tokens_merge_without_a_loss_where_every_reader_counts_them_by_size(
+    kind: str, axis: Literal["h", "v"]
+) -> None:
+    """Of the four columns or rows, the first two are equal and merge; the others stay apart."""
+    from vitrim.spec import Pool
+
+    pool = Pool(kind="map", heads=2, hidden=8) if kind == "map" else Pool(kind=kind)  # type: ignore[arg-type]
+    dense = vit(pool=pool, outputs=(), position=Position(kind="none", grid=(4, 4)))
+    x = images(dense)
+    across = x if axis == "h" else x.transpose(2, 3)
+    across[..., 4:8] = across[..., :4]
+    step = Merge(at="mid", axis=axis, keep=3, proportional=True)
+    model = make(dense)
+    merged = make(replace(dense, blocks=(replace(dense.blocks[0], steps=(step,)), dense.blocks[1])))
+    assert close(merged(x), model(x))
 
 
 def test_a_proportional_step_counts_merged_tokens_as_often_as_they_stand_for() -> None:

@@ -553,11 +553,11 @@ class MapPool(nn.Module):
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
 
-    def forward(self, x: Tensor) -> Tensor:  # B N D -> B D
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:  # B N D, B 1 1 N -> B D
         q = self.q(self.latent).expand(x.shape[0], 1, -1)
         k, v = self.kv(x).chunk(2, dim=-1)
         q, k, v = (_split_heads(t, self.heads) for t in (q, k, v))
-        y = F.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=q.shape[-1] ** -0.5)
         y = self.out(y.transpose(1, 2).flatten(2))
         return (y + self.fc2(ACTIVATIONS[self.act](self.fc1(self.norm(y)))))[:, 0]
 
@@ -738,7 +738,7 @@ class Vit(nn.Module):
             return tokens
         if kind == "cls":
             return tokens[:, self.spec.prefix.index("cls")]
-        return self.pool(tokens) if kind == "map" else self._mean(stream, tokens)
+        return self.pool(tokens, stream.size_bias()) if kind == "map" else self._mean(stream, tokens)
 
     def _mean(self, stream: Stream, tokens: Tensor) -> Tensor:
         patches = tokens[:, stream.prefix :]
