@@ -51,7 +51,8 @@ def test_each_command_works_as_it_is_printed(made: pipeline.RunResult, photos: P
 def test_only_what_can_be_done_is_offered() -> None:
     onward: dict[str, Any] = {"split": "test", "picture": None, "library": None, "predicts": False}
     rows = next_commands(onward, place="small", model="timm:x", data="d")
-    assert [row["command"].split()[1] for row in rows] == ["cost", "measure", "report"]
+    assert [row["command"].split()[1] for row in rows] == ["evaluate", "cost", "measure", "report"]
+    assert rows[0]["command"] == "vitrim evaluate small --against timm:x --data d --split test"
     onward |= {"predicts": True, "labelled": False}  # a score of its own needs labels
     first = next_commands(onward, place="small", model="timm:x", data="d")[0]
     assert first["command"] == "vitrim evaluate small --against timm:x --data d --split test"

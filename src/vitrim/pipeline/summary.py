@@ -114,7 +114,10 @@ def next_commands(onward: Mapping[str, Any], *, place: str, model: str, data: st
         ("Time it again, beside the model it was cut from", ("measure", place, "--against", model)),
         ("Write the report again", ("report", place)),
     ]
-    if onward["predicts"]:
+    if not onward["predicts"]:  # an encoder is scored beside the dense one
+        words = ("evaluate", place, "--against", model, "--data", data, "--split", onward["split"])
+        rows = [("Score it beside the model that it was cut from", words), *rows]
+    else:
         picture = "YOUR_PHOTO.jpg" if onward["picture"] is None else f"{data.rstrip('/')}/{onward['picture']}"
         unseen = (
             " that no choice was made on"
