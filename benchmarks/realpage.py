@@ -47,7 +47,7 @@ FORMS = (
 def page(rows: Sequence[Row]) -> str:
     """Markdown: what it says, tables by share, fewer images, recovery, domain, aims, conditions."""
     cut = [row for row in rows if not row["steps"] and row["fitting"] != "enlarged"]
-    counts = sorted({row["images"] for row in cut if row["images"]}, reverse=True)
+    counts = sorted({row["images"] for row in cut if row["images"]}, reverse=True) or [0]
     main = [row for row in cut if row["images"] in (0, counts[0])]
     shares = sorted({row["keep"] for row in main}, reverse=True)
     first = rows[0]
@@ -276,7 +276,7 @@ def recovery(rows: Sequence[Row]) -> list[str]:
         f"## After {steps} steps without labels",
         "",
         "The dense model's tokens and saliency map are learned on the training photographs, each as a share of its mean square: batch 8, bf16, AdamW, the "
-        "library's own loop and learning rate. "
+        "library's own loop at a learning rate of 1e-5. "
         + (
             f"The dense model with the same training ends at a cosine of {control['cosine']:.4f} and an IoU of {control['map_iou']:.3f} with itself: so much is noise."
             if control
