@@ -142,6 +142,21 @@ def test_a_budget_of_parameters_is_met_without_merges_and_their_weights() -> Non
     assert len(choose.planned(nets, scores, 64, {"memory_bytes": slim.memory_bytes})) > 1
 
 
+@pytest.mark.parametrize("spec", [SPEC, CLASSIFIER], ids=["encoder", "classifier"])
+@pytest.mark.parametrize("keep", [0.97, 0.94, 0.91, 0.88])
+def test_operations_that_no_price_spends_are_spent_on_tokens(keep: float, spec: ModelSpec) -> None:
+    nets = choose.nets_of(spec, AutoConfig(axes=("tokens",)))
+    lost = [
+        [(20 if node.grid else 1) * (1 - node.patches / 64) ** 2 / (i + 1) for node in nets.nodes] for i in range(4)
+    ]
+    whole = nets.levels[0].whole
+    losses = choose.Losses({whole.qk: 0.0}, {whole.v: 0.0}, {whole.hidden: 0.0}, {})
+    scores = choose.Scores((losses,) * 4, {64: 0.0}, Merges(nets.nodes, np.array(lost)))
+    limits = Budget(keep_macs=keep).limits(cost(spec))
+    best = choose.best_candidates(nets, scores, limits, count=1)[0]
+    assert 0 <= limits["macs"] - macs(nets.spec(best)) < 0.01 * macs(spec)
+
+
 def test_a_schedule_loses_what_its_steps_lose_in_order() -> None:
     found = Node(16, (4, 4)), Node(8, (4, 2)), Node(12), Node(8), Node(6)
     losses = np.array([[0.0, 5.0, 1.0, 3.0, 4.0], [0.0, 2.0, 2.0, 5.0, 9.0]])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import product
@@ -21,7 +21,7 @@ from vitrim.methods.auto import merges
 from vitrim.methods.auto.config import AXES, AutoConfig
 from vitrim.methods.auto.merges import Merges, Node, Plan, Schedule
 from vitrim.space import BlockLevels, Choice, Space, frozen_parts, jumps, outlook, sizes
-from vitrim.spec import BlockSpec, ModelSpec, Prefix, product_of
+from vitrim.spec import BlockSpec, Merge, ModelSpec, Prefix, product_of
 
 RANKS = (1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4)
 UNITS = (1 / 64, 1 / 32, 3 / 64, 1 / 16, 3 / 32, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4)
@@ -434,9 +434,28 @@ def planned(nets: Nets, scores: Scores, width: int, limits: Mapping[str, int]) -
     ]
     plan = Plan(space, losses, scores.merges, carry=nets.restores)
     whole = nets.whole.reference.macs
-    bounds = [limits["macs"]] if "macs" in limits else [int(share * whole) for share in SHARES]
-    found = [steps for bound in bounds for weight in WEIGHTS for steps in plan.schedules(bound, weight=weight)]
-    return list(dict.fromkeys([(), *found]))
+    found: list[Schedule] = [()]
+
+    def uncut(steps: Schedule) -> int:
+        return cost(nets.spec(Candidate(width, steps, space.whole))).macs
+
+    for bound in [limits["macs"]] if "macs" in limits else [int(share * whole) for share in SHARES]:
+        for weight in WEIGHTS:
+            found += _merged(plan, bound, weight, lambda steps, most=bound: uncut(steps) <= most)  # type: ignore[misc]
+    return list(dict.fromkeys(found))
+
+
+def _merged(plan: Plan, bound: int, weight: float, fits: Callable[[Schedule], bool]) -> list[Schedule]:
+    """Of all kinds of merges, and of similar tokens alone where a lattice is among those.  fits: whether nothing else need be cut."""
+    found: list[Schedule] = []
+    for lattice in (True, False):
+        ends = plan.schedules(bound, weight=weight, lattice=lattice)
+        found += ends
+        if len(ends) > 1 and fits(ends[0]):  # what is left can be spent on tokens alone
+            found.append(plan.between(ends[0], ends[1], fits))
+        if not any(isinstance(step, Merge) for steps in ends for _, step in steps):
+            break
+    return found
 
 
 def _no_half_gone(nets: Nets, i: int, choice: Choice) -> bool:

@@ -14,7 +14,7 @@ Shapes: n nodes, E ways between them, C choices of a block.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -41,7 +41,7 @@ MOST_CARRIED = 16
 LONGEST = 1 / 8
 """Share of the tokens in front of a step of similar ones that it may merge, or a rung: more at once are worse matched than losses
 foretell."""
-BISECTIONS = 24
+BISECTIONS, BETWEEN = 24, 8
 
 Floats = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 Ints = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
@@ -237,18 +237,19 @@ class Plan:
         self.ways = [*((n, n) for n in range(len(merges.nodes))), *ways(merges.nodes)]
         self.stages = [self._stage(i, own) for i, own in enumerate(losses)]
 
-    def schedules(self, limit: int, *, weight: float = 1.0) -> list[Schedule]:
+    def schedules(self, limit: int, *, weight: float = 1.0, lattice: bool = True) -> list[Schedule]:
         """The steps with which merges and choices together lose least within `limit` operations; none where it is out of reach.
 
-        weight: of the losses of merging, beside those of the choices. Also the steps of the least price at which too many
+        weight: of the losses of merging, beside those of the choices. lattice: whether columns and rows may merge. Also the steps of the least price at which too many
         operations are left: with other choices these may be within.
         """
-        stages = [replace(own, merged=weight * own.merged) for own in self.stages]
+        allowed = [lattice or start == end or self.merges.nodes[end].grid is None for start, end in self.ways]
+        stages = [replace(own, merged=np.where(allowed, weight * own.merged, np.inf)) for own in self.stages]
         left = limit - self.space.outside["macs"]
 
         def at(price: float) -> tuple[Schedule, bool]:
             path, used = cheapest(stages, self.ways, price)
-            return self._steps(path), used <= left
+            return self._steps([self.merges.nodes[n] for n in path]), used <= left
 
         free, fits = at(0.0)
         if fits:
@@ -266,15 +267,45 @@ class Plan:
                 low, over = middle, steps
         return [found, over] if fits else []
 
+    def between(self, within: Schedule, over: Schedule, fits: Callable[[Schedule], bool]) -> Schedule:
+        """The last schedule that fits on the way from one that does to one that leaves more tokens; of similar tokens alone.
+
+        A price finds no plan between two on the hull of losses and operations; counts have no gaps.
+        """
+        whole, pairs = self.merges.nodes[0], list(zip(self._path(within), self._path(over), strict=True))
+        if any(a != b and any(node.grid and node != whole for node in (a, b)) for a, b in pairs):
+            return within  # no lattice lies between two
+        low, high = 0.0, 1.0
+        for _ in range(BETWEEN):
+            share = (low + high) / 2
+            counts = [math.ceil(a.patches + share * (b.patches - a.patches)) for a, b in pairs]
+            path = [
+                a if a == b else whole if count == whole.patches else Node(count)
+                for count, (a, b) in zip(counts, pairs, strict=True)
+            ]
+            if fits(steps := self._steps(path)):
+                low, within = share, steps
+            else:
+                high = share
+        return within
+
+    def _path(self, steps: Schedule) -> list[Node]:
+        """What is left behind each block."""
+        found, now, at = [], self.merges.nodes[0], dict(steps)
+        for i in range(len(self.stages)):
+            now = now.after(at[i]) if i in at else now
+            found.append(now)
+        return found
+
     def steepest(self) -> Schedule:
         """The steps with which the fewest operations are left, where neither choices nor merges lose anything."""
-        return self._steps(cheapest(self.stages, self.ways, 1.0)[0])
+        return self._steps([self.merges.nodes[n] for n in cheapest(self.stages, self.ways, 1.0)[0]])
 
-    def _steps(self, path: Sequence[int]) -> Schedule:
+    def _steps(self, path: Sequence[Node]) -> Schedule:
         found: list[tuple[int, Step]] = []
         now = self.merges.nodes[0]
-        for i, n in enumerate(path):
-            if (after := self.merges.nodes[n]) != now:
+        for i, after in enumerate(path):
+            if after != now:
                 found.append((i, merge(now, after, self.space.base.width, carry=self.carry)))
                 now = after
         return tuple(found)
