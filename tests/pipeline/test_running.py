@@ -243,6 +243,25 @@ def test_an_encoder_is_judged_by_its_tokens(tmp_path: Path) -> None:
     assert "all its tokens behind the final norm" in (result.folder / "README.md").read_text()
 
 
+def test_merged_tokens_come_back_through_the_whole_job(tmp_path: Path) -> None:
+    model = surgery.resized(tiny(outputs=False), (24, 24))  # 36 patch tokens
+    generator = torch.Generator().manual_seed(1)
+    photos = torch.randint(0, 256, (24, 3, 24, 24), generator=generator, dtype=torch.uint8)
+    config = AutoConfig(budget=Budget(keep_macs=0.8), images=8, axes=("tokens",), builds=1)
+    result = job(tmp_path / "small", model=model, config=config, data=photos, measure=None)
+    assert result.spec.restore
+    assert result.summary["recovery"]["objective"] == "label_free"
+    assert 0 < result.summary["metrics"]["recovered"]["token_cosine"] <= 1
+    x = torch.randn(2, 3, 24, 24)
+    assert result.model(x, want=("tokens",))["tokens"].shape == (2, 37, 16)
+    assert [one.shape for one in result.model.features(x, [0, 1])] == [(2, 16, 6, 6)] * 2
+    page = result.report.read_text()
+    assert re.search(
+        r"Its blocks run on \d+ tokens in the first to \d+ in the last; behind that all 37 come back.", page
+    )
+    assert "tokens out" in page
+
+
 def test_an_encoder_whose_output_is_the_product_is_judged_by_its_features(tmp_path: Path) -> None:
     config = replace(COMCAT, product="output")
     result = job(
