@@ -6,7 +6,7 @@ of `--split test`. Variants are functions of the model's blocks here; only what 
 
     python benchmarks/merging.py --model MODEL --data CAMVID [--split test] [--photographs 32] [--only NAME]; --table
 
-MODEL: as `photographs.py` has it. Rows go to results/merging-dinov2-small.jsonl, those of the other split stay.
+MODEL: as `photographs.py` has it. Rows go to results/merging-dinov2-small.jsonl in place of their like.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ class Trial:
 
     # -- one pass
 
-    def seen(self, way: Way, block: Block, place: int, x: Tensor) -> Tensor:
+    def seen(self, way: Way, block: Block, i: int, x: Tensor) -> Tensor:
         """What patch tokens are compared by.  x: B P D"""
         if way.seen == "keys":
             return block.attention.qkv_heads(block.norm1(x))[1].transpose(1, 2).flatten(2)
@@ -173,7 +173,7 @@ class Trial:
             return x - x.mean(1, keepdim=True)
         if way.seen == "stream":
             return x
-        return x @ self.roots[place | 1, self.model.spec.width if way.seen == "fisher 384" else RANK]
+        return x @ self.roots[2 * i + 1, self.model.spec.width if way.seen == "fisher 384" else RANK]
 
     def mass(self, way: Way, place: int, x: Tensor, sizes: Tensor) -> Tensor:
         if way.important is None:
@@ -199,7 +199,7 @@ class Trial:
             for n in range(way.rounds):
                 keep = goal + (p.shape[1] - goal) * (way.rounds - 1 - n) // (way.rounds - n)
                 place = 2 * i + AT[way.at]
-                seen, mass = self.seen(way, block, place, p), self.mass(way, place, p, sizes)
+                seen, mass = self.seen(way, block, i, p), self.mass(way, place, p, sizes)
                 owner, stays = owners(way, seen, mass, keep, where, model.spec.grid[1], chance)
                 whole = p.new_zeros(len(p), keep).scatter_add(1, owner, sizes)
                 index = owner[:, :, None].expand(-1, -1, p.shape[2])
@@ -321,10 +321,11 @@ def run(options: argparse.Namespace) -> None:
     fit = real.Fidelity(dense, real.decoder(options.model), fetch(options.data, "train", FIT), BATCH)
     truth = real.Fidelity(dense, fit.decoder, fetch(options.data, options.split, options.photographs), BATCH)
     trial = Trial(surgery.fold_layer_scale(dense).eval(), list(fit.batches()))
-    rows = [row for row in protocol.read(PLACE) if row["split"] != options.split] if PLACE.is_file() else []
-    for way in WAYS:
-        if options.only and options.only not in way.name:
-            continue
+    ways = [way for way in WAYS if not options.only or any(part in way.name for part in options.only)]
+    anew = {(way.name, count, options.split) for way in ways for count in options.counts}
+    rows = protocol.read(PLACE) if PLACE.is_file() else []
+    rows = [row for row in rows if (row["way"], row["count"], row["split"]) not in anew]
+    for way in ways:
         for count in options.counts:
             began = time.monotonic()
             row: dict[str, Any] = {"way": way.name, "count": count, "split": options.split}
@@ -342,21 +343,22 @@ def fetch(source: Any, split: str, count: int) -> Any:
 def table() -> None:
     rows = [row for row in protocol.read(PLACE) if row["split"] == "test"]
     assert rows, "no row of the test split; run with --split test first"
-    first = rows[0]
+    first, order = rows[0], [way.name for way in WAYS]
     text = [
         "# Merging of tokens, nothing trained: what helps",
         "",
         f"DINOv2-small, {first['photographs']} CamVid test photographs, maps fitted on {first['fit']} training photographs. A constant count of "
         "the 256 patch tokens merges in each of 12 blocks, with sizes in the attention; all come back at the end, and nothing else is "
-        "cut. Chosen on validation photographs. Rows that begin with dots change the carry of every token's nearest in one thing. By "
-        "`python benchmarks/merging.py --table` from `benchmarks/results/merging-dinov2-small.jsonl`; what these figures left out "
-        "of the library and why: [the log](../log.md).",
+        "cut. Rows that begin with dots change the one in front of them, the carry of every token's nearest, in one thing, the last two in "
+        "two. By "
+        "`python benchmarks/merging.py --table` from `benchmarks/results/merging-dinov2-small.jsonl`; the "
+        "choice was made on validation photographs, of which [the log](../log.md) tells, with what was tried and dropped.",
     ]
     for count in sorted({row["count"] for row in rows}):
         text += ["", f"## {count} a block", ""]
         text += ["| way | MACs kept | mean cosine | worst image | class token | map MAE | map IoU at 0.5 |"]
         text += ["| --- | --- | --- | --- | --- | --- | --- |"]
-        for row in rows:
+        for row in sorted(rows, key=lambda row: order.index(row["way"])):
             if row["count"] == count:
                 figures = f"{row['cosine']:.4f} | {row['worst']:.4f} | {row['cls']:.4f} | {row['map_mae']:.4f} | {row['map_iou']:.3f}"
                 text.append(f"| {row['way']} | {100 * row['kept_macs']:.1f} % | {figures} |")
@@ -370,7 +372,7 @@ def main() -> None:
     parser.add_argument("--split", default="validation", choices=("validation", "test"))
     parser.add_argument("--photographs", type=int, default=32)
     parser.add_argument("--counts", type=int, nargs="+", default=list(COUNTS))
-    parser.add_argument("--only", help="rows whose names hold this")
+    parser.add_argument("--only", nargs="+", help="rows whose names hold one of these")
     parser.add_argument("--table", action="store_true", help="only make the table from the rows that are there")
     options = parser.parse_args()
     if options.table:
