@@ -22,6 +22,7 @@ VALUES: dict[str, Any] = {
     "images": ("auto", "9", 9),
     "freeze": ("comcat", "blocks.0, blocks.1.mlp", ("blocks.0", "blocks.1.mlp")),
     "seed": ("auto", "3", 3),
+    "product": ("auto", "tokens", "tokens"),
 }
 """For each flag a method that has its setting, a value as typed, and what it becomes."""
 
