@@ -439,9 +439,13 @@ def planned(nets: Nets, scores: Scores, width: int, limits: Mapping[str, int]) -
     def uncut(steps: Schedule) -> int:
         return cost(nets.spec(Candidate(width, steps, space.whole))).macs
 
-    for bound in [limits["macs"]] if "macs" in limits else [int(share * whole) for share in SHARES]:
-        for weight in WEIGHTS:
-            found += _merged(plan, bound, weight, lambda steps, most=bound: uncut(steps) <= most)  # type: ignore[misc]
+    tried = (
+        [(limits["macs"], weight) for weight in WEIGHTS]
+        if "macs" in limits
+        else [(int(n * whole), 1.0) for n in SHARES]
+    )
+    for bound, weight in tried:
+        found += _merged(plan, bound, weight, lambda steps, most=bound: uncut(steps) <= most)  # type: ignore[misc]
     return list(dict.fromkeys(found))
 
 
