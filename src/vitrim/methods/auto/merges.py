@@ -35,9 +35,9 @@ LATTICES = ((3 / 4, 1), (1 / 2, 1), (3 / 4, 3 / 4), (1 / 2, 3 / 4), (1 / 2, 1 / 
 DIRECTIONS = 1 / 4
 """Share of the stream's directions in which tokens are compared, of `MOST` at the most: those that the product minds."""
 MOST = 64
-CARRIED = 1 / 16
-"""Rank of what carries differences along, as a share of the stream's width, of `MOST_CARRIED` at the most: a higher one does worse."""
-MOST_CARRIED = 16
+CARRIED = 1 / 12
+"""Rank of what carries differences along, as a share of the stream's width, of `MOST_CARRIED` at the most: twice as much adds little."""
+MOST_CARRIED = 32
 LONGEST = 1 / 8
 """Share of the tokens in front of a step of similar ones that it may merge, or a rung: more at once are worse matched than losses
 foretell."""

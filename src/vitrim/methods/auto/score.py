@@ -29,7 +29,6 @@ from vitrim.methods.fitting import Run, kept
 from vitrim.model import OPEN, Block, Stream, TokenStep, Vit
 from vitrim.space import BlockLevels
 from vitrim.spec import mergeable, token_walk
-from vitrim.tokens import likeness
 
 HELD_OUT = 4
 """One image in so many is held out: options are scored and plans compared on it."""
@@ -394,9 +393,8 @@ def score(job: Job) -> Scores:
 
 MERGED, FEWEST = 2_048, 8
 """Tokens of the held-out images on which merges are measured, and the fewest of these images."""
-PAIRS = 1 / 2
-"""Share of a block's tokens, those most like their match, from which is learned what sets merged tokens apart at the end."""
-CARRY_RIDGE = 1e-2
+CARRY_RIDGE = 1e-1
+"""Pull of what is carried towards the difference as it is, as a share of the mean square of the differences."""
 
 
 @torch.no_grad()
@@ -405,7 +403,7 @@ def merge_maps(job: Job) -> Piece:
     `i/carry_a` [D, R], `i/carry_b` [R, D].
 
     metric: the leading directions of what the product minds of patch tokens behind the attention. carry: regression of the
-    difference of two like tokens at the end of the dense stream on their difference here, beyond that itself.
+    difference of a token from its nearest at the end of the dense stream on their difference here, beyond that itself.
     """
     base, found, like = job.base, {}, next(job.base.parameters())
     width, count, prefix = base.spec.width, len(base.blocks), len(base.spec.prefix)
@@ -433,18 +431,15 @@ def merge_maps(job: Job) -> Piece:
 
 
 def _apart(x: Tensor, metric: Tensor, streams: Sequence[Tensor]) -> list[Tensor]:
-    """Differences of each stream between tokens of even index and their match of odd index in `x`, those most alike.
+    """Differences of each stream between every token and the one that is nearest to it in `x`.
 
-    x, streams: B P D -> B K D each.
+    x, streams: B P D -> B P D each.
     """
-    alike, best = likeness(x, x.new_ones(x.shape[:2]), "ward", metric.to(x)).max(-1)
-    chosen = alike.topk(max(1, round(alike.shape[1] * PAIRS)), dim=-1).indices
-    matched = best.gather(1, chosen)
-
-    def take(rows: Tensor, index: Tensor) -> Tensor:
-        return rows.gather(1, index[:, :, None].expand(-1, -1, rows.shape[2]))
-
-    return [take(values[:, 0::2], chosen) - take(values[:, 1::2], matched) for values in streams]
+    seen = x @ metric.to(x)
+    itself = torch.diag(seen.new_full((x.shape[1],), torch.inf))
+    nearest = (torch.cdist(seen, seen, compute_mode="use_mm_for_euclid_dist") + itself).argmin(-1)
+    matched = nearest[:, :, None].expand(-1, -1, x.shape[2])
+    return [values - values.gather(1, matched) for values in streams]
 
 
 @torch.no_grad()
