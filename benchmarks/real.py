@@ -50,6 +50,8 @@ PLACE = protocol.RESULTS / "real-dinov2-small.jsonl"
 WIDTHS = ("qk", "vo", "mlp", "attention", "block")
 """All axes of `auto` but tokens; where the tokens are the product there is no exact tail and no narrower stream."""
 RECOVERED = {"auto": (0.65, 0.5), "comcat-whitened": (0.65, 0.5), "similarity": (0.65, 0.5)}
+BATCH = 4
+"""Photographs of a step of recovery."""
 DOMAIN = (0.65, 0.5)
 LR = 3e-6
 """Of recovery, chosen on validation photographs: ten steps improve a network there, and leave the dense control at a cosine of 0.999.
@@ -335,7 +337,7 @@ def recovered(setting: Setting, job: Job) -> list[dict[str, Any]]:
     images = photographs.prepared(photographs.photographs(setting.data, "train"))
     config = RecoverConfig(
         steps=job.steps,
-        batch_size=8,
+        batch_size=BATCH,
         amp="bf16",
         device="cpu",
         augment=vitrim.data.Augment(crop="none"),
@@ -351,7 +353,7 @@ def recovered(setting: Setting, job: Job) -> list[dict[str, Any]]:
         done = fit(small, Mapped(bench.dense, bench.decoder), images, config)
         spent = time.monotonic() - began
         losses = [line["loss"] for line in done.history if line["kind"] == "train"]
-        facts = {"recovery_s": spent, "lr": config.lr, "first_loss": losses[0], "last_loss": losses[-1]}
+        facts = {"recovery_s": spent, "lr": config.lr, "batch": BATCH, "first_loss": losses[0], "last_loss": losses[-1]}
         own = protocol.described(done.model, bench.dense)
         rows.append({**key, **facts, **judge.score(done.model), **own, **told(bench, judge, load)})
     return rows
@@ -407,7 +409,8 @@ class Run:
             if row in options.rows
         ]
         if options.enlarged and "auto" in options.rows:
-            jobs.insert(1, Job("auto", "enlarged", most, tuple(k for k in DOMAIN if k in options.keep)))
+            few = min(options.images)
+            jobs.append(Job("auto", "enlarged", few, tuple(k for k in DOMAIN if k in options.keep)))
         jobs += [Job(row, "", 0, options.keep) for row in UNFITTED if row in options.rows]
         self.run(made, self.lacking(jobs))
         self.time()

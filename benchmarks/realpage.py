@@ -95,7 +95,7 @@ def page(rows: Sequence[Row]) -> str:
             "",
         ]
     lines += recovery(rows)
-    lines += domain(rows, counts[0])
+    lines += domain(rows)
     return "\n".join([*lines, *conditions(rows)]) + "\n"
 
 
@@ -280,7 +280,7 @@ def recovery(rows: Sequence[Row]) -> list[str]:
     lines = [
         f"## After {steps} steps without labels",
         "",
-        "The dense model's tokens and saliency map are learned on the training photographs, each as a share of its mean square: batch 8, bf16, AdamW, the "
+        f"The dense model's tokens and saliency map are learned on the training photographs, each as a share of its mean square: batch {after[0]['batch']}, bf16, AdamW, the "
         f"library's own loop at a learning rate of {after[0]['lr']:g}, chosen on validation photographs. "
         + (
             f"The dense model with the same training ends at a cosine of {control['cosine']:.4f} and an IoU of {control['map_iou']:.3f} with itself: so much is noise."
@@ -304,12 +304,12 @@ def recovery(rows: Sequence[Row]) -> list[str]:
     return [*lines, *table(["way", "MACs asked", "cosine", "worst", "map IoU", "seconds"], found), ""]
 
 
-def domain(rows: Sequence[Row], count: int) -> list[str]:
+def domain(rows: Sequence[Row]) -> list[str]:
     """The same photographs scored, after fitting on images of another kind."""
     other = [row for row in rows if row["fitting"] == "enlarged" and "refused" not in row]
     if not other:
         return []
-    found = []
+    found, count = [], other[0]["images"]
     for row in sorted(other, key=lambda row: -row["keep"]):
         same = of(
             [r for r in rows if not r["steps"] and r["fitting"] == "photographs" and r["images"] == count],
