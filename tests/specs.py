@@ -138,7 +138,9 @@ def _steps(draw: st.DrawFn, tokens: Tokens, restore: bool) -> tuple[tuple[object
         keep = draw(st.integers(tokens.patches - tokens.patches // 2, tokens.patches - 1))
         left = Tokens(prefix=tokens.prefix, patches=keep, grid=None)
         how: dict[str, Any] = (
-            {"match": "ward", "metric": draw(st.sampled_from([None, 1, 5]))} if draw(st.booleans()) else {}
+            {"match": match, "metric": draw(st.sampled_from([None, 1, 5]))}
+            if (match := draw(st.sampled_from(["cosine", "ward", "heavier"]))) != "cosine"
+            else {}
         )
         carry = draw(st.sampled_from([None, 1, 3])) if restore else None
         return (Similarity(at=at, keep=keep, proportional=proportional, carry=carry, **how),), left

@@ -9,7 +9,7 @@ import pytest
 from tests.specs import vit
 from vitrim.counting import attention_macs, cost, mlp_macs, similarity_macs
 from vitrim.errors import SpecError
-from vitrim.spec import AttentionSpec, MlpSpec, ModelSpec
+from vitrim.spec import AttentionSpec, MlpSpec, ModelSpec, Similarity
 
 
 def deit(width: int, heads: int) -> ModelSpec:
@@ -65,10 +65,15 @@ def test_the_formulas_take_tensors() -> None:
 
 
 def test_a_similarity_step_counts_as_the_design_says() -> None:
-    assert similarity_macs(9, 6, 16) == 5 * 4 * 16 + 3 * 4 * 17
+    assert similarity_macs(Similarity(keep=6), 9, 16) == 5 * 4 * 16 + 3 * 4 * 17
     compared = 9 * 16 * 5 + 5 * 4 * 5
     carried = 3 * 16 * 2 * 2 + 3 * 4 * 16
-    assert similarity_macs(9, 6, 16, metric=5, carry=2) == compared + 3 * 4 * 17 + carried
+    ward = Similarity(keep=6, match="ward", metric=5, carry=2)
+    assert similarity_macs(ward, 9, 16) == compared + 3 * 4 * 17 + carried
+    heavier = Similarity(keep=6, match="heavier", metric=3, carry=2)
+    assert (
+        similarity_macs(heavier, 9, 16) == 9 * 9 * (3 + 2) + 9 * 16 * (3 + 1) + 3 * 6 * 17 + 3 * 16 * 2 * 2 + 3 * 6 * 16
+    )
 
 
 def test_peak_activations_follow_the_stated_formula() -> None:

@@ -183,26 +183,62 @@ def test_equal_tokens_are_the_ones_that_merge() -> None:
 
 @pytest.mark.parametrize("patches", [8, 9])
 @pytest.mark.parametrize("sized", [False, True])
-def test_ward_merges_what_adds_least_to_the_scatter_within_groups(patches: int, sized: bool) -> None:
+@pytest.mark.parametrize("match", ["ward", "heavier"])
+def test_ward_merges_what_adds_least_to_the_scatter_within_groups(match: str, patches: int, sized: bool) -> None:
     x, sizes = tokens(1, patches, batch=1)
     sizes = torch.arange(1, patches + 1).to(sizes)[None] if sized else sizes
     metric = torch.randn(6, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     seen = x[0] @ metric
     added = {}
-    for i in range(0, patches, 2):
-        for j in range(1, patches, 2):
+    for i in range(patches):
+        for j in range(i + 1, patches, 2 if match == "ward" else 1):
             s, t = sizes[0, i], sizes[0, j]
             centre = (s * seen[i] + t * seen[j]) / (s + t)
             added[i, j] = float(s * (seen[i] - centre).square().sum() + t * (seen[j] - centre).square().sum())
-    owner = merge_similar(x, sizes, keep=patches - 1, match="ward", metric=metric).undo.owner[0]
+    owner = merge_similar(x, sizes, keep=patches - 1, match=match, metric=metric).undo.owner[0]
     merged = next((i, j) for i, j in added if owner[i] == owner[j])
     assert merged == min(added, key=lambda pair: added[pair])
+
+
+def test_heavier_keeps_the_order_of_what_remains_and_none_merges_into_what_goes() -> None:
+    x, sizes = tokens(3, 5, batch=4)
+    sizes = torch.randint(1, 5, sizes.shape, generator=torch.Generator().manual_seed(1)).to(sizes)
+    merged = merge_similar(x, sizes, keep=8, match="heavier")
+    assert close(merged.sizes.sum(1), sizes.sum(1), 1e-12)
+    for b in range(4):
+        owner = merged.undo.owner[b].tolist()
+        assert sorted(set(owner)) == list(range(8))
+        for n in range(8):
+            group = [j for j in range(15) if owner[j] == n]
+            weight = sizes[b, group, None]
+            assert close(merged.x[b, n], (x[b, group] * weight).sum(0) / weight.sum(), 1e-12)
+        alone = [owner.index(n) for n in range(8) if owner.count(n) == 1]
+        assert alone == sorted(alone)
+
+
+def test_important_tokens_are_the_last_to_merge_whatever_is_added_to_all() -> None:
+    x, sizes = tokens(1, 8, batch=1)
+    x[0, 5] = x[0, 2] + 0.01  # by far the nearest two
+    x[0, :, 0] = 0.0
+    x[0, [2, 5], 0] = 3.0
+    importance = torch.tensor([8.0, 0, 0, 0, 0, 0], dtype=torch.float64)
+    metric = torch.eye(6, dtype=torch.float64)[:, 1:]
+
+    def owner(x: torch.Tensor, importance: torch.Tensor | None) -> list[int]:
+        merged = merge_similar(x, sizes, keep=5, match="heavier", metric=metric * 10, importance=importance)
+        return merged.undo.owner[0].tolist()
+
+    apart = x.clone()
+    apart[0, 5, 1:] += 0.5
+    assert owner(apart, None)[2] == owner(apart, None)[5]
+    assert owner(apart, importance)[2] != owner(apart, importance)[5]
+    assert owner(apart, importance) == owner(apart + torch.eye(6, dtype=torch.float64)[0] * 7, importance)
 
 
 NOTHING = torch.ones(6, 2, dtype=torch.float64), torch.zeros(2, 6, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("match", ["cosine", "ward"])
+@pytest.mark.parametrize("match", ["cosine", "ward", "heavier"])
 @pytest.mark.parametrize("patches", [8, 9])
 def test_what_is_carried_along_unchanged_gives_every_token_back(match: str, patches: int) -> None:
     x, sizes = tokens(1, patches, batch=3)
@@ -214,6 +250,15 @@ def test_what_is_carried_along_unchanged_gives_every_token_back(match: str, patc
         history.append(merged.undo)
     assert close(restore(seen, tuple(history), carried=True), x, 1e-12)
     assert not close(restore(seen, tuple(history)), x, 1e-3)
+
+
+def test_carried_differences_come_back_where_a_lattice_merged_before() -> None:
+    x, sizes = tokens(4, 6)
+    halved = merge_lattice(x, sizes, axis="h", grid=(4, 6), keep=3)
+    merged = merge_similar(halved.x, halved.sizes, keep=7, match="heavier", carry=NOTHING)
+    history = halved.undo, merged.undo
+    assert close(restore(merged.x, history, carried=True), restore(halved.x, history[:1]), 1e-12)
+    assert not close(restore(merged.x, history), restore(halved.x, history[:1]), 1e-3)
 
 
 def test_a_network_that_restores_gives_the_shapes_of_one_that_does_not_merge() -> None:
@@ -235,7 +280,7 @@ def test_a_network_that_restores_gives_the_shapes_of_one_that_does_not_merge() -
 
 def carrying(dense: Any, keep: int = 9) -> Any:
     """The same network, which merges in its first block and gives every token back."""
-    step = Similarity(keep=keep, match="ward", metric=4, carry=2, proportional=True)
+    step = Similarity(keep=keep, match="heavier", metric=4, carry=2, proportional=True)
     return replace(dense, restore=True, blocks=(replace(dense.blocks[0], steps=(step,)), *dense.blocks[1:]))
 
 

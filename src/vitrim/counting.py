@@ -110,21 +110,29 @@ def mlp_macs(
     return linear_macs(tokens, width, first, fc1_rank) + linear_macs(tokens, hidden, width, fc2_rank)
 
 
-def similarity_macs(patches: int, keep: int, width: int, *, metric: int | None = None, carry: int | None = None) -> int:
-    """MACs of one similarity merge: scores between the two sets, and a one-hot product for the merged ones.
+def similarity_macs(step: Similarity, patches: int, width: int) -> int:
+    """MACs of one similarity merge of so many patch tokens: distances or cosines, and a one-hot product for the merged ones.
 
-    metric: directions in which distances are taken, to which all tokens are mapped. carry: rank of the factors through which
-    the merged ones' differences go, and to their targets through the one-hot product.
+    A metric maps all tokens, to its directions and, for `heavier`, to their importance. What is carried, the merged ones' differences, goes through
+    two factors, and to their targets through the one-hot product.
     """
-    sources, targets, gone = patches - patches // 2, patches // 2, patches - keep
-    found = sources * targets * (metric or width) + gone * targets * (width + 1)
-    found += patches * width * metric if metric else 0
-    return found + (gone * width * 2 * carry + gone * targets * width if carry else 0)
+    gone, half, seen = patches - step.keep, patches // 2, step.metric or width
+    if step.match == "heavier":
+        targets, found = step.keep, patches * patches * (seen + 2)
+    else:
+        targets, found = half, (patches - half) * half * seen
+    found += gone * targets * (width + 1) + patches * width * _compared(step)
+    return found + (gone * width * 2 * step.carry + gone * targets * width if step.carry else 0)
 
 
 def similarity_params(step: Similarity, width: int) -> int:
-    """Parameters of a similarity step: what maps tokens to the metric, and differences to what comes back."""
-    return width * (step.metric or 0) + 2 * width * (step.carry or 0)
+    """Parameters of a similarity step: what maps tokens to the metric and their importance, and differences to what comes back."""
+    return width * (_compared(step) + 2 * (step.carry or 0))
+
+
+def _compared(step: Similarity) -> int:
+    """Learned directions to which all tokens are mapped."""
+    return step.metric + (step.match == "heavier") if step.metric else 0
 
 
 def attention_params(a: AttentionSpec, width: int) -> Any:
@@ -222,7 +230,7 @@ def _block(spec: ModelSpec, index: int, tokens: BlockTokens) -> BlockCost:
     attention, attention_par = attention_price(block.attention, tokens)
     mlp, mlp_par = mlp_price(block.mlp, tokens)
     steps = sum(
-        similarity_macs(before.patches, step.keep, width, metric=step.metric, carry=step.carry)
+        similarity_macs(step, before.patches, width)
         for step, before in zip(block.steps, tokens.before, strict=True)
         if isinstance(step, Similarity)
     )

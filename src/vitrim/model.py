@@ -312,11 +312,13 @@ class Mlp(Sublayer):
 class TokenStep(nn.Module):
     """One token step of a block.
 
-    gate: [D] of a learned merge. metric: [D, R], carry_a: [D, R] and carry_b: [R, D], of a similarity step that has them.
+    gate: [D] of a learned merge. metric: [D, R], importance: [D], carry_a: [D, R] and carry_b: [R, D], of a similarity step that has
+    them.
     """
 
     gate: nn.Parameter | None
     metric: nn.Parameter | None
+    importance: nn.Parameter | None
     carry_a: nn.Parameter | None
     carry_b: nn.Parameter | None
 
@@ -327,7 +329,9 @@ class TokenStep(nn.Module):
         learned = isinstance(step, Merge) and step.weight == "learned"
         self.register_parameter("gate", nn.Parameter(torch.empty(width)) if learned else None)
         rank, carry = (step.metric, step.carry) if isinstance(step, Similarity) else (None, None)
+        weighs = isinstance(step, Similarity) and step.match == "heavier" and step.metric
         self.register_parameter("metric", nn.Parameter(torch.empty(width, rank)) if rank else None)
+        self.register_parameter("importance", nn.Parameter(torch.empty(width)) if weighs else None)
         self.register_parameter("carry_a", nn.Parameter(torch.empty(width, carry)) if carry else None)
         self.register_parameter("carry_b", nn.Parameter(torch.empty(carry, width)) if carry else None)
 
@@ -348,7 +352,15 @@ class TokenStep(nn.Module):
             return stream
         if isinstance(step, Similarity):
             carry = None if self.carry_a is None or self.carry_b is None else (self.carry_a, self.carry_b)
-            merged = merging.merge_similar(patches, sizes, keep=keep, match=step.match, metric=self.metric, carry=carry)
+            merged = merging.merge_similar(
+                patches,
+                sizes,
+                keep=keep,
+                match=step.match,
+                metric=self.metric,
+                importance=self.importance,
+                carry=carry,
+            )
         else:
             assert stream.grid is not None
             merged = merging.merge_lattice(

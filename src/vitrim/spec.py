@@ -152,8 +152,10 @@ class Merge:
 class Similarity:
     """Merge the most similar patch tokens, wherever they are. keep: patch tokens that remain.
 
-    match: what is most similar: by the cosine, or by the least size-weighted squared distance (Ward's criterion).
-    metric: distances are taken in so many learned directions of the stream; None: in the stream. For `ward`.
+    match: what is most similar: by the cosine, or by the least squared distance weighted by sizes (Ward's criterion): `ward`, tokens
+    of even index into ones of odd index as by the cosine; `heavier`, any into heavier ones.
+    metric: distances are taken in so many learned directions of the stream, and with `heavier` a learned one weighs each token beside
+    its size; None: in the stream, by size alone. For `ward` and `heavier`.
     carry: what sets each merged token apart comes back where tokens are restored, through a learned linear: the identity and two
     factors of this rank. None: it is lost.
     """
@@ -161,7 +163,7 @@ class Similarity:
     at: Literal["start", "mid", "end"] = "mid"
     keep: int
     proportional: bool = False
-    match: Literal["cosine", "ward"] = "cosine"
+    match: Literal["cosine", "ward", "heavier"] = "cosine"
     metric: int | None = None
     carry: int | None = None
 
@@ -598,9 +600,9 @@ def _check_step(spec: ModelSpec, i: int, j: int, step: Step) -> None:
             )
     elif isinstance(step, Similarity):
         _positive(where, metric=step.metric, carry=step.carry)
-        if step.metric is not None and (step.match != "ward" or step.metric > spec.width):
+        if step.metric is not None and (step.match == "cosine" or step.metric > spec.width):
             raise SpecError(
-                f"{where}: metric={step.metric!r} with match={step.match!r}; expected match='ward' and at most the stream's width, "
+                f"{where}: metric={step.metric!r} with match={step.match!r}; expected match='ward' or 'heavier' and at most the stream's width, "
                 f"{spec.width}, or none."
             )
         if step.carry is not None and step.carry > spec.width:

@@ -1,7 +1,8 @@
 """Token merging and its undoing: pure tensor functions with fixed shapes and no scatter.
 
 Source   lattice merges: `papers/cait.md` section 3 (reconstructed from the paper's abstract, so "CAIT-style");
-         similarity merges: bipartite matching in the manner of ToMe (arXiv 2210.09461), on the residual stream.
+         similarity merges: bipartite matching in the manner of ToMe (arXiv 2210.09461), on the residual stream, or Ward's
+         criterion (1963) among all tokens.
 Shapes   B batch, P patch tokens, D width; a lattice is `rows * cols == P` in raster order. Prefix tokens never come here.
 
 Every merge returns an owner: for each token (or column, or row) before, the index of the one that holds it after.
@@ -15,6 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+LEAN = 4.0
+"""The most by which the logarithm of a token's mass leaves that of its size, beside the image's mean."""
 
 
 class Merged(NamedTuple):
@@ -134,52 +138,64 @@ def merge_similar(
     keep: int,
     match: str = "cosine",
     metric: Tensor | None = None,  # D R
+    importance: Tensor | None = None,  # D
     carry: tuple[Tensor, Tensor] | None = None,  # D R, R D
 ) -> Merged:
-    """Merge the `P - keep` most alike tokens of even index into their best match of odd index.  x: B P D; sizes: B P.
+    """Merge the `P - keep` tokens that have the most like partners into these.  x: B P D; sizes: B P.
 
-    What remains: the unmerged even ones in order, then the odd ones in order. MACs: `counting.similarity_macs`.
-    match: `cosine`, or `ward`: the least s t / (s + t) |x - y|^2 of two tokens of sizes s and t, which is what merging them adds
-    to the scatter within groups; `metric` maps tokens to where |x - y| is taken.
+    match: `cosine` and `ward`: those of even index into ones of odd index; what remains: the unmerged even ones in order, then the odd
+    ones in order. `heavier`: any into heavier ones; what remains: in the order it had. By the cosine, or else the least
+    s t / (s + t) |x - y|^2 of two tokens of masses s and t, which is what merging them adds to the scatter within groups; `metric` maps
+    tokens to where |x - y| is taken. A token's mass is its size, and for `heavier` with `importance` that times exp(x . importance),
+    up to a factor for each image. MACs: `counting.similarity_macs`.
     carry: the difference of each merged token from its group comes back, and what two factors make of it; the group's target gets
     what makes them cancel, by size.
     """
-    b, p, d = x.shape
-    removed, targets = p - keep, p // 2
-    sources = p - targets
-    alike, best = likeness(x, sizes, match, metric).max(-1)  # of B sources targets
-    chosen = alike.topk(removed, dim=-1).indices  # B R
-    gone = (chosen[:, :, None] == torch.arange(sources, device=x.device)).any(1)  # B sources
-    kept = first_sources(~gone, sources - removed)  # B K'
-
-    def take(values: Tensor, index: Tensor) -> Tensor:
-        return values.gather(1, index[:, :, None].expand(-1, -1, values.shape[2]))
-
+    removed, x = x.shape[1] - keep, x.contiguous()  # it comes without the prefix tokens, and is read many times
+    gone, chosen, kept, owner, plain = (
+        _heavier(x, sizes, removed, metric, importance)
+        if match == "heavier"
+        else _bipartite(_likeness(x, sizes, match, metric), removed)
+    )
+    to, d = owner.gather(1, chosen), x.shape[2]
+    onehot = (torch.arange(plain, keep, device=x.device)[:, None] == to[:, None]).to(x.dtype)  # B T R
     weighted = torch.cat([x * sizes[:, :, None], sizes[:, :, None]], dim=-1)  # B P D+1
-    to = best.gather(1, chosen)  # B R
-    onehot = (torch.arange(targets, device=x.device)[None, :, None] == to[:, None, :]).to(x.dtype)  # B targets R
-    moved = weighted[:, 1::2] + onehot @ take(weighted[:, 0::2], chosen)
-    merged = torch.cat([take(x[:, 0::2], kept), moved[..., :d] / moved[..., d:]], dim=1)
-    merged_sizes = torch.cat([sizes[:, 0::2].gather(1, kept), moved[..., d]], dim=1)
-    rank = (~gone).long().cumsum(-1) - 1
-    even = torch.where(gone, best + sources - removed, rank)  # B sources
-    odd = (torch.arange(targets, device=x.device) + sources - removed).expand(b, -1)
-    owner = torch.stack([F.pad(even, (0, 0)), F.pad(odd, (0, sources - targets))], dim=-1).flatten(1)[:, :p]
+    leaving, own = take(weighted, chosen), take(weighted, kept[:, plain:])
+    total = own + onehot @ leaving  # of the targets, B T D+1
+    merged = torch.cat([take(x, kept[:, :plain]), total[..., :d] / total[..., d:]], dim=1)
+    merged_sizes = torch.cat([sizes.gather(1, kept[:, :plain]), total[..., d]], dim=1)
     if carry is None:
         return Merged(merged, merged_sizes, Undo("tokens", owner, None))
-    values = merged[:, sources - removed :]  # of the targets, B targets D
-    apart = take(x[:, 0::2], chosen) - take(values, to)  # B R D
+    apart = take(x, chosen) - take(merged, to)  # B R D
     apart = apart + (apart @ carry[0]) @ carry[1]
-    against = onehot @ (apart * sizes[:, 0::2].gather(1, chosen)[:, :, None])
-    order = chosen.topk(removed, dim=-1, largest=False).indices  # from their order in the row to that of `chosen`
-    place = order.gather(1, (gone.long().cumsum(-1) - 1).clamp_min(0))
-    back = torch.where(gone[:, :, None], take(apart, place), 0)  # B sources D
-    forth = -against / sizes[:, 1::2, None]  # B targets D
-    both = torch.stack([back, F.pad(forth, (0, 0, 0, sources - targets))], dim=2).flatten(1, 2)[:, :p]
+    against = (onehot @ (apart * leaving[..., d:])) / -own[..., d:]  # B T D
+    order = chosen.topk(removed, dim=-1, largest=False).indices  # of those that go, in order, their places in `chosen`
+    place = torch.where(gone, order.gather(1, (gone.long().cumsum(-1) - 1).clamp_min(0)), owner + removed)
+    both = take(torch.cat([apart, F.pad(against, (0, 0, plain, 0))], dim=1), place)
     return Merged(merged, merged_sizes, Undo("tokens", owner, None, both))
 
 
-def likeness(x: Tensor, sizes: Tensor, match: str, metric: Tensor | None) -> Tensor:
+def take(values: Tensor, index: Tensor) -> Tensor:
+    """Rows of each image by number.  B n D, B K -> B K D"""
+    b, n, d = values.shape
+    rows = index + torch.arange(b, device=index.device)[:, None] * n  # whole rows: faster than a `gather` of numbers
+    return values.reshape(-1, d).index_select(0, rows.flatten()).view(b, -1, d)
+
+
+class _Partners(NamedTuple):
+    """Who merges with whom.  gone: B P. chosen: B R, positions of what goes; kept: B K, of what remains, in its new order.
+
+    owner: B P, of `Undo`. plain: so many of the first that remain have nobody merge into them, in any image.
+    """
+
+    gone: Tensor
+    chosen: Tensor
+    kept: Tensor
+    owner: Tensor
+    plain: int
+
+
+def _likeness(x: Tensor, sizes: Tensor, match: str, metric: Tensor | None) -> Tensor:
     """How alike tokens of even and of odd index are.  B P D -> B sources targets"""
     if match == "cosine":
         unit = F.normalize(x, dim=-1)
@@ -191,6 +207,54 @@ def likeness(x: Tensor, sizes: Tensor, match: str, metric: Tensor | None) -> Ten
     return -squared * (s * t / (s + t))
 
 
+def _bipartite(likeness: Tensor, removed: int) -> _Partners:  # B sources targets
+    b, sources, targets = likeness.shape
+    p, plain = sources + targets, sources - removed
+    alike, best = likeness.max(-1)  # B sources
+    chosen = alike.topk(removed, dim=-1).indices
+    away = _among(chosen, sources)
+    even = torch.where(away, best + plain, (~away).long().cumsum(-1) - 1)
+    odd = (torch.arange(targets, device=best.device) + plain).expand(b, -1)
+
+    def woven(first: Tensor, second: Tensor) -> Tensor:  # B sources, B targets -> B P
+        return torch.stack([first, F.pad(second, (0, sources - targets))], dim=-1).flatten(1)[:, :p]
+
+    kept = torch.cat([2 * first_sources(~away, plain), 2 * (odd - plain) + 1], dim=1)
+    gone = woven(away, torch.zeros_like(odd, dtype=torch.bool))
+    return _Partners(gone, 2 * chosen, kept, woven(even, odd), plain)
+
+
+def _heavier(x: Tensor, sizes: Tensor, removed: int, metric: Tensor | None, importance: Tensor | None) -> _Partners:
+    p = x.shape[1]
+    seen, mass = x if metric is None else x @ metric, sizes
+    if importance is not None:
+        lean = (x @ importance[:, None])[..., 0]
+        mass = sizes * (lean - lean.mean(1, keepdim=True)).clamp(-LEAN, LEAN).exp()
+    here = torch.arange(p, device=x.device)
+    added = squared_distances(seen) / (1 / mass[:, :, None] + 1 / mass[:, None])  # B P P
+    single = torch.promote_types(mass.dtype, torch.float32)
+    order = mass.to(single) * (1 + here / (2 * p * p))  # of equal ones the later is the heavier
+    least = torch.where(order[:, None] > order[:, :, None], added, torch.inf).amin(-1)
+    gone = _among(least.topk(removed, dim=-1, largest=False).indices, p)
+    chosen = first_sources(gone, removed)
+    best = torch.where(gone[:, None], torch.inf, take(added, chosen)).argmin(-1)  # of those that stay
+    rank = (~gone).long().cumsum(-1) - 1
+    to = best.gather(1, (gone.long().cumsum(-1) - 1).clamp_min(0))
+    owner = rank.gather(1, torch.where(gone, to, here))
+    return _Partners(gone, chosen, first_sources(~gone, p - removed), owner, 0)
+
+
+def _among(chosen: Tensor, count: int) -> Tensor:  # B R -> B count
+    return (chosen[:, None] == torch.arange(count, device=chosen.device)[:, None]).any(-1)
+
+
+def squared_distances(x: Tensor) -> Tensor:
+    """Of all tokens from all.  B P D -> B P P"""
+    squares = x.square().sum(-1, keepdim=True)
+    one = torch.ones_like(squares)
+    return torch.cat([x, squares, one], -1) @ torch.cat([-2 * x, one, squares], -1).transpose(1, 2)
+
+
 def restore(x: Tensor, history: tuple[Undo, ...], *, carried: bool = False) -> Tensor:
     """Undo merges, latest first: each token's value appears at all its source cells.  B P' D -> B P D.
 
@@ -200,7 +264,7 @@ def restore(x: Tensor, history: tuple[Undo, ...], *, carried: bool = False) -> T
         b, _, d = x.shape
         owner = undo.owner.expand(b, -1)
         if undo.axis == "tokens":
-            x = x.gather(1, owner[:, :, None].expand(-1, -1, d))
+            x = take(x, owner)
             if carried and undo.carry is not None:
                 x = x + undo.carry
             continue

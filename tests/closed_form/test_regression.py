@@ -286,6 +286,22 @@ def test_sign_draws_average_to_the_fisher_matrix():
     assert site.weights(17).tolist() == [1.0] + [1 / 64] * 16
 
 
+def test_importance_tells_the_length_of_a_tokens_gradient() -> None:
+    spec = vit(blocks=2)
+    model, x = make(spec), images(spec, 24)
+    sites = cf.sensitivity(model, [x], draws=16, important=True)
+    found = model(x.requires_grad_(), want=("mid:0", "logits"))
+    logs, squares = found["logits"].log_softmax(-1), torch.zeros(24, 16, dtype=torch.float64)
+    for c in range(5):
+        scaled = logs[:, c] * (logs[:, c].detach() / 2).exp()
+        (g,) = torch.autograd.grad(scaled.sum(), found["mid:0"], retain_graph=True)
+        squares += g[:, 1:].square().sum(-1)
+    told = found["mid:0"][:, 1:].detach() @ sites["mid:0"].importance
+    assert torch.corrcoef(torch.stack([told.flatten(), squares.log().flatten()]))[0, 1] > 0.5
+    assert float(sites["mid:1"].importance.abs().sum()) == 0  # behind the last attention patches no longer matter
+    assert float(cf.sensitivity(model, [x])["mid:0"].importance.abs().sum()) == 0
+
+
 def test_sensitivity_of_an_encoder_and_without_images():
     spec = vit(blocks=1, outputs=())
     sites = cf.sensitivity(make(spec), [images(spec, 2)])

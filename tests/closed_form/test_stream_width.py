@@ -66,13 +66,13 @@ def test_the_full_width_is_exact_for_every_family(changes):
 
 def carrying(rank: int) -> Vit:
     """A classifier that merges, compares tokens in `rank` directions and carries along as many, blind to the mean of the channels."""
-    step = Similarity(keep=11, proportional=True, match="ward", metric=rank, carry=rank)
+    step = Similarity(keep=11, proportional=True, match="heavier", metric=rank, carry=rank)
     spec = replace(
         SPEC, restore=True, blocks=(replace(SPEC.blocks[0], steps=(step,)), SPEC.blocks[1]), pool=Pool(kind="mean")
     )
     model = make(spec)
     with torch.no_grad():
-        for name in ("metric", "carry_a"):
+        for name in ("metric", "importance", "carry_a"):
             value = getattr(model.blocks[0].steps[0], name)
             value.sub_(value.mean(0))
     return model

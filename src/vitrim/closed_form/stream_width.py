@@ -397,9 +397,11 @@ class _Edit:
         self.plain(norm)
 
     def step(self, here: str) -> None:
-        """What compares tokens, and what carries their differences along: in a narrow stream, at ranks of its width at the most."""
+        """What compares and weighs tokens, and what carries their differences along: in a narrow stream, at ranks of its width at the most."""
         if f"{here}.metric" in self.state:
             self.put(f"{here}.metric", compared(self.basis.up.mT @ self.get(f"{here}.metric")))
+        if f"{here}.importance" in self.state:
+            self.put(f"{here}.importance", self.basis.up.mT @ self.get(f"{here}.importance"))
         if f"{here}.carry_a" in self.state:
             a, b = self.basis.up.mT @ self.get(f"{here}.carry_a"), self.get(f"{here}.carry_b") @ self.basis.down
             if b.shape[0] > self.basis.width:

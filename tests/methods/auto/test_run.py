@@ -333,7 +333,9 @@ NETWORKS: dict[str, ModelSpec] = {
         WIDE,
         restore=True,
         blocks=tuple(
-            replace(WIDE.blocks[0], steps=(Similarity(keep=keep, proportional=True, match="ward", metric=12, carry=9),))
+            replace(
+                WIDE.blocks[0], steps=(Similarity(keep=keep, proportional=True, match="heavier", metric=12, carry=9),)
+            )
             for keep in (14, 12, 11)
         ),
     ),

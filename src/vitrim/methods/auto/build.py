@@ -77,7 +77,7 @@ class Refit:
             metric = self.basis.up.mT @ metric
         self.put(f"blocks.{i}.steps.0.metric", metric[:, -(step.metric or 0) :])
         for name in (
-            ("carry_a", "carry_b") if step.carry else ()
+            ("importance", "carry_a", "carry_b") if step.carry else ()
         ):  # of a stream whose tokens are the product: it is not narrower
             self.put(f"blocks.{i}.steps.0.{name}", self.job.maps[f"{i}/{name}"])
 

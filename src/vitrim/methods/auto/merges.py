@@ -123,8 +123,9 @@ def directions(width: int) -> int:
 def merge(before: Node, after: Node, width: int, *, carry: bool) -> Merge | Similarity:
     """The step that leads from one node to another.  carry: of what sets similar tokens apart."""
     if after.grid is None:
-        how = {"metric": directions(width), "carry": carried(width) if carry else None}
-        return Similarity(at="mid", keep=after.patches, proportional=True, match="ward", **how)
+        step = Similarity(at="mid", keep=after.patches, proportional=True, match="ward", metric=directions(width))
+        # of a classifier any into heavier ones gains as often as it loses: four times the distances are to pay
+        return replace(step, match="heavier", carry=carried(width)) if carry else step
     assert before.grid is not None
     if after.grid[0] == before.grid[0]:
         return Merge(at="mid", axis="h", keep=after.grid[1], proportional=True)
@@ -331,8 +332,7 @@ class Plan:
             merged[e] = math.inf if ends else self.merges.loss(i, found[start], found[end])
             step = merge(found[start], found[end], width, carry=self.carry)
             if isinstance(step, Similarity):
-                patches = found[start].patches
-                moves[e] = similarity_macs(patches, step.keep, width, metric=step.metric, carry=step.carry)
+                moves[e] = similarity_macs(step, found[start].patches, width)
         return Stage(np.array([losses[choice] for choice in choices]), attention, mlp, merged, moves)
 
     def _worthy(self, i: int, losses: Mapping[Choice, float]) -> list[Choice]:

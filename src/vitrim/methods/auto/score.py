@@ -29,6 +29,7 @@ from vitrim.methods.fitting import Run, kept
 from vitrim.model import OPEN, Block, Stream, TokenStep, Vit
 from vitrim.space import BlockLevels
 from vitrim.spec import mergeable, token_walk
+from vitrim.tokens import squared_distances, take
 
 HELD_OUT = 4
 """One image in so many is held out: options are scored and plans compared on it."""
@@ -146,7 +147,7 @@ class Job(Run):
         width = self.base.spec.width
         step = merges.merge(before, after, width, carry=self.nets.restores)
         made = TokenStep(step, width, length=mergeable(step, before.patches, before.grid))
-        for name in ("metric", "carry_a", "carry_b"):
+        for name in ("metric", "importance", "carry_a", "carry_b"):
             if getattr(made, name) is not None:
                 setattr(made, name, nn.Parameter(self.maps[f"{i}/{name}"].to(self.device), requires_grad=False))
         return made
@@ -182,7 +183,14 @@ class Job(Run):
     def _sensitivity(self) -> Piece:
         batches = (part for x in self.inputs.batches("sensed") for part in x.split(self.graph))
         told = partial(self.tell, "sensitivity", total=len(self.inputs.rows["sensed"]))
-        found = cf.sensitivity(self.base, batches, product=self.product, seed=self.config.seed, progress=told)
+        found = cf.sensitivity(
+            self.base,
+            batches,
+            product=self.product,
+            seed=self.config.seed,
+            important=self.nets.restores and len(self.nets.nodes) > 1,
+            progress=told,
+        )
         return Piece(
             {f"{name}/{kind}": value for name, site in found.items() for kind, value in vars(site).items()}, {}
         )
@@ -399,11 +407,12 @@ CARRY_RIDGE = 1e-1
 
 @torch.no_grad()
 def merge_maps(job: Job) -> Piece:
-    """What the merges of each block go by: `i/metric` [D, R], where tokens are compared, the least direction first, and the factors
-    `i/carry_a` [D, R], `i/carry_b` [R, D].
+    """What the merges of each block go by: `i/metric` [D, R], where tokens are compared, the least direction first, `i/importance` [D],
+    and the factors `i/carry_a` [D, R], `i/carry_b` [R, D].
 
-    metric: the leading directions of what the product minds of patch tokens behind the attention. carry: regression of the
-    difference of a token from its nearest at the end of the dense stream on their difference here, beyond that itself.
+    metric: the leading directions of what the product minds of patch tokens behind the attention; importance: how much it minds
+    each. carry: regression of each token's difference from its nearest at the end of the dense stream on that here, beyond that
+    itself.
     """
     base, found, like = job.base, {}, next(job.base.parameters())
     width, count, prefix = base.spec.width, len(base.blocks), len(base.spec.prefix)
@@ -412,6 +421,8 @@ def merge_maps(job: Job) -> Piece:
         values, vectors = torch.linalg.eigh(job.sites[f"mid:{i}"].patches)
         scale = (values / values[-1:].clamp_min(1e-300)).clamp_min(0).sqrt()
         found[f"{i}/metric"] = own_memory((vectors * scale)[:, -rank:].to("cpu", like.dtype))
+        if job.nets.restores:
+            found[f"{i}/importance"] = own_memory(job.sites[f"mid:{i}"].importance.to("cpu", like.dtype))
     if job.nets.restores:
         grams = [torch.zeros(width, width, dtype=torch.float64) for _ in range(count)]
         crosses = [torch.zeros(width, width, dtype=torch.float64) for _ in range(count)]
@@ -431,15 +442,10 @@ def merge_maps(job: Job) -> Piece:
 
 
 def _apart(x: Tensor, metric: Tensor, streams: Sequence[Tensor]) -> list[Tensor]:
-    """Differences of each stream between every token and the one that is nearest to it in `x`.
-
-    x, streams: B P D -> B P D each.
-    """
-    seen = x @ metric.to(x)
-    itself = torch.diag(seen.new_full((x.shape[1],), torch.inf))
-    nearest = (torch.cdist(seen, seen, compute_mode="use_mm_for_euclid_dist") + itself).argmin(-1)
-    matched = nearest[:, :, None].expand(-1, -1, x.shape[2])
-    return [values - values.gather(1, matched) for values in streams]
+    """Differences of each stream between every token and that which is nearest to it in `x`.  x, streams: B P D -> B P D each"""
+    alone = torch.diag(x.new_full(x.shape[1:2], torch.inf))
+    nearest = (squared_distances(x @ metric.to(x)) + alone).argmin(-1)
+    return [values - take(values, nearest) for values in streams]
 
 
 @torch.no_grad()
