@@ -11,6 +11,7 @@ How      1 sensitivity: a backward pass with random signs, how much the outputs 
          4 plans: for each stream width the merges that lose least beside all else, at a price of operations; for each of these an
            exact allocation over blocks; losses add.
          5 builds: the best plans, front to back on the student's stream towards the dense one; the best on held-out images stays.
+         Of many images, sums for scores and trial builds take as many as make enough tokens (`score.ROWS`, `SENSED`, `SCORED`).
 Departs  from our own sheet: scores and choices are made on the held-out quarter of the images; the network that stays is built
          once more from all of them.
 
