@@ -53,6 +53,13 @@ def count(value: float) -> str:
     return f"{value:g}"
 
 
+def short_of_one(value: float) -> str:
+    """A likeness that three digits would round to a whole 1, with as many as tell it from that, to six; empty for any other."""
+    if not 0.995 <= value < 1:
+        return ""
+    return next((text for digits in (4, 5, 6) if float(text := f"{value:.{digits}f}") < 1), "1")
+
+
 def three(value: float) -> str:
     """About three digits, never an exponent."""
     if abs(value) >= 100:
@@ -87,7 +94,7 @@ FORMS: dict[str, Callable[[float], str]] = {
     "ms": lambda value: f"{three(value)} ms",
     "percent": percent,
     "percent_whole": lambda value: f"{100 * value:.0f} %",
-    "plain": lambda value: f"{value:.3g}",
+    "plain": lambda value: short_of_one(value) or f"{value:.3g}",
     "seconds": seconds,
     "signed": signed,
     "times": lambda value: f"{value:.2f}×",

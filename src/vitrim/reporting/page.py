@@ -9,7 +9,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vitrim.reporting import charts
-from vitrim.reporting.figures import FORMS, Result, counted, figure, least_gain, lookup, percent
+from vitrim.reporting.figures import FORMS, Result, counted, figure, least_gain, lookup, percent, short_of_one
 from vitrim.result import Axis, Curve, Series
 from vitrim.tasks import task
 
@@ -84,7 +84,7 @@ def loss_words(result: Result) -> str:
     if key is None or not task.METRICS[key].against_dense:
         return ""
     metric, value = task.METRICS[key], lookup(result, f"metrics/{final_state(result)}/{key}")
-    return metric.kept.format(percent(value) if metric.form == "percent" else f"{value:.3f}")
+    return metric.kept.format(percent(value) if metric.form == "percent" else short_of_one(value) or f"{value:.3f}")
 
 
 class Tile(NamedTuple):
