@@ -67,6 +67,15 @@ def whole(nets: choose.Nets, width: int | None = None) -> Candidate:
 # ------------------------------------------------------------------------------------------------------------------- laws
 
 
+def test_a_network_without_blocks_is_cut_in_its_stream_alone():
+    spec = replace(vit(blocks=0, width=32, heads=2, head_dim=16, hidden=64), prefix=("cls",))
+    small = auto.compress(make(spec), config(0.6), data=pixels(spec, 9))
+    assert cost(small.spec).macs <= 0.6 * cost(spec).macs
+    assert small.report["steps"] == small.report["blocks"] == []
+    with pytest.raises(ConfigError, match="no blocks in which to merge"):
+        auto.compress(make(spec), config(0.6, axes=("tokens", "width")), data=pixels(spec, 9))
+
+
 @settings(max_examples=30)
 @given(
     spec=specs(),

@@ -200,6 +200,8 @@ def nets_of(spec: ModelSpec, config: AutoConfig) -> Nets:
 def _tokens_refusal(spec: ModelSpec) -> str | None:
     if any(block.steps for block in spec.blocks):
         return "the network merges tokens already"
+    if not spec.blocks:
+        return "there are no blocks in which to merge"
     if len(merges.nodes(spec.grid)) == 1:
         rows, cols = spec.grid
         return f"a grid of {rows} x {cols} patches is too small to merge"

@@ -40,7 +40,7 @@ ROWS = 16
 GRAPH = 1_024
 """Tokens whose graph is held at once."""
 PROBE = 64
-"""Images from which the readers of a trial stream width are corrected."""
+"""Images from which the readers of a trial stream width are corrected, and the fewest for scores and trial builds."""
 
 
 class Inputs:
@@ -71,7 +71,7 @@ class Inputs:
             return math.ceil(rows / tokens)
 
         self.rows = {"all": every, "held": held, "scored": held[: images(SCORED)], "fit": fit, "probe": fit[:PROBE]}
-        self.rows |= {"sensed": fit[: images(SENSED)], "few": fit[: images(ROWS * unknowns_of(nets))]}
+        self.rows |= {"sensed": fit[: images(SENSED)], "few": fit[: max(PROBE, images(ROWS * unknowns_of(nets)))]}
         if self.feed.alike(self.batch_size):
             raise DataError(
                 f"auto: all {self.count} images are equal; expected different ones, such as a few hundred photos."
