@@ -133,9 +133,8 @@ def following(block: Block, theirs: Stream, before: Stream, at: str) -> tuple[St
     ours = before
     for module in block.token_steps(at):
         after = module(ours._replace(history=()))
-        if (
-            module.metric is not None and after.history
-        ):  # in the student's stream, which may be narrower than the teacher's
+        if module.metric is not None and after.history:
+            # its metric is of the student's stream, which may be narrower than the teacher's
             theirs = after._replace(x=_forced(theirs, after.history[-1], ours), history=())
             ours = after._replace(history=())
             continue

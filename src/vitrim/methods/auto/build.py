@@ -76,10 +76,9 @@ class Refit:
         if self.basis is not None:
             metric = self.basis.up.mT @ metric
         self.put(f"blocks.{i}.steps.0.metric", metric[:, -(step.metric or 0) :])
-        for name in (
-            ("importance", "carry_a", "carry_b") if step.carry else ()
-        ):  # of a stream whose tokens are the product: it is not narrower
-            self.put(f"blocks.{i}.steps.0.{name}", self.job.maps[f"{i}/{name}"])
+        if step.carry:  # of a stream whose tokens are the product: it is not narrower
+            for name in ("importance", "carry_a", "carry_b"):
+                self.put(f"blocks.{i}.steps.0.{name}", self.job.maps[f"{i}/{name}"])
 
     def forget(self, *modules: str) -> None:
         for name in [n for n in self.state if n.startswith(tuple(f"{module}." for module in modules))]:
